@@ -1,0 +1,170 @@
+# Copyright 2026 The modeling_aft authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""The operator of the Attention Free Transformer (arXiv 2105.14103), one function for its four forms."""
+
+import torch
+from torch import Tensor
+
+from .ops_reference import AFTState, aft_attention_reference
+from .ops_torch import aft_attention_torch
+
+
+BACKENDS = ("auto", "reference", "torch")
+QUERY_ACTIVATIONS = {"sigmoid": torch.sigmoid, "tanh": torch.tanh, "relu": torch.relu, "identity": lambda query: query}
+
+
+def aft_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    position_bias: Tensor | None = None,
+    *,
+    window_bias: Tensor | None = None,
+    causal: bool = True,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    initial_state: AFTState | None = None,
+    return_state: bool = False,
+    query_activation: str = "sigmoid",
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, AFTState]:
+    r"""
+    Attention without dot products (eq. 2 of arXiv 2105.14103), per channel:
+
+        y_t = sigmoid(q_t) * sum_{t'} exp(k_{t'} + w_{t,t'}) v_{t'} / sum_{t'} exp(k_{t'} + w_{t,t'})
+
+    with the sums over t' <= t if `causal`, else over all t'. The four forms differ in the bias w: `position_bias` is
+    AFT-full, `window_bias` with a row per position AFT-local (eq. 4), with one row for all positions AFT-conv (eq. 6),
+    and neither AFT-simple (eq. 5, w = 0). The result is exact for any finite keys and biases; sums are in float32, or
+    in float64 if the keys are. Simple, local and conv take O(T n D) time and O(T D) memory, full O(T^2 D) and O(T^2).
+
+    Args:
+        query (`Tensor` [B, T, D]): floating point.
+        key (`Tensor` [B, T, D] or [B, T, H]): with H columns, key i is shared by channels i D/H to (i + 1) D/H - 1.
+        value (`Tensor` [B, T, D]): the values.
+        position_bias (`Tensor` [N, N] or [B, T, N], *optional*):
+            Bias of each query position (row) and key position (column); with 3 dimensions, the rows of the T queries.
+        window_bias (`Tensor` [H or 1, N or 1, n] or [H or 1, B, T, n], *optional*):
+            `window_bias[h, t, j]` is the bias of query position t at the offset t - t' = j for causal use, and at
+            t - t' = j - (n - 1) / 2, with n odd, for bidirectional use. Offsets count kept tokens. Outside the window
+            the bias is 0. With 4 dimensions, the rows of the T queries.
+        causal (`bool`): whether a query sees only its own and earlier tokens.
+        attention_mask (`Tensor` [B, T], *optional*):
+            1 or True keeps a token, 0 or False makes it padding: no key to anybody, and 0 as its own output.
+        position_ids (`LongTensor` [B, T], *optional*):
+            The row (and column) of the bias tables for each token; by default the number of kept tokens before it,
+            those of `initial_state` included.
+        initial_state (`AFTState`, *optional*): the state that an earlier call returned; causal only.
+        return_state (`bool`): whether to return the state after the last token as well.
+        query_activation (`str`): `"sigmoid"` (the paper's), `"tanh"`, `"relu"` or `"identity"`.
+        backend (`str`):
+            `"reference"` is the formula in plain loops, `"torch"` the fast path, `"auto"` the fastest that can run.
+
+    Returns:
+        `Tensor` [B, T, D] in the dtype of `query`, or with `return_state` that tensor and an [`AFTState`]. The state
+        of simple, local and conv has a fixed size; that of full holds every key and value. A query that sees no token
+        gives 0.
+
+    Raises:
+        ValueError: if shapes do not fit together, if a position lies beyond the bias table, or for an option with a
+            value that is not allowed.
+    """
+    _validate(query, key, value, position_bias, window_bias, causal, attention_mask, position_ids, initial_state)
+    if query_activation not in QUERY_ACTIVATIONS:
+        raise ValueError(
+            f"`query_activation` must be one of {', '.join(QUERY_ACTIVATIONS)}, got {query_activation!r}."
+        )
+    if backend not in BACKENDS:
+        raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)}, got {backend!r}.")
+    if return_state and not causal:
+        raise ValueError("`return_state=True` needs `causal=True`: a bidirectional mixer has no state to go on from.")
+    if window_bias is not None and window_bias.shape[-1] == 0:
+        window_bias = None
+    arguments = (key, value, position_bias, window_bias, causal, attention_mask, position_ids, initial_state)
+    # Exponentials and their sums would lose all meaning in half precision.
+    with torch.autocast(query.device.type, enabled=False):
+        if backend == "reference":
+            average, state = aft_attention_reference(*arguments)
+        else:
+            average, state = aft_attention_torch(*arguments, return_state)
+        out = (QUERY_ACTIVATIONS[query_activation](query.to(average.dtype)) * average).to(query.dtype)
+    return (out, state) if return_state else out
+
+
+def _validate(query, key, value, position_bias, window_bias, causal, attention_mask, position_ids, initial_state):
+    def require(ok, name, allowed, got):
+        if not ok:
+            raise ValueError(f"`{name}` must be {allowed}, got {got}.")
+
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        require(tensor.dim() == 3, name, "a tensor of 3 dimensions [B, T, channels]", tuple(tensor.shape))
+        require(tensor.is_floating_point(), name, "a floating-point tensor", tensor.dtype)
+    batch, length, channels = value.shape
+    require(length >= 1, "value", "at least one token long", tuple(value.shape))
+    require(query.shape == value.shape, "query", f"of the shape of value {tuple(value.shape)}", tuple(query.shape))
+    heads = key.shape[-1]
+    fits = key.shape[:2] == value.shape[:2] and 1 <= heads <= channels and channels % heads == 0
+    require(fits, "key", f"[{batch}, {length}, H] with H a divisor of {channels}", tuple(key.shape))
+
+    require(
+        position_bias is None or window_bias is None,
+        "position_bias",
+        "None when window_bias is given (they belong to different forms)",
+        "both",
+    )
+    table = None
+    if position_bias is not None:
+        shape = tuple(position_bias.shape)
+        fits = shape[:2] == (batch, length) if len(shape) == 3 else len(shape) == 2 and shape[0] == shape[1]
+        require(fits, "position_bias", f"[N, N] or [{batch}, {length}, N]", shape)
+        table = shape[-1]
+    if window_bias is not None:
+        shape = tuple(window_bias.shape)
+        allowed = f"[h, N or 1, n] or [h, {batch}, {length}, n] with h a divisor of the {heads} key channels"
+        fits = len(shape) == 3 or len(shape) == 4 and shape[1:3] == (batch, length)
+        require(fits and shape[0] >= 1 and heads % shape[0] == 0, "window_bias", allowed, shape)
+        require(causal or shape[-1] == 0 or shape[-1] % 2 == 1, "window_bias", "of odd n when causal is False", shape)
+        table = shape[1] if len(shape) == 3 and shape[1] > 1 and shape[2] > 0 else None
+    for name, tensor in (("attention_mask", attention_mask), ("position_ids", position_ids)):
+        if tensor is not None:
+            require(tensor.shape == (batch, length), name, f"[{batch}, {length}]", tuple(tensor.shape))
+    if initial_state is not None:
+        require(causal, "initial_state", "None when causal is False", "a state")
+        shape = tuple(initial_state.value.shape)
+        require(
+            shape[0] == batch and shape[2] == channels, "initial_state", f"of batch {batch}, width {channels}", shape
+        )
+        full = initial_state.key_position is not None
+        require(full == (position_bias is not None), "initial_state", "of the form it is given to", "another form's")
+        if not full:
+            window = 0 if window_bias is None else max(window_bias.shape[-1] - 1, 0)
+            require(shape[1] == window, "initial_state", f"of a window of {window} past tokens", shape[1])
+    if table is not None:
+        _validate_positions(table, length, attention_mask, position_ids, initial_state)
+
+
+def _validate_positions(table, length, attention_mask, position_ids, initial_state):
+    """Raises if a kept token lies beyond the bias table. Reads tensors only where that costs no synchronisation."""
+    if attention_mask is None and position_ids is None and initial_state is None:
+        last = length - 1
+    elif torch.compiler.is_compiling():
+        return
+    elif any(t is not None and t.device.type != "cpu" for t in (attention_mask, position_ids)):
+        return
+    else:
+        kept = torch.ones(1, length) if attention_mask is None else attention_mask
+        if position_ids is not None:
+            last = int(position_ids.masked_fill(kept == 0, 0).max())
+        else:
+            past = 0 if initial_state is None else initial_state.position.cpu()
+            last = int((past + kept.long().sum(1)).max()) - 1
+    if last >= table:
+        raise ValueError(
+            f"Position {last} lies beyond the bias table, which ends at position {table - 1} (N = {table})."
+        )

@@ -1,0 +1,557 @@
+# Copyright 2026 The modeling_aft authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""The AFT operator as matrix products over chunks of time: exact, and linear in T for simple, local and conv.
+
+All forms come down to one small problem, a *panel*: C queries, S keys, and a matrix [C, S] of log weights shared by
+all channels. Full is a single panel. The windowed forms cut time into chunks; the panel of a chunk has its own keys,
+those of the window, and one extra key that stands for everything older (its weight and its average are carried from
+chunk to chunk by an associative scan). AFT-simple is the case without a window.
+
+A panel is computed as exp(w - row max) @ exp(k - column max). That product is exact wherever its row sum does not
+underflow; the rows below `_TINY` (a later key of the chunk is larger by 69 or more, say) are computed again in log
+space. The choice depends on the data, so both directions of the panel are torch.library operators: torch.compile
+sees one opaque node.
+"""
+
+import re
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .ops_reference import AFTState, compute_dtype
+
+
+# Remote code may load this file under several module names in one process: each gets its own operators.
+_NAMESPACE = re.sub(r"\W", "_", __name__)
+_TINY = {torch.float32: 1e-30, torch.float64: 1e-280}
+_CHUNK = 64  # queries per panel of the windowed forms, where the window is not longer
+_FULL_ROWS = 256  # queries per matrix product of the full form: it skips the keys that none of them sees
+_EXACT_ELEMENTS = 2**22  # elements of the largest tensor when rows are computed again in log space
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Panels. Shapes: G independent panels, C queries, S keys, Z in {0, 1, 2} sums of further keys, P columns (batch, or
+# batch x chunks), K key channels, V = K x R value channels (R channels share a key channel).
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _spread(per_key_channel: Tensor, values: Tensor) -> Tensor:
+    """Repeats [..., K] over the value channels that share each key channel: [..., V]."""
+    return per_key_channel.repeat_interleave(values.shape[-1] // per_key_channel.shape[-1], dim=-1)
+
+
+def _gather(per_value_channel: Tensor, keys: Tensor) -> Tensor:
+    """Sums [..., V] over the value channels that share a key channel: [..., K]."""
+    if per_value_channel.shape[-1] == keys.shape[-1]:
+        return per_value_channel
+    return per_value_channel.unflatten(-1, (keys.shape[-1], -1)).sum(-1)
+
+
+def _finite(maximum: Tensor) -> Tensor:
+    """Replaces the maximum of nothing (minus infinity), so that differences with it stay numbers."""
+    return torch.where(maximum == -torch.inf, torch.zeros_like(maximum), maximum)
+
+
+def _exponentials(key, value, maximum, normalizer, average, bias):
+    """exp(k - column max) of sums and keys [G, Z+S, P, K], the same times values, and exp(w - row max) [G, C, Z+S]."""
+    groups, sums = maximum.shape[:2]
+    reference = torch.cat([maximum, key], 1) if sums else key
+    reference = _finite(reference.amax(1, keepdim=True))
+    size = (groups, sums + key.shape[1], *key.shape[2:])
+    weight = key.new_empty(size)
+    torch.sub(key, reference, out=weight[:, sums:])
+    torch.sub(maximum, reference, out=weight[:, :sums])
+    weight.exp_()
+    weight[:, :sums] *= normalizer
+    term = value.new_empty((*size[:-1], value.shape[-1]))
+    torch.mul(_spread(weight[:, sums:], value), value, out=term[:, sums:])
+    torch.mul(_spread(weight[:, :sums], average), average, out=term[:, :sums])
+    pair_weight = (bias - _finite(bias.amax(-1, keepdim=True))).exp_()
+    return weight, term, pair_weight
+
+
+def _row_blocks(queries: int, keys: int, visible: int):
+    """Slices of queries with the number of keys that they see. `visible` > 0: query 0 sees that many, each later one more."""
+    if visible <= 0:
+        return [(slice(0, queries), keys)]
+    starts = range(0, queries, _FULL_ROWS)
+    return [(slice(t, min(t + _FULL_ROWS, queries)), min(visible + t + _FULL_ROWS - 1, keys)) for t in starts]
+
+
+def _exact_rows(underflow: Tensor, keys: int, channels: int):
+    """Indices (g, c, p) of the rows to compute in log space, in groups of bounded memory."""
+    rows = underflow.any(-1).nonzero()
+    group = max(1, _EXACT_ELEMENTS // (keys * channels))
+    return [index.unbind(1) for index in rows.split(group)] if len(rows) else []
+
+
+def _exact_weights(index, key, maximum, normalizer, bias):
+    """Normalised weights [R, Z+S, K] of the rows `index`; all zero where a row sees nothing."""
+    g, c, p = index
+    logits = torch.cat([maximum[g, :, p], key[g, :, p]], 1) + bias[g, c][..., None]
+    weights = (logits - _finite(logits.amax(1, keepdim=True))).exp_()
+    sums = maximum.shape[1]
+    weights[:, :sums] *= normalizer[g, :, p]
+    total = weights.sum(1, keepdim=True)
+    return weights.div_(torch.where(total == 0, torch.ones_like(total), total))
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::panel", mutates_args=())
+def _panel(
+    key: Tensor, value: Tensor, maximum: Tensor, normalizer: Tensor, average: Tensor, bias: Tensor, visible: int
+) -> tuple[Tensor, Tensor]:
+    """Weighted average [G, C, P, V] and, for the backward pass, its denominator [G, C, P, K].
+
+    key [G, S, P, K], value [G, S, P, V]; maximum, normalizer [G, Z, P, K], average [G, Z, P, V]; bias [G, C, Z+S].
+    """
+    weight, term, pair_weight = _exponentials(key, value, maximum, normalizer, average, bias)
+    groups, queries, columns = bias.shape[0], bias.shape[1], key.shape[2]
+    total = key.new_empty(groups, queries, columns * key.shape[3])
+    out = value.new_empty(groups, queries, columns * value.shape[3])
+    for rows, seen in _row_blocks(queries, bias.shape[2], visible):
+        torch.bmm(pair_weight[:, rows, :seen], weight[:, :seen].flatten(2), out=total[:, rows])
+        torch.bmm(pair_weight[:, rows, :seen], term[:, :seen].flatten(2), out=out[:, rows])
+    total = total.unflatten(2, (columns, -1))
+    out = out.unflatten(2, (columns, -1))
+    underflow = total < _TINY[key.dtype]
+    out /= _spread(total, out)
+    for index in _exact_rows(underflow, bias.shape[2], value.shape[3]):
+        g, c, p = index
+        weights = _exact_weights(index, key, maximum, normalizer, bias)
+        values = torch.cat([average[g, :, p], value[g, :, p]], 1)
+        out[g, c, p] = (_spread(weights, values) * values).sum(1)
+    return out, total
+
+
+@_panel.register_fake
+def _(key, value, maximum, normalizer, average, bias, visible):
+    size = (bias.shape[0], bias.shape[1], key.shape[2])
+    return value.new_empty((*size, value.shape[3])), key.new_empty((*size, key.shape[3]))
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::panel_backward", mutates_args=())
+def _panel_backward(
+    grad: Tensor,
+    out: Tensor,
+    total: Tensor,
+    key: Tensor,
+    value: Tensor,
+    maximum: Tensor,
+    normalizer: Tensor,
+    average: Tensor,
+    bias: Tensor,
+    visible: int,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `_panel` with respect to its first six arguments (bias: empty unless `needs_bias`)."""
+    weight, term, pair_weight = _exponentials(key, value, maximum, normalizer, average, bias)
+    sums, keys, columns = maximum.shape[1], bias.shape[2], key.shape[2]
+    underflow = total < _TINY[key.dtype]
+    # A row computed in log space has no meaningful denominator: it is left out here and added below.
+    inverse = torch.where(underflow.any(-1, keepdim=True), torch.zeros_like(total), 1 / total)
+    grad_term = grad * _spread(inverse, grad)
+    grad_weight = _gather(grad_term * out, key).neg_()
+    grad_term, grad_weight = grad_term.flatten(2), grad_weight.flatten(2)
+    d_term = value.new_zeros(term.shape[0], keys, grad_term.shape[2])
+    d_weight = key.new_zeros(weight.shape[0], keys, grad_weight.shape[2])
+    d_bias = torch.zeros_like(bias) if needs_bias else bias.new_empty(0)
+    for rows, seen in _row_blocks(bias.shape[1], keys, visible):
+        transposed = pair_weight[:, rows, :seen].transpose(1, 2)
+        d_term[:, :seen] += transposed @ grad_term[:, rows]
+        d_weight[:, :seen] += transposed @ grad_weight[:, rows]
+        if needs_bias:
+            d_pair = torch.bmm(grad_term[:, rows], term[:, :seen].flatten(2).transpose(1, 2))
+            d_pair.baddbmm_(grad_weight[:, rows], weight[:, :seen].flatten(2).transpose(1, 2))
+            torch.mul(d_pair, pair_weight[:, rows, :seen], out=d_bias[:, rows, :seen])
+    d_term, d_weight = d_term.unflatten(2, (columns, -1)), d_weight.unflatten(2, (columns, -1))
+    d_value = d_term[:, sums:] * _spread(weight[:, sums:], value)
+    d_average = d_term[:, :sums] * _spread(weight[:, :sums], average)
+    d_key = _gather(d_term[:, sums:] * value, key).add_(d_weight[:, sums:]).mul_(weight[:, sums:])
+    d_maximum = _gather(d_term[:, :sums] * average, key).add_(d_weight[:, :sums]).mul_(weight[:, :sums])
+    counted = normalizer > 0
+    d_normalizer = torch.where(counted, d_maximum / normalizer, torch.zeros_like(normalizer))
+    for index in _exact_rows(underflow, keys, value.shape[3]):
+        g, c, p = index
+        weights = _exact_weights(index, key, maximum, normalizer, bias)
+        values = torch.cat([average[g, :, p], value[g, :, p]], 1)
+        grads = grad[g, c, p][:, None]  # [R, 1, V]
+        d_values = _spread(weights, values) * grads
+        d_logits = weights * _gather(grads * (values - out[g, c, p][:, None]), key)
+        d_value.transpose(1, 2).index_put_((g, p), d_values[:, sums:], accumulate=True)
+        d_key.transpose(1, 2).index_put_((g, p), d_logits[:, sums:], accumulate=True)
+        if needs_bias:
+            d_bias.index_put_((g, c), d_logits.sum(-1), accumulate=True)
+        if sums:
+            d_average.transpose(1, 2).index_put_((g, p), d_values[:, :sums], accumulate=True)
+            d_maximum.transpose(1, 2).index_put_((g, p), d_logits[:, :sums], accumulate=True)
+            count = normalizer[g, :, p]
+            d_count = torch.where(count > 0, d_logits[:, :sums] / count, torch.zeros_like(count))
+            d_normalizer.transpose(1, 2).index_put_((g, p), d_count, accumulate=True)
+    return d_key, d_value, d_maximum, d_normalizer, d_average, d_bias
+
+
+@_panel_backward.register_fake
+def _(grad, out, total, key, value, maximum, normalizer, average, bias, visible, needs_bias):
+    like = [
+        torch.empty_like(t, memory_format=torch.contiguous_format) for t in (key, value, maximum, normalizer, average)
+    ]
+    return (*like, torch.empty_like(bias) if needs_bias else bias.new_empty(0))
+
+
+def _save_for_backward(ctx, inputs, output):
+    key, value, maximum, normalizer, average, bias, ctx.visible = inputs
+    ctx.save_for_backward(*output, key, value, maximum, normalizer, average, bias)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, _):
+    if grad is None:
+        return (None,) * 7
+    needs_bias = ctx.needs_input_grad[5]
+    grads = _panel_backward(grad.contiguous(), *ctx.saved_tensors, ctx.visible, needs_bias)
+    return (*grads[:5], grads[5] if needs_bias else None, None)
+
+
+_panel.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sums of many keys: (maximum, normalizer, average), the form of the recurrent state.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _summarize(key: Tensor, value: Tensor, dim: int):
+    """Sums up the keys along `dim`. Keys of minus infinity count as absent.
+
+    The maximum is a constant for autograd, here and in `_merge`: only normalizer * exp(maximum) has a meaning, and its
+    gradient is whole without it.
+    """
+    maximum = key.detach().amax(dim, keepdim=True)
+    weight = (key - _finite(maximum)).exp()
+    normalizer = weight.sum(dim)
+    total = (_spread(weight, value) * value).sum(dim)
+    return maximum.squeeze(dim), normalizer, total / _spread(_nonzero(normalizer), total)
+
+
+def _nonzero(normalizer: Tensor) -> Tensor:
+    return torch.where(normalizer == 0, torch.ones_like(normalizer), normalizer)
+
+
+def _merge(first, second):
+    """Sums up two sums over disjoint keys. Exact, associative; (-inf, 0, 0) changes nothing."""
+    maximum = torch.maximum(first[0], second[0]).detach()
+    reference = _finite(maximum)
+    weight_1 = (first[0] - reference).exp() * first[1]
+    weight_2 = (second[0] - reference).exp() * second[1]
+    normalizer = weight_1 + weight_2
+    total = _spread(weight_1, first[2]) * first[2] + _spread(weight_2, second[2]) * second[2]
+    return maximum, normalizer, total / _spread(_nonzero(normalizer), total)
+
+
+def _shift(sums, steps: int):
+    """Moves the sums [B, N, ...] up by `steps` places along dim 1, filling with the sum of nothing."""
+    fill = (-torch.inf, 0.0, 0.0)
+    return tuple(F.pad(t[:, :-steps], (0, 0, steps, 0), value=v) for t, v in zip(sums, fill, strict=True))
+
+
+def _exclusive_scan(sums, initial):
+    """Sum of `initial` and of all earlier places, for each of the N places: log2(N) merges."""
+    sums = tuple(torch.cat([i[:, None], t[:, :-1]], 1) for i, t in zip(initial, sums, strict=True))
+    step = 1
+    while step < sums[0].shape[1]:
+        sums = _merge(_shift(sums, step), sums)
+        step *= 2
+    return sums
+
+
+def _nothing(key: Tensor, value: Tensor):
+    """The sum of no keys: [B, K], [B, K], [B, V]."""
+    size = (key.shape[0], key.shape[2])
+    return key.new_full(size, -torch.inf), key.new_zeros(size), value.new_zeros(value.shape[0], value.shape[2])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Full: one panel
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _full(key, value, position_bias, causal, rank, position_ids, state):
+    """key, value [B, T, .] with padding made invisible. Average [B, T, V] and the lists that the state is made of."""
+    batch, length, _ = key.shape
+    if state is None and position_ids is None:
+        if rank is not None:
+            key, value = _compact(key, rank, -torch.inf), _compact(value, rank, 0)
+        beyond = max(length - position_bias.shape[0], 0)  # only padding can lie beyond the table
+        bias = F.pad(position_bias[:length, :length], (0, beyond, 0, beyond))[None]
+        panel = [t.transpose(0, 1)[None] for t in (key, value)]  # [1, T, B, .]
+        past = 0
+    else:
+        positions, key_positions = position_ids, position_ids
+        past = 0
+        if state is not None:
+            past = state.key.shape[1]
+            key, value = torch.cat([state.key.to(key.dtype), key], 1), torch.cat([state.value.to(key.dtype), value], 1)
+            key_positions = torch.cat([state.key_position, positions], 1)
+        if position_bias.dim() == 2:
+            position_bias = position_bias[positions]
+        bias = position_bias.gather(2, key_positions[:, None].expand(-1, length, -1))  # [B, T, S]
+        panel = [t.unsqueeze(2) for t in (key, value)]  # [B, S, 1, .]
+    if causal:
+        query_index = torch.arange(length, device=key.device)[:, None] + past
+        future = torch.arange(bias.shape[2], device=key.device)[None] > query_index
+        bias = bias.masked_fill(future, -torch.inf)
+    empty = [panel[0].new_empty(panel[0].shape[0], 0, *t.shape[2:]) for t in (panel[0], panel[0], panel[1])]
+    out, _ = _panel(panel[0].contiguous(), panel[1].contiguous(), *empty, bias.contiguous(), past + 1 if causal else 0)
+    if state is None and position_ids is None:
+        out = out[0].transpose(0, 1)
+        return _expand(out, rank) if rank is not None else out
+    return out.squeeze(2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Windowed: a panel per chunk
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _windowed(key, value, rows, causal, initial):
+    """Average [B, T, V] of the windowed forms.
+
+    key [B, L+T, K], value [B, L+T, V]: the L keys before the first query that can lie in its window (minus infinity
+    where there is none), then those of the T queries. rows [heads, 1 or B, 1 or T, n]: the window bias of each query.
+    initial: the sum of all keys before those.
+    """
+    heads, _, _, taps = rows.shape
+    left = taps - 1 if causal else (taps - 1) // 2
+    right = 0 if causal else left
+    batch, length = key.shape[0], key.shape[1] - left
+    chunk = max(left + right, min(_CHUNK, length))
+    chunks = -(-length // chunk)
+
+    # Chunks of keys [B, chunks + 1, C, .]; the panel of chunk i has keys i C to i C + left + C + right.
+    pad = (chunks + 1) * chunk - left - length
+    key = F.pad(key, (0, 0, 0, pad), value=-torch.inf).unflatten(1, (chunks + 1, chunk))
+    value = F.pad(value, (0, 0, 0, pad)).unflatten(1, (chunks + 1, chunk))
+    sums = [_exclusive_scan(_summarize(key[:, :-1], value[:, :-1], dim=2), initial)]
+    if not causal:
+        sums.append(_later_sums(key, value, left + right))
+    sums = [torch.stack(t, 2) for t in zip(*sums, strict=True)]  # [B, chunks, Z, .]
+    key, value = (torch.cat([t[:, :-1], t[:, 1:, : left + right]], 2) for t in (key, value))  # [B, chunks, S, .]
+
+    bias = _panel_bias(rows, length, chunk, chunks, left, right, causal)  # [heads, 1 or B, 1 or chunks, C, Z + S]
+    layout = _panel_layout(heads, batch, chunks, bias)
+    average, _ = _panel(*(_to_panel(t, heads, layout) for t in (key, value, *sums)), bias.flatten(0, 2), 0)
+    return _from_panel(average, heads, batch, chunks, layout)[:, :length]
+
+
+def _later_sums(key, value, reach):
+    """Sums of all keys that come after the panel of each chunk (bidirectional forms)."""
+    tail_key = F.pad(key.flatten(1, 2)[:, reach:], (0, 0, 0, reach), value=-torch.inf).unflatten(1, key.shape[1:3])
+    tail_value = F.pad(value.flatten(1, 2)[:, reach:], (0, 0, 0, reach)).unflatten(1, value.shape[1:3])
+    chunk_sums = _summarize(tail_key[:, 1:], tail_value[:, 1:], dim=2)  # of the chunks that follow each panel
+    nothing = _nothing(key[:, :, 0], value[:, :, 0])
+    # Chunk i of `tail` begins where panel i ends, less one chunk: panel i is followed by chunks i + 1, i + 2, ...
+    backwards = tuple(t.flip(1) for t in chunk_sums)
+    return tuple(t.flip(1) for t in _merge(_exclusive_scan(backwards, nothing), backwards))
+
+
+def _panel_bias(rows, length, chunk, chunks, left, right, causal):
+    """Log weights [heads, 1 or B, 1 or chunks, C, Z + S] from the window bias of each query."""
+    heads, batch, steps, taps = rows.shape
+    if steps > 1:
+        rows = F.pad(rows, (0, 0, 0, chunks * chunk - length)).unflatten(2, (chunks, chunk))
+    else:
+        rows = rows.unsqueeze(2).expand(-1, -1, -1, chunk, -1)
+    query = torch.arange(chunk, device=rows.device)[:, None]
+    tap = query + left + right - torch.arange(left + chunk + right, device=rows.device)[None]  # offset + right
+    inside = (tap >= 0) & (tap < taps)
+    index = torch.where(inside, tap, taps).expand(*rows.shape[:3], -1, -1)  # the last tap is added: bias 0
+    bias = F.pad(rows, (0, 1)).gather(-1, index)
+    if causal:
+        bias = bias.masked_fill(tap < 0, -torch.inf)
+    return F.pad(bias, (1 if causal else 2, 0))
+
+
+def _panel_layout(heads, batch, chunks, bias):
+    """Which of (batch, chunks) share a bias and so become columns of one matrix product: 'both', 'batch' or 'none'."""
+    if bias.shape[1] > 1:
+        return "none"
+    return "batch" if bias.shape[2] > 1 else "both"
+
+
+_PANEL_DIMS = {"both": (3, 2, 1, 0, 4), "batch": (3, 1, 2, 0, 4), "none": (3, 0, 1, 2, 4)}
+
+
+def _to_panel(tensor, heads, layout):
+    """[B, chunks, S, heads x K] to [G, S, P, K]."""
+    tensor = tensor.unflatten(-1, (heads, -1)).permute(_PANEL_DIMS[layout])
+    if layout == "both":  # [heads, S, chunks, B, K]
+        tensor = tensor.flatten(2, 3)
+    elif layout == "batch":  # [heads, chunks, S, B, K]
+        tensor = tensor.flatten(0, 1)
+    else:  # [heads, B, chunks, S, K]
+        tensor = tensor.flatten(0, 2).unsqueeze(2)
+    return tensor.contiguous()
+
+
+def _from_panel(average, heads, batch, chunks, layout):
+    """[G, C, P, V] to [B, T, heads x V]."""
+    if layout == "both":
+        average = average.unflatten(2, (chunks, batch)).permute(3, 2, 1, 0, 4)
+    elif layout == "batch":
+        average = average.unflatten(0, (heads, chunks)).permute(3, 1, 2, 0, 4)
+    else:
+        average = average.squeeze(2).unflatten(0, (heads, batch, chunks)).permute(1, 2, 3, 0, 4)
+    return average.flatten(3).flatten(1, 2)
+
+
+def _step(key, value, rows, initial):
+    """`_windowed` for a single query: key [B, L+1, K], value [B, L+1, V], rows [heads, 1 or B, 1, L+1]."""
+    bias = rows[:, :, 0].flip(-1).permute(1, 2, 0)  # [1 or B, L+1, heads], oldest key first
+    logits = key + _spread(bias, key)
+    maximum, normalizer, average = initial
+    reference = _finite(torch.maximum(logits.detach().amax(1), maximum.detach()))
+    weight = (logits - reference[:, None]).exp()
+    older = (maximum - reference).exp() * normalizer
+    total = (_spread(weight, value) * value).sum(1) + _spread(older, average) * average
+    return (total / _spread(_nonzero(weight.sum(1) + older), total))[:, None]
+
+
+def _bias_rows(window_bias, length, position, rank, position_ids, continued):
+    """The window bias of each query, [heads, 1 or B, 1 or T, n], in the order of the compacted tokens."""
+    if window_bias.dim() == 4:
+        if rank is None:
+            return window_bias
+        return torch.stack([_compact(row.flatten(2), rank, 0) for row in window_bias])
+    table = window_bias.shape[1]
+    if table == 1:
+        return window_bias[:, None]
+    if position_ids is None and not continued:
+        # Kept tokens stand in front, at positions 0, 1, ...; only padding can lie beyond the table.
+        return F.pad(window_bias[:, :length], (0, 0, 0, max(length - table, 0)))[:, None]
+    if position_ids is None:
+        position_ids = position[:, None] + torch.arange(length, device=position.device)
+    elif rank is not None:
+        position_ids = _compact(position_ids[..., None], rank, 0).squeeze(-1)
+    if rank is not None:
+        position_ids = position_ids.clamp_max(table - 1)  # of padding: no key and no query that counts
+    return window_bias[:, position_ids]
+
+
+def _window_state(key, value, left, count, initial, storage):
+    """The state after the last token; key and value as for `_windowed`, count [B] of kept tokens or None for all."""
+    length = key.shape[1] - left
+    older_key, older_value = key[:, :length], value[:, :length]
+    window_key, window_value = key[:, length:], value[:, length:]
+    if count is not None:
+        beyond = torch.arange(length, device=key.device) >= count[:, None]
+        older_key = older_key.masked_fill(beyond[..., None], -torch.inf)
+        index = (count[:, None] + torch.arange(left, device=key.device))[..., None]
+        window_key = key.gather(1, index.expand(-1, -1, key.shape[2]))
+        window_value = value.gather(1, index.expand(-1, -1, value.shape[2]))
+    constant, normalizer, average = _merge(initial, _summarize(older_key, older_value, dim=1))
+    maximum = torch.maximum(initial[0], older_key.amax(1))
+    normalizer = normalizer * (_finite(constant) - _finite(maximum)).exp()  # a factor of 1, with its gradient
+    return AFTState(None, window_key.to(storage), window_value.to(storage), None, maximum, normalizer, average)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Padding: kept tokens are moved to the front, so that everything above sees padding only at the end
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _compact(tensor: Tensor, rank: Tensor, fill: float) -> Tensor:
+    """Moves the kept tokens of [B, T, .] to the front. rank [B, T]: the new place of each, T if padded."""
+    out = tensor.new_full((tensor.shape[0], tensor.shape[1] + 1, tensor.shape[2]), fill)
+    index = rank[..., None].expand_as(tensor)
+    return out.scatter(1, index, tensor)[:, :-1]
+
+
+def _expand(tensor: Tensor, rank: Tensor) -> Tensor:
+    """Undoes `_compact`, with 0 at padded places."""
+    return F.pad(tensor, (0, 0, 0, 1)).gather(1, rank[..., None].expand_as(tensor))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Entry
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def aft_attention_torch(
+    key: Tensor,
+    value: Tensor,
+    position_bias: Tensor | None,
+    window_bias: Tensor | None,
+    causal: bool,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    state: AFTState | None,
+    return_state: bool,
+) -> tuple[Tensor, AFTState | None]:
+    """The average of eq. 2, 4, 5 or 6 without the query gate, [B, T, D], and the state after the last token.
+
+    Same arguments as [`~modeling_aft.ops.aft_attention`], already validated.
+    """
+    dtype, storage = compute_dtype(key), key.dtype
+    key, value = key.to(dtype), value.to(dtype)
+    position = key.new_zeros(key.shape[0], dtype=torch.long) if state is None else state.position
+    keep = rank = None
+    count = key.shape[1]
+    if attention_mask is not None:
+        keep = attention_mask.bool()
+        key = key.masked_fill(~keep[..., None], -torch.inf)
+        value = value.masked_fill(~keep[..., None], 0)
+        count = keep.sum(1)
+        rank = torch.where(keep, keep.long().cumsum(1) - 1, key.shape[1])
+    next_position = position + count
+    if position_ids is not None:
+        last = position_ids if keep is None else torch.where(keep, position_ids, -1)
+        next_position = torch.maximum(position, last.amax(1) + 1)
+
+    if position_bias is not None:
+        rows_given = position_bias.dim() == 3
+        own_ids = position_ids
+        if position_ids is None and (state is not None or return_state or rows_given):
+            steps = torch.arange(key.shape[1], device=key.device) if keep is None else keep.long().cumsum(1) - 1
+            own_ids = (position[:, None] + steps).clamp_min(0)
+        use_ids = own_ids if state is not None or rows_given else position_ids
+        average = _full(key, value, position_bias.to(dtype), causal, rank, use_ids, state)
+        if keep is not None and use_ids is not None:
+            average = average.masked_fill(~keep[..., None], 0)
+        new_state = None
+        if return_state:
+            past = (state.key, state.value, state.key_position) if state is not None else ()
+            new = (key.to(storage), value.to(storage), own_ids)
+            new_state = AFTState(
+                next_position, *(torch.cat([p, t], 1) for p, t in zip(past, new, strict=True)) if past else new
+            )
+        return average, new_state
+
+    window_bias = key.new_zeros(1, 1, 1) if window_bias is None else window_bias.to(dtype)
+    left = window_bias.shape[-1] - 1 if causal else (window_bias.shape[-1] - 1) // 2
+    if rank is not None:
+        key, value = _compact(key, rank, -torch.inf), _compact(value, rank, 0)
+    if state is None:
+        initial = _nothing(key, value)
+        key, value = F.pad(key, (0, 0, left, 0), value=-torch.inf), F.pad(value, (0, 0, left, 0))
+    else:
+        initial = tuple(t.to(dtype) for t in state[4:])
+        key, value = torch.cat([state.key.to(dtype), key], 1), torch.cat([state.value.to(dtype), value], 1)
+
+    rows = _bias_rows(window_bias, key.shape[1] - left, position, rank, position_ids, state is not None)
+    if causal and key.shape[1] - left == 1:
+        average = _step(key, value, rows, initial)
+    else:
+        average = _windowed(key, value, rows, causal, initial)
+    new_state = None
+    if return_state:
+        new_state = _window_state(key, value, left, count if keep is not None else None, initial, storage)
+        new_state = new_state._replace(position=next_position)
+    return (_expand(average, rank) if rank is not None else average), new_state

@@ -1,0 +1,29 @@
+"""Settings of every test: no network, one thread per test process, seeded."""
+
+import os
+
+
+# Before transformers and datasets are imported, which read these once.
+for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
+    os.environ.setdefault(name, "1")
+# Subprocesses inherit it. One thread each, because pytest-xdist already runs one process per core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from transformers import set_seed  # noqa: E402
+
+
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    set_seed(0)

@@ -1,0 +1,477 @@
+"""The operator: the fast path against the plain formula, in outputs, gradients and states, for any finite input."""
+
+import math
+
+import pytest
+import torch
+
+from modeling_aft.ops import aft_attention
+
+
+FORMS = ["full", "local", "simple", "conv"]
+WINDOWED = ["local", "simple", "conv"]
+BATCH, WIDTH, HEADS, WINDOW = 2, 8, 4, 5
+
+
+def make_bias(form, length, causal=True, window=WINDOW, dtype=torch.float64, scale=1.0, heads=HEADS):
+    taps = window if causal else 2 * window - 1
+    if form == "full":
+        return {"position_bias": torch.randn(length, length, dtype=dtype) * scale}
+    if form == "local":
+        return {"window_bias": torch.randn(1, length, taps, dtype=dtype) * scale}
+    if form == "conv":
+        return {"window_bias": torch.randn(heads, 1, taps, dtype=dtype) * scale}
+    return {}
+
+
+def make_inputs(form, length, dtype=torch.float64, batch=BATCH, width=WIDTH):
+    query, value = torch.randn(2, batch, length, width, dtype=dtype)
+    key = torch.randn(batch, length, HEADS if form == "conv" else width, dtype=dtype)
+    return query, key, value
+
+
+def make_mask(kind, length):
+    mask = torch.ones(BATCH, length, dtype=torch.long)
+    if kind == "left":
+        mask[0, : length // 3], mask[1, : length // 2] = 0, 0
+    elif kind == "right":
+        mask[0, -(length // 3) :] = 0
+    elif kind == "interior":
+        mask[0, 1:3], mask[1, length // 2] = 0, 0
+    elif kind == "everything":
+        mask[0] = 0
+    return mask
+
+
+def formula(query, key, value, position_bias=None, window_bias=None, causal=True):
+    """Eq. 2 with a [T, T] bias for every form: an oracle that shares no code with the package."""
+    length, width = value.shape[1:]
+    bias = torch.zeros(1, length, length, dtype=key.dtype)
+    if position_bias is not None:
+        bias = position_bias[None]
+    if window_bias is not None:
+        bias = torch.zeros(window_bias.shape[0], length, length, dtype=key.dtype)
+        shift = 0 if causal else (window_bias.shape[2] - 1) // 2
+        for head in range(bias.shape[0]):
+            for t in range(length):
+                for tap in range(window_bias.shape[2]):
+                    if 0 <= t - tap + shift < length:
+                        row = t if window_bias.shape[1] > 1 else 0
+                        bias[head, t, t - tap + shift] = window_bias[head, row, tap]
+    if causal:
+        bias = bias.masked_fill(torch.ones(length, length).triu(1).bool(), -math.inf)
+    bias = bias.repeat_interleave(width // bias.shape[0], 0).permute(1, 2, 0)  # [T, T', D]
+    logits = key.repeat_interleave(width // key.shape[-1], -1)[:, None] + bias
+    return torch.sigmoid(query) * (logits.softmax(2) * value[:, None]).sum(2)
+
+
+def run(backend, inputs, bias, seed=0, weights_of_state=True, **options):
+    """Outputs, state and every gradient of a random function of both."""
+    inputs = [t.detach().clone().requires_grad_() for t in inputs]
+    bias = {name: t.detach().clone().requires_grad_() for name, t in bias.items()}
+    result = aft_attention(*inputs, **bias, backend=backend, **options)
+    out, state = result if isinstance(result, tuple) else (result, ())
+    generator = torch.Generator().manual_seed(seed)
+
+    def weighted(tensor):
+        finite = tensor.masked_fill(tensor.detach().isinf(), 0).double()
+        return (finite * torch.randn(tensor.shape, generator=generator, dtype=torch.float64)).sum()
+
+    loss = weighted(out)
+    leaves = [t for t in state if t is not None]
+    if weights_of_state:
+        loss = loss + sum(weighted(t) for t in leaves if t.is_floating_point())
+    grads = torch.autograd.grad(loss, [*inputs, *bias.values()], allow_unused=True)
+    grads = [torch.zeros_like(t) if g is None else g for g, t in zip(grads, [*inputs, *bias.values()], strict=True)]
+    return [out.detach(), *(t.detach() for t in leaves), *grads]
+
+
+def assert_agree(actual, expected, rtol=1e-9, atol=1e-9):
+    assert len(actual) == len(expected)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a.to(e.dtype), e, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_matches_the_formula_of_the_paper(backend, form, causal):
+    inputs, bias = make_inputs(form, 23), make_bias(form, 23, causal)
+    torch.testing.assert_close(
+        aft_attention(*inputs, **bias, causal=causal, backend=backend), formula(*inputs, **bias, causal=causal)
+    )
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 63, 150])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("form", FORMS)
+def test_torch_matches_reference(form, causal, length):
+    inputs, bias = make_inputs(form, length), make_bias(form, length + 3, causal)
+    options = {"causal": causal, "return_state": causal}
+    assert_agree(run("torch", inputs, bias, **options), run("reference", inputs, bias, **options))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_torch_matches_reference_at_length_1000(form):
+    inputs, bias = make_inputs(form, 1000, batch=1), make_bias(form, 1000, window=32)
+    assert_agree(
+        run("torch", inputs, bias, return_state=True), run("reference", inputs, bias, return_state=True), 1e-8, 1e-8
+    )
+
+
+@pytest.mark.parametrize("window", [1, 2, 64, 65, 100, 200])
+@pytest.mark.parametrize("form", ["local", "conv"])
+def test_any_window(form, window):
+    inputs, bias = make_inputs(form, 150), make_bias(form, 150, window=window)
+    torch.testing.assert_close(aft_attention(*inputs, **bias), formula(*inputs, **bias))
+    bias = make_bias(form, 150, causal=False, window=window)
+    torch.testing.assert_close(
+        aft_attention(*inputs, **bias, causal=False), formula(*inputs, **bias, causal=False), rtol=1e-6, atol=1e-9
+    )
+
+
+def test_window_of_no_taps_is_simple():
+    inputs = make_inputs("local", 30)
+    assert torch.equal(aft_attention(*inputs, window_bias=torch.zeros(1, 30, 0)), aft_attention(*inputs))
+
+
+def test_outside_the_window_the_weight_is_one_not_zero():
+    query, key, value = make_inputs("local", 40)
+    bias = torch.zeros(1, 40, 3, dtype=key.dtype)
+    torch.testing.assert_close(aft_attention(query, key, value, window_bias=bias), aft_attention(query, key, value))
+
+
+@pytest.mark.parametrize("kind", ["left", "right", "interior", "everything"])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_padding_changes_nothing(backend, form, causal, kind):
+    """Whatever stands at padded places, each row equals the same row without its padding; padded queries give 0."""
+    length = 19
+    (query, key, value), bias = make_inputs(form, length), make_bias(form, length, causal)
+    mask = make_mask(kind, length)
+    key[mask == 0], value[mask == 0] = 1e4, math.nan
+    out = aft_attention(query, key, value, **bias, causal=causal, attention_mask=mask, backend=backend)
+    assert (out[mask == 0] == 0).all()
+    for b in range(BATCH):
+        kept = mask[b].bool()
+        if kept.any():
+            alone = formula(query[b : b + 1, kept], key[b : b + 1, kept], value[b : b + 1, kept],
+                            **_cut(bias, int(kept.sum())), causal=causal)  # fmt: skip
+            torch.testing.assert_close(out[b : b + 1, kept], alone)
+
+
+def _cut(bias, length):
+    return {name: t[:length, :length] if name == "position_bias" else t for name, t in bias.items()}
+
+
+@pytest.mark.parametrize("kind", ["left", "right", "interior", "everything"])
+@pytest.mark.parametrize("form", FORMS)
+def test_padded_gradients_and_states_match_reference(form, kind):
+    inputs, bias, mask = make_inputs(form, 19), make_bias(form, 25), make_mask(kind, 19)
+    options = {"attention_mask": mask, "return_state": True}
+    assert_agree(run("torch", inputs, bias, **options), run("reference", inputs, bias, **options))
+
+
+@pytest.mark.parametrize("splits", [[1], [20], [39], [3, 4, 5], [1] * 39, [7, 1, 20]], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_continuing_from_a_state_equals_one_call(form, splits):
+    """Any split, with left padding in the first part and a padded token in the middle of a later one."""
+    length = 40
+    (query, key, value), bias = make_inputs(form, length), make_bias(form, length)
+    mask = make_mask("left", length)
+    mask[:, 25] = torch.tensor([0, 1])
+    whole, whole_state = aft_attention(query, key, value, **bias, attention_mask=mask, return_state=True)
+    for backend in ("torch", "reference"):
+        parts, state = [], None
+        for q, k, v, m in zip(
+            *(t.split(splits + [length - sum(splits)], 1) for t in (query, key, value, mask)), strict=True
+        ):
+            part, state = aft_attention(
+                q, k, v, **bias, attention_mask=m, initial_state=state, return_state=True, backend=backend
+            )
+            parts.append(part)
+        torch.testing.assert_close(torch.cat(parts, 1), whole)
+        if form != "full":
+            assert_agree([t for t in state if t is not None], [t for t in whole_state if t is not None])
+
+
+@pytest.mark.parametrize("length", [1, 30])
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_through_the_initial_state(form, length):
+    (query, key, value), bias = make_inputs(form, 70 + length), make_bias(form, 70 + length)
+
+    def two_calls(backend, *inputs):
+        first, second = ([t[:, :70] for t in inputs], [t[:, 70:] for t in inputs])
+        _, state = aft_attention(*first, **bias, return_state=True, backend=backend)
+        return aft_attention(*second, **bias, initial_state=state, backend=backend)
+
+    weight = torch.randn(BATCH, length, WIDTH, dtype=torch.float64)
+    grads = []
+    for call in (
+        lambda *i: two_calls("torch", *i),
+        lambda *i: two_calls("reference", *i),
+        lambda *i: formula(*i, **bias),
+    ):
+        inputs = [t.clone().requires_grad_() for t in (query, key, value)]
+        grads.append(torch.autograd.grad((call(*inputs)[:, -length:] * weight).sum(), inputs))
+    assert_agree(grads[0], grads[2])
+    assert_agree(grads[1], grads[2])
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("form", FORMS)
+def test_gradcheck(form, causal):
+    torch.manual_seed(1)
+    inputs = make_inputs(form, 9, batch=2, width=4)
+    bias = make_bias(form, 9, causal, window=3)
+    mask = torch.ones(2, 9)
+    mask[0, :2] = 0
+    names = list(bias)
+
+    def call(*tensors):
+        return aft_attention(
+            *tensors[:3], **dict(zip(names, tensors[3:], strict=True)), causal=causal, attention_mask=mask
+        )
+
+    assert torch.autograd.gradcheck(call, [t.requires_grad_() for t in (*inputs, *bias.values())])
+
+
+@pytest.mark.parametrize("length", [1, 6])
+@pytest.mark.parametrize("form", FORMS)
+def test_gradcheck_of_the_state(form, length):
+    torch.manual_seed(2)
+    bias = make_bias(form, 20, window=3)
+    _, start = aft_attention(*make_inputs(form, 8, width=4), **bias, return_state=True)
+    inputs = [t.requires_grad_() for t in make_inputs(form, length, width=4)]
+    floats = [i for i, t in enumerate(start) if t is not None and t.is_floating_point()]
+
+    def call(*tensors):
+        state = start._replace(**{start._fields[i]: t for i, t in zip(floats, tensors[3:], strict=True)})
+        out, state = aft_attention(*tensors[:3], **bias, initial_state=state, return_state=True)
+        return out, *(t for t in state if t is not None and t.is_floating_point())
+
+    assert torch.autograd.gradcheck(call, [*inputs, *(start[i].clone().requires_grad_() for i in floats)])
+
+
+def hard_keys(kind, length, width):
+    key = torch.randn(BATCH, length, width, dtype=torch.float64)
+    if kind == "scaled-1e4":
+        return key * 1e4
+    if kind == "jumps-200":
+        return key + 200 * torch.randint(-1, 2, key.shape)
+    if kind == "rising-jump":
+        return key + 300 * (torch.arange(length) >= length // 2 + 5)[:, None]
+    if kind == "falling-jump":
+        return key - 300 * (torch.arange(length) >= length // 2 + 5)[:, None]
+    if kind == "all-equal":
+        return torch.full_like(key, 1e4)
+    if kind == "all-very-low":
+        return key - 1e4
+    return key
+
+
+HARD_KEYS = ["scaled-1e4", "jumps-200", "rising-jump", "falling-jump", "all-equal", "all-very-low"]
+
+
+@pytest.mark.parametrize("bias_kind", ["small", "low-1e4", "high-1e4", "mixed-200"])
+@pytest.mark.parametrize("key_kind", [*HARD_KEYS, "plain"])
+@pytest.mark.parametrize("form", FORMS)
+def test_exact_for_any_finite_input(form, key_kind, bias_kind):
+    """float32 against the float64 reference, outputs and gradients: no overflow, no underflow, no epsilon."""
+    length = 100
+    query, key, value = make_inputs(form, length)
+    key = hard_keys(key_kind, length, key.shape[-1])
+    bias = make_bias(form, length)
+    for name, tensor in bias.items():
+        if bias_kind == "mixed-200":
+            bias[name] = tensor + 200 * torch.randint(-1, 2, tensor.shape)
+        elif bias_kind != "small":
+            bias[name] = tensor + (-1e4 if bias_kind == "low-1e4" else 1e4)
+    single = [t.float() for t in (query, key, value)], {name: t.float() for name, t in bias.items()}
+    expected = run("reference", [t.double() for t in single[0]], {n: t.double() for n, t in single[1].items()})
+    actual = run("torch", *single)
+    # k + w itself is rounded where both are large: at 2e4 a float32 has steps of 2e-3.
+    large = key.abs().max() > 1e3 and bias_kind != "small" or bias_kind.endswith("1e4")
+    tolerance = 1e-2 if large else 2e-4
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.isfinite(a).all()
+        torch.testing.assert_close(a.double(), e, rtol=tolerance, atol=tolerance * max(1.0, float(e.abs().max())))
+
+
+@pytest.mark.parametrize("key_kind", HARD_KEYS)
+@pytest.mark.parametrize("form", FORMS)
+def test_exact_across_states(form, key_kind):
+    """The state carries hard keys as exactly as a single call."""
+    query, key, value = make_inputs(form, 90)
+    key = hard_keys(key_kind, 90, key.shape[-1])
+    bias = {name: t.float() for name, t in make_bias(form, 90).items()}
+    query, key, value = (t.float() for t in (query, key, value))
+    expected = formula(query.double(), key.double(), value.double(), **{n: t.double() for n, t in bias.items()})
+    state, parts = None, []
+    for q, k, v in zip(*(t.split([40, *[1] * 20, 30], 1) for t in (query, key, value)), strict=True):
+        part, state = aft_attention(q, k, v, **bias, initial_state=state, return_state=True)
+        parts.append(part)
+    torch.testing.assert_close(torch.cat(parts, 1).double(), expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("form", FORMS)
+def test_half_precision_inputs(form, dtype):
+    """Only the inputs and the output are rounded: sums and exponentials stay in float32."""
+    inputs = [t.to(dtype) for t in make_inputs(form, 300)]
+    inputs[1] = inputs[1] * 8
+    bias = {name: t.to(dtype) for name, t in make_bias(form, 300).items()}
+    expected = run("reference", [t.double() for t in inputs], {name: t.double() for name, t in bias.items()})
+    actual = run("torch", inputs, bias)
+    assert actual[0].dtype == dtype
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a.double(), e, rtol=1e-2, atol=1e-2 * max(1.0, float(e.abs().max())))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_autocast_does_not_reach_the_sums(form):
+    inputs, bias = [t.float() for t in make_inputs(form, 80)], make_bias(form, 80, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = aft_attention(*inputs, **bias)
+    assert torch.equal(inside, aft_attention(*inputs, **bias))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_query_sees_the_future(form):
+    (query, key, value), bias = make_inputs(form, 90), make_bias(form, 90)
+    changed = [t.clone() for t in (query, key, value)]
+    for tensor in changed:
+        tensor[:, 50:] += torch.randn_like(tensor[:, 50:]) * 3
+    torch.testing.assert_close(
+        aft_attention(*changed, **bias)[:, :50], aft_attention(query, key, value, **bias)[:, :50]
+    )
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_position_ids_choose_the_rows_of_the_tables(form):
+    inputs, bias = make_inputs(form, 20), make_bias(form, 50)
+    ids = torch.arange(20).expand(BATCH, -1) + torch.tensor([[0], [13]])
+    options = {"position_ids": ids, "return_state": True}
+    both = [run(backend, inputs, bias, **options) for backend in ("torch", "reference")]
+    assert_agree(*both)
+    torch.testing.assert_close(both[0][0][:1], aft_attention(*(t[:1] for t in inputs), **bias))
+    shifted = {n: t[13:, 13:] if n == "position_bias" else t[:, 13:] if t.shape[1] > 1 else t for n, t in bias.items()}
+    torch.testing.assert_close(both[0][0][1:], formula(*(t[1:] for t in inputs), **_rows(shifted, 20)))
+
+
+def _rows(bias, length):
+    return {n: t[:length, :length] if n == "position_bias" else t for n, t in bias.items()}
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("form", FORMS)
+def test_compiles_without_a_graph_break(form, causal):
+    torch._dynamo.reset()
+    inputs, bias = [t.float() for t in make_inputs(form, 70)], make_bias(form, 70, causal, dtype=torch.float32)
+    bias = {name: t.requires_grad_() for name, t in bias.items()}
+    inputs = [t.requires_grad_() for t in inputs]
+
+    def call(*inputs):
+        return aft_attention(*inputs, **bias, causal=causal)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    out = compiled(*inputs)
+    torch.testing.assert_close(out, call(*inputs))
+    everything = [*inputs, *bias.values()]
+    assert_agree(
+        torch.autograd.grad(out.sum(), everything), torch.autograd.grad(call(*inputs).sum(), everything), 1e-4, 1e-4
+    )
+
+
+def test_operators_pass_opcheck():
+    """torch.library's own checks: schema, fake kernels, autograd registration, aot dispatch."""
+    from modeling_aft import ops_torch
+
+    key, value = (torch.randn(2, 6, 3, 4, requires_grad=True) for _ in range(2))
+    maximum, normalizer, average = (torch.rand(2, 1, 3, 4).add(1).requires_grad_() for _ in range(3))
+    bias = torch.randn(2, 5, 7, requires_grad=True)
+    torch.library.opcheck(ops_torch._panel, (key, value, maximum, normalizer, average, bias, 0))
+
+
+@pytest.mark.parametrize("form", WINDOWED)
+def test_memory_is_linear_in_length(form):
+    """No tensor of the fast path, forward or backward, grows faster than T: the largest is measured as it is made."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class LargestTensor(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple | list) else [out]:
+                if isinstance(tensor, torch.Tensor):
+                    self.largest = max(self.largest, tensor.untyped_storage().nbytes())
+            return out
+
+    def largest(length):
+        inputs, bias = (
+            make_inputs(form, length, torch.float32),
+            make_bias(form, length, dtype=torch.float32, window=32),
+        )
+        with LargestTensor() as mode:
+            run("torch", inputs, bias)
+        return mode.largest
+
+    assert largest(4096) <= 4.2 * largest(1024)
+
+
+@pytest.mark.parametrize("form", WINDOWED)
+def test_state_keeps_its_size(form):
+    bias = make_bias(form, 100)
+    sizes = set()
+    for length in (1, 10, 100):
+        _, state = aft_attention(*make_inputs(form, length), **bias, return_state=True)
+        sizes.add(sum(t.numel() for t in state if t is not None))
+    assert len(sizes) == 1
+
+
+BAD_CALLS = {
+    "both-biases": ({"position_bias": torch.zeros(9, 9), "window_bias": torch.zeros(1, 9, 2)}, "position_bias"),
+    "table-not-square": ({"position_bias": torch.zeros(9, 8)}, r"position_bias.*\(9, 8\)"),
+    "even-taps": ({"window_bias": torch.zeros(1, 9, 2), "causal": False}, "odd"),
+    "heads": ({"window_bias": torch.zeros(3, 1, 2)}, "window_bias"),
+    "mask-shape": ({"attention_mask": torch.ones(2, 5)}, "attention_mask"),
+    "activation": ({"query_activation": "softplus"}, "query_activation.*softplus"),
+    "backend": ({"backend": "cuda"}, "backend.*cuda"),
+    "state-bidirectional": ({"causal": False, "return_state": True}, "return_state"),
+    "table-too-short": ({"window_bias": torch.zeros(1, 5, 2)}, r"Position 8 .*N = 5"),
+    "positions-beyond": (
+        {"position_bias": torch.zeros(9, 9), "position_ids": torch.full((2, 9), 9)},
+        "Position 9 .*N = 9",
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_CALLS.values(), ids=BAD_CALLS)
+def test_errors_name_the_argument(options, message):
+    with pytest.raises(ValueError, match=message):
+        aft_attention(*(t.float() for t in make_inputs("simple", 9)), **options)
+
+
+def test_errors_of_shapes_and_dtypes():
+    query, key, value = make_inputs("simple", 9)
+    with pytest.raises(ValueError, match="key"):
+        aft_attention(query, key[..., :3], value)
+    with pytest.raises(ValueError, match="query"):
+        aft_attention(query[:, :4], key, value)
+    with pytest.raises(ValueError, match="floating"):
+        aft_attention(query, key.long(), value)
+    _, state = aft_attention(query, key, value, return_state=True)
+    with pytest.raises(ValueError, match="initial_state.*window of 4"):
+        aft_attention(query, key, value, window_bias=torch.zeros(1, 20, 5), initial_state=state)
+    with pytest.raises(ValueError, match="initial_state"):
+        aft_attention(query, key, value, position_bias=torch.zeros(20, 20), initial_state=state)
+
+
+@pytest.mark.parametrize("form", ["full", "local"])
+def test_a_state_cannot_outgrow_its_table(form):
+    inputs, bias = make_inputs(form, 6), make_bias(form, 10)
+    _, state = aft_attention(*inputs, **bias, return_state=True)
+    with pytest.raises(ValueError, match="Position 11 .*N = 10"):
+        aft_attention(*inputs, **bias, initial_state=state)
