@@ -1,0 +1,127 @@
+# Copyright 2026 The modeling_aft authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""Cache layers that hold the state of AFT, for the caches of transformers (DynamicCache, StaticCache, offloaded ones).
+
+A model names its layers in `config.layer_types`; the caches of transformers look the classes below up by those names.
+"""
+
+from collections.abc import Callable
+
+import torch
+from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
+
+from .ops_reference import AFTState
+
+
+class AFTCacheLayer(CacheLayerMixin):
+    """State of one layer of AFT-simple, AFT-local or AFT-conv: its size does not depend on the number of tokens.
+
+    The tensors take their sizes from the first update and are then written in place, so that a compiled decoding step
+    always finds them at the same address.
+    """
+
+    _layer_type = "aft"
+    is_compileable = True
+    supports_early_init = False
+
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.state: AFTState | None = None
+        self.device: torch.device | None = None
+        # Tokens seen, padding included. A tensor, because a compiled step would be specialised on a number.
+        self.cumulative_length = torch.tensor(0, dtype=torch.long)
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.device = key_states.device
+        self.cumulative_length = self.cumulative_length.to(self.device)
+        self.is_initialized = True
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        mix: Callable[[AFTState | None], tuple[torch.Tensor, AFTState]],
+    ) -> tuple[torch.Tensor, None]:
+        """Runs `mix` on the state so far and keeps the state that it returns.
+
+        Args:
+            key_states (`Tensor` [B, T, D or H]): the new keys; only their device and length are read.
+            value_states (`Tensor` [B, T, D]): the new values.
+            mix: takes the state before these tokens (None at the start); gives their output and the state after them.
+
+        Returns:
+            The output of `mix` and None.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        out, state = mix(self.state)
+        self._write(state)
+        self.cumulative_length.add_(key_states.shape[1])
+        return out, None
+
+    def _write(self, state: AFTState) -> None:
+        old = [] if self.state is None else [t for t in self.state if t is not None]
+        new = [t for t in state if t is not None]
+        same_shapes = len(old) == len(new) and all(o.shape == n.shape for o, n in zip(old, new, strict=True))
+        # Autograd still needs the old tensors where the state is part of a graph.
+        if same_shapes and not any(t.requires_grad for t in (*old, *new)):
+            for o, n in zip(old, new, strict=True):
+                o.copy_(n)
+        else:
+            self.state = AFTState(*(None if t is None else t.clone() for t in state))
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        if self.state is not None:
+            self.state = AFTState(*(None if t is None else function(t) for t in self.state))
+
+    def get_seq_length(self) -> int | torch.Tensor:
+        """Number of tokens seen, padding included."""
+        return self.cumulative_length if self.is_initialized else 0
+
+    def get_max_length(self) -> int:
+        """-1: the state itself has no maximum length (position tables may; the model checks them)."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def reset(self) -> None:
+        """Forgets every token."""
+        self.state = None
+        self.cumulative_length.zero_()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row b becomes what row `beam_idx[b]` was."""
+        if self.state is not None:
+            rows = (None if t is None else t.index_select(0, beam_idx.to(t.device)) for t in self.state)
+            self._write(AFTState(*rows))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._map(lambda t: t[indices.to(t.device)])
+
+    def offload(self) -> None:
+        self._map(lambda t: t.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        self._map(lambda t: t.to(self.device, non_blocking=True))
+
+
+class AFTFullCacheLayer(AFTCacheLayer):
+    """State of one layer of AFT-full: every key and value so far, because each position weighs all of them anew."""
+
+    _layer_type = "aft_full"
+    is_compileable = False
+
+
+# The library fills this table only with subclasses of its own StaticLayer. The state of AFT is static as it is.
+STATIC_LAYER_TYPE_MAPPING[AFTCacheLayer._layer_type] = AFTCacheLayer
+STATIC_LAYER_TYPE_MAPPING[AFTFullCacheLayer._layer_type] = AFTFullCacheLayer

@@ -1,0 +1,209 @@
+# Copyright 2026 The modeling_aft authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""The Attention Free Transformer (arXiv 2105.14103): mixer, model, language model."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization
+
+from .cache_aft import AFTCacheLayer, AFTFullCacheLayer  # noqa: F401  (registers the layer types of the config)
+from .configuration_aft import AFTConfig
+from .modeling_common import MixerBlock, MixerForCausalLM, MixerModel, MixerPreTrainedModel
+from .ops import aft_attention
+
+
+FACTOR_STD = 0.01  # of u and v in w = u v^T
+
+
+class FullPositionBias(nn.Module):
+    """The bias w_{t,t'} of AFT-full: factors u, v [N, d'] with w = u v^T (eq. 7), or a table [N, N]."""
+
+    def __init__(self, config):
+        super().__init__()
+        length, rank = config.max_position_embeddings, config.position_bias_rank
+        self.table = nn.Parameter(torch.empty(length, length)) if rank is None else None
+        self.query_factors = nn.Parameter(torch.empty(length, rank)) if rank is not None else None
+        self.key_factors = nn.Parameter(torch.empty(length, rank)) if rank is not None else None
+
+    def forward(self, length: int, positions: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """Positions 0 to `length` - 1 for None; for a single token each, positions [B, 1], only the rows they need."""
+        if positions is None:
+            if self.table is not None:
+                return {"position_bias": self.table}
+            return {"position_bias": self.query_factors[:length] @ self.key_factors[:length].T}
+        if length > 1:
+            return {"position_bias": self.query_factors @ self.key_factors.T if self.table is None else self.table}
+        if self.table is not None:
+            return {"position_bias": self.table[positions]}
+        return {"position_bias": self.query_factors[positions] @ self.key_factors.T}
+
+
+class LocalPositionBias(nn.Module):
+    """The bias of AFT-local (eq. 4): the entries of w inside the window, one row of `taps` offsets per position.
+
+    With a rank, w = u v^T as in AFT-full, of which only the band of the window is ever computed, in O(N s d').
+    """
+
+    def __init__(self, config, left: int, right: int):
+        super().__init__()
+        self.left, self.right = left, right
+        length, rank = config.max_position_embeddings, config.position_bias_rank
+        self.table = nn.Parameter(torch.empty(length, left + 1 + right)) if rank is None else None
+        self.query_factors = nn.Parameter(torch.empty(length, rank)) if rank is not None else None
+        self.key_factors = nn.Parameter(torch.empty(length, rank)) if rank is not None else None
+
+    def forward(self, length: int, positions: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """Positions 0 to `length` - 1 for None; for a single token each, positions [B, 1], only the rows they need."""
+        if positions is None or length > 1:
+            rows = slice(length if positions is None else None)
+            if self.table is not None:
+                return {"window_bias": self.table[None, rows]}
+            return {
+                "window_bias": banded_product(self.query_factors[rows], self.key_factors[rows], self.left, self.right)[
+                    None
+                ]
+            }
+        if self.table is not None:
+            return {"window_bias": self.table[positions][None]}
+        offsets = torch.arange(-self.right, self.left + 1, device=positions.device)
+        key_positions = (positions[..., None] - offsets).clamp(0, len(self.key_factors) - 1)  # [B, 1, taps]
+        bias = (self.query_factors[positions][:, :, None] * self.key_factors[key_positions]).sum(-1)
+        return {"window_bias": bias[None]}
+
+
+def banded_product(u: torch.Tensor, v: torch.Tensor, left: int, right: int) -> torch.Tensor:
+    """[N, left + 1 + right] with entry [t, j] = u_t . v_{t'} at the offset t - t' = j - right; u, v [N, d'].
+
+    Where t' lies outside [0, N) the entry is 0; no key stands there.
+    """
+    length, taps = len(u), left + 1 + right
+    block = max(taps, 32)
+    blocks = -(-length // block)
+    u = F.pad(u, (0, 0, 0, blocks * block - length)).unflatten(0, (blocks, block))
+    v = F.pad(v, (0, 0, left, right + blocks * block - length)).unfold(0, left + block + right, block)
+    products = u @ v  # [blocks, block, left + block + right]
+    row = torch.arange(block, device=u.device)[:, None]
+    column = row + left + right - torch.arange(taps, device=u.device)
+    return products.gather(2, column.expand(blocks, -1, -1)).flatten(0, 1)[:length]
+
+
+class ConvPositionBias(nn.Module):
+    """The bias of AFT-conv (eq. 6): one per head and offset, standardised and then scaled and shifted (eq. 8)."""
+
+    def __init__(self, config, left: int, right: int):
+        super().__init__()
+        heads = config.num_attention_heads
+        self.weight = nn.Parameter(torch.empty(heads, left + 1 + right))
+        self.gamma = nn.Parameter(torch.empty(heads))
+        self.beta = nn.Parameter(torch.empty(heads))
+
+    def forward(self, length: int, positions: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        weight = self.weight.float()
+        variance, mean = torch.var_mean(weight, dim=1, correction=0, keepdim=True)
+        # A single tap has no spread: what is left of it is beta.
+        standardised = (weight - mean) * torch.where(variance > 0, variance, torch.ones_like(variance)).rsqrt()
+        bias = self.gamma[:, None].float() * standardised + self.beta[:, None].float()
+        return {"window_bias": bias[:, None]}
+
+
+class AFTMixer(nn.Module):
+    """y_t = W_o (sigmoid(q_t) * weighted average of the values), the weights being exp(k + w) (eq. 2 and 4 to 6)."""
+
+    def __init__(self, config: AFTConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.is_causal = config.is_decoder
+        width = config.hidden_size
+        key_width = config.num_attention_heads if config.aft_type == "conv" else width
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(width, key_width, bias=False)
+        self.v_proj = nn.Linear(width, width, bias=False)
+        self.o_proj = nn.Linear(width, width)
+        left = config.window_size - 1
+        right = 0 if config.is_decoder else left
+        self.position_bias = None
+        if config.aft_type == "full":
+            self.position_bias = FullPositionBias(config)
+        elif config.aft_type == "local" and config.window_size > 0:
+            self.position_bias = LocalPositionBias(config, left, right)
+        elif config.aft_type == "conv" and config.window_size > 0:
+            self.position_bias = ConvPositionBias(config, left, right)
+
+    def forward(self, hidden_states, attention_mask=None, position_ids=None, past_key_values=None):
+        """hidden_states [B, T, D], attention_mask and position_ids [B, T] or None. Returns [B, T, D]."""
+        query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+
+        def mix(state):
+            return aft_attention(
+                query,
+                key,
+                value,
+                **self._bias(key.shape[1], attention_mask, position_ids, state),
+                causal=self.is_causal,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                initial_state=state,
+                return_state=past_key_values is not None,
+            )
+
+        if past_key_values is None:
+            mixed = mix(None)
+        else:
+            mixed, _ = past_key_values.update(key, value, self.layer_idx, mix)
+        return self.o_proj(mixed)
+
+    def _bias(self, length, attention_mask, position_ids, state):
+        if self.position_bias is None:
+            return {}
+        positions = position_ids
+        if positions is None and state is not None:
+            positions = state.position[:, None]  # of the first new token; read only if it is the only one
+        return self.position_bias(length, positions)
+
+
+class AFTBlock(MixerBlock):
+    mixer_class = AFTMixer
+
+
+class AFTPreTrainedModel(MixerPreTrainedModel):
+    config_class = AFTConfig
+    _no_split_modules = ["AFTBlock"]
+    _can_record_outputs = {"hidden_states": AFTBlock}
+    _auto_map = {"AutoModel": "modeling_aft.AFTModel", "AutoModelForCausalLM": "modeling_aft.AFTForCausalLM"}
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, ConvPositionBias):
+            # gamma = beta = 0: the layer starts as AFT-simple; the weight must not be constant.
+            initialization.normal_(module.weight, mean=0.0, std=1.0)
+            initialization.zeros_(module.gamma)
+            initialization.zeros_(module.beta)
+        elif isinstance(module, FullPositionBias | LocalPositionBias):
+            if module.table is not None:
+                initialization.zeros_(module.table)
+            else:
+                initialization.normal_(module.query_factors, mean=0.0, std=FACTOR_STD)
+                initialization.normal_(module.key_factors, mean=0.0, std=FACTOR_STD)
+
+
+class AFTModel(AFTPreTrainedModel, MixerModel):
+    """The Attention Free Transformer without a head: see [`AFTConfig`] for its forms."""
+
+    block_class = AFTBlock
+
+
+class AFTForCausalLM(AFTPreTrainedModel, MixerForCausalLM):
+    """The Attention Free Transformer with a language-model head."""
+
+    model_class = AFTModel
+
+
+__all__ = ["AFTForCausalLM", "AFTModel", "AFTPreTrainedModel"]

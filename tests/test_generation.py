@@ -1,0 +1,239 @@
+"""The recurrent cache: decoding step by step gives what the whole forward pass gives, however it is driven."""
+
+import pytest
+import torch
+import torch._dynamo.testing
+from families import UNLIMITED, VARIANTS, make_ids, make_model
+from transformers import AutoTokenizer, DynamicCache, StaticCache, TextStreamer
+
+from modeling_aft.ops import aft_attention
+
+
+variants = pytest.mark.parametrize("variant", VARIANTS)
+LENGTH = 30
+
+
+def padded_batch():
+    """Three rows of 30 places: no padding, left padding, and padding on the left and in the middle."""
+    ids, mask = make_ids(LENGTH, batch=3), torch.ones(3, LENGTH, dtype=torch.long)
+    mask[1, :7] = 0
+    mask[2, :3] = 0
+    mask[2, 11:14] = 0
+    return ids, mask
+
+
+@pytest.mark.parametrize("padding", [False, True], ids=["unpadded", "padded"])
+@pytest.mark.parametrize("split", [[1] * LENGTH, [20] + [1] * 10, [13, 1, 16], [12, 5, 1, 1, 11], [29, 1]], ids=str)
+@variants
+def test_step_logits_equal_the_full_forward(variant, split, padding):
+    model = make_model(variant)
+    ids, mask = padded_batch()
+    if not padding:
+        mask = torch.ones_like(mask)
+    whole = model(ids, attention_mask=mask, use_cache=False).logits
+    cache, parts, seen = None, [], 0
+    for part in ids.split(split, 1):
+        seen += part.shape[1]
+        output = model(part, attention_mask=mask[:, :seen], past_key_values=cache, use_cache=True)
+        cache, parts = output.past_key_values, [*parts, output.logits]
+        assert int(cache.get_seq_length()) == seen
+    torch.testing.assert_close(torch.cat(parts, 1)[mask.bool()], whole[mask.bool()])
+
+
+@variants
+def test_position_ids_as_generate_passes_them(variant):
+    model = make_model(variant)
+    ids, mask = padded_batch()
+    positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
+    whole = model(ids, attention_mask=mask, use_cache=False).logits
+    first = model(ids[:, :20], attention_mask=mask[:, :20], position_ids=positions[:, :20], use_cache=True)
+    cache, parts = first.past_key_values, [first.logits]
+    for t in range(20, LENGTH):
+        step = model(
+            ids[:, t : t + 1],
+            attention_mask=mask[:, : t + 1],
+            position_ids=positions[:, t : t + 1],
+            past_key_values=cache,
+        )
+        parts.append(step.logits)
+    torch.testing.assert_close(torch.cat(parts, 1)[mask.bool()], whole[mask.bool()])
+
+
+GENERATION = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True, "temperature": 0.7, "top_k": 20},
+    "beam": {"num_beams": 4, "do_sample": False},
+    "beam-sampling": {"num_beams": 3, "do_sample": True},
+    "several-sequences": {"do_sample": True, "num_return_sequences": 3},
+    "several-beams": {"num_beams": 4, "num_return_sequences": 3, "do_sample": False},
+}
+
+
+@pytest.mark.parametrize("padding", [False, True], ids=["unpadded", "left-padded"])
+@pytest.mark.parametrize("options", GENERATION.values(), ids=GENERATION)
+@variants
+def test_generate_with_and_without_cache(variant, options, padding):
+    model, ids = make_model(variant), make_ids(12)
+    mask = torch.ones_like(ids)
+    if padding:
+        mask[0, :5], ids[0, :5] = 0, 0
+    texts = []
+    for use_cache in (True, False):
+        torch.manual_seed(3)
+        texts.append(
+            model.generate(ids, attention_mask=mask, max_new_tokens=12, use_cache=use_cache, pad_token_id=0, **options)
+        )
+    assert torch.equal(*texts)
+    if options == GENERATION["sampling"]:
+        assert texts[0][:, 12:].unique().numel() > 3  # models that say one thing would show nothing
+
+
+@variants
+def test_left_padded_batches_equal_single_prompts(variant):
+    model = make_model(variant)
+    prompts = [make_ids(length, batch=1, seed=length) for length in (4, 9, 13)]
+    batch, mask = torch.zeros(3, 13, dtype=torch.long), torch.zeros(3, 13, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        batch[row, 13 - prompt.shape[1] :], mask[row, 13 - prompt.shape[1] :] = prompt, 1
+    together = model.generate(batch, attention_mask=mask, max_new_tokens=10, do_sample=False, pad_token_id=0)
+    for row, prompt in enumerate(prompts):
+        alone = model.generate(prompt, max_new_tokens=10, do_sample=False, pad_token_id=0)
+        assert torch.equal(together[row, 13:], alone[0, prompt.shape[1] :])
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 12])
+@variants
+def test_prefill_in_chunks(variant, chunk):
+    model, ids = make_model(variant), make_ids(20)
+    mask = torch.ones_like(ids)
+    mask[1, :6] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(ids, prefill_chunk_size=chunk, **options), model.generate(ids, **options))
+
+
+@variants
+def test_a_second_turn_on_a_warm_cache(variant):
+    model, ids = make_model(variant), make_ids(8)
+    cache = DynamicCache(config=model.config)
+    first = model.generate(ids, past_key_values=cache, max_new_tokens=6, do_sample=False)
+    prompt = torch.cat([first, make_ids(5, seed=9)], 1)
+    second = model.generate(prompt, past_key_values=cache, max_new_tokens=6, do_sample=False)
+    assert torch.equal(second, model.generate(prompt, max_new_tokens=6, do_sample=False, use_cache=False))
+
+
+@variants
+def test_static_cache(variant):
+    model, ids = make_model(variant), make_ids(10)
+    cache = StaticCache(config=model.config, max_cache_len=30)
+    expected = model.generate(ids, max_new_tokens=8, do_sample=False)
+    assert torch.equal(model.generate(ids, past_key_values=cache, max_new_tokens=8, do_sample=False), expected)
+    cache.reset()
+    assert torch.equal(model.generate(ids, past_key_values=cache, max_new_tokens=8, do_sample=False), expected)
+
+
+@variants
+def test_cache_rows_can_be_selected_and_repeated(variant):
+    model, ids = make_model(variant), make_ids(10, batch=3)
+    cache = model(ids[:, :9], use_cache=True).past_key_values
+    cache.batch_select_indices(torch.tensor([2, 0]))
+    cache.batch_repeat_interleave(2)
+    cache.reorder_cache(torch.tensor([3, 2, 1, 0]))
+    rows = torch.tensor([0, 0, 2, 2])
+    torch.testing.assert_close(
+        model(ids[rows, 9:], past_key_values=cache).logits, model(ids[rows], use_cache=False).logits[:, 9:]
+    )
+
+
+@pytest.mark.parametrize("variant", ["local", "simple", "conv"])
+def test_decoding_step_compiles_once(variant):
+    model, ids = make_model(variant, dtype=torch.float32), make_ids(20)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        cache = model(ids[:, :8], use_cache=True).past_key_values
+        step = torch.compile(
+            lambda i, p: model(i, position_ids=p, past_key_values=cache).logits, fullgraph=True, backend=counter
+        )
+        for t in range(8, 20):
+            logits = step(ids[:, t : t + 1], torch.full((2, 1), t))
+            torch.testing.assert_close(logits, expected[:, t : t + 1], rtol=1e-3, atol=1e-3)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if "full" not in v])
+def test_state_keeps_its_size(variant):
+    model = make_model(variant)
+    cache, sizes = None, set()
+    for part in make_ids(40).split([1, 20, 1, 18], 1):
+        cache = model(part, past_key_values=cache, use_cache=True).past_key_values
+        sizes.add(sum(t.untyped_storage().nbytes() for layer in cache.layers for t in layer.state if t is not None))
+    assert len(sizes) == 1
+
+
+@pytest.mark.parametrize("variant", UNLIMITED)
+def test_state_and_accuracy_at_100000_tokens(variant):
+    """One token at a time after a long prefill: the state is as large and as exact as at the start."""
+    model, ids = make_model(variant, dtype=torch.float32), make_ids(100_000, batch=1)
+    with torch.no_grad():
+        small = model(ids[:, :50], use_cache=True).past_key_values
+        cache = model(ids[:, :99_990], use_cache=True, logits_to_keep=1).past_key_values
+        steps = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(99_990, 100_000)]
+        expected = model.double()(ids, use_cache=False, logits_to_keep=10).logits
+    assert int(cache.get_seq_length()) == 100_000
+    for old, new in zip(small.layers, cache.layers, strict=True):
+        assert [t.shape for t in old.state if t is not None] == [t.shape for t in new.state if t is not None]
+    torch.testing.assert_close(torch.cat(steps, 1).double(), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("form", ["simple", "local", "conv"])
+def test_the_operator_is_exact_after_100000_tokens(form):
+    """No drift: one long call, many short ones, then 5,000 single steps in float32 against the float64 formula."""
+    steps, width = 100_000, 2
+    query, key, value = torch.randn(3, 1, steps, width)
+    bias = {} if form == "simple" else {"window_bias": torch.randn(1, 1 if form == "conv" else steps, 3)}
+    expected = aft_attention(*(t.double() for t in (query, key, value)), **{n: t.double() for n, t in bias.items()})
+    state, out = None, []
+    for q, k, v in zip(*(t.split([55_000, *[200] * 200, *[1] * 5_000], 1) for t in (query, key, value)), strict=True):
+        y, state = aft_attention(q, k, v, **bias, initial_state=state, return_state=True)
+        out.append(y)
+    torch.testing.assert_close(torch.cat(out, 1).double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@variants
+def test_scoring_with_gradients_through_a_cache(variant):
+    """A cache built with autograd on: the tensors that the backward pass needs are not overwritten."""
+    model, ids = make_model(variant), make_ids(12)
+    grads = []
+    for split in ([12], [4, 1, 7]):
+        model.zero_grad()
+        cache, parts = None, []
+        for part in ids.split(split, 1):
+            output = model(part, past_key_values=cache, use_cache=True)
+            cache, parts = output.past_key_values, [*parts, output.logits]
+        torch.cat(parts, 1).square().mean().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_cache_of_another_model_is_refused():
+    model = make_model("local")
+    with pytest.raises(ValueError, match="DynamicCache.config=model.config."):
+        model(make_ids(4), past_key_values=DynamicCache())
+    with pytest.raises(ValueError, match="'aft'.*aft_full"):
+        model(make_ids(4), past_key_values=DynamicCache(config=make_model("full").config))
+
+
+@pytest.mark.parametrize("variant", ["local", "conv-nopos"])
+def test_streaming_and_text(variant, tmp_path, capsys):
+    from modeling_aft import ByteTokenizer
+
+    ByteTokenizer().save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    model = make_model(variant, dtype=torch.float32)
+    batch = tokenizer(["ab", "abcdef"], return_tensors="pt", padding=True)
+    assert model.generate(**batch, max_new_tokens=5, do_sample=False).shape == (2, 11)
+    single = tokenizer("hello", return_tensors="pt")
+    model.generate(**single, max_new_tokens=5, streamer=TextStreamer(tokenizer))
+    assert capsys.readouterr().out.startswith("hello")

@@ -1,0 +1,317 @@
+"""Config, forward pass, losses, gradients, saving and loading of every variant."""
+
+import json
+
+import pytest
+import torch
+from families import LIMIT, UNLIMITED, VARIANTS, make_config, make_ids, make_model
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
+
+from modeling_aft import AFTConfig, AFTForCausalLM, AFTModel
+
+
+variants = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def test_config_errors_are_collected_into_one():
+    with pytest.raises(ValueError) as error:
+        AFTConfig(aft_type="global", hidden_size=0, window_size=-1, hidden_act="gelo", hidden_dropout_prob=1.5)
+    for expected in ("aft_type", "'global'", "full, local, simple, conv", "hidden_size", "window_size", "gelo", "1.5"):
+        assert expected in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"aft_type": "conv", "hidden_size": 16, "num_attention_heads": 3}, "num_attention_heads.*divisor.*16.*3"),
+        ({"aft_type": "local", "window_size": 65, "max_position_embeddings": 64}, "window_size.*64.*65"),
+        ({"position_embedding_type": "rotary"}, "position_embedding_type.*learned, none.*rotary"),
+    ],
+    ids=["heads", "window", "positions"],
+)
+def test_config_errors_name_field_value_and_what_is_allowed(fields, message):
+    with pytest.raises(ValueError, match=message):
+        AFTConfig(**fields)
+
+
+def test_a_config_changed_after_its_creation_is_checked_by_the_model_and_when_saved(tmp_path):
+    config = make_config("conv")
+    config.num_attention_heads = 3
+    with pytest.raises(ValueError, match="num_attention_heads"):
+        AFTModel(config)
+    with pytest.raises(Exception, match="num_attention_heads"):
+        config.save_pretrained(tmp_path)
+    assert not (tmp_path / "config.json").exists()
+
+
+@variants
+def test_config_round_trip(variant, tmp_path):
+    config = make_config(variant)
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    loaded._name_or_path = config._name_or_path
+    assert loaded.to_dict() == config.to_dict()
+    assert "layer_types" not in json.loads((tmp_path / "config.json").read_text())
+
+
+@variants
+def test_forward_shapes_and_outputs(variant):
+    model = make_model(variant)
+    output = model(make_ids(9), output_hidden_states=True)
+    assert output.logits.shape == (2, 9, 256)
+    assert len(output.hidden_states) == 3
+    assert torch.equal(output.hidden_states[-1], model.model(make_ids(9)).last_hidden_state)
+    as_tuple = model(make_ids(9), return_dict=False, use_cache=False)
+    assert torch.equal(as_tuple[0], output.logits)
+
+
+@variants
+def test_loss_is_the_shifted_cross_entropy(variant):
+    model, ids = make_model(variant), make_ids(12)
+    labels = ids.clone()
+    labels[0, :4] = -100
+    output = model(ids, labels=labels)
+    expected = torch.nn.functional.cross_entropy(
+        output.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100
+    )
+    torch.testing.assert_close(output.loss, expected)
+    # Gradient accumulation: the sum over the batch divided by the number that the trainer gives.
+    count = (labels[:, 1:] != -100).sum()
+    torch.testing.assert_close(model(ids, labels=labels, num_items_in_batch=2 * count).loss, expected / 2)
+
+
+@variants
+def test_logits_to_keep(variant):
+    model, ids = make_model(variant), make_ids(12)
+    everything = model(ids).logits
+    torch.testing.assert_close(model(ids, logits_to_keep=3).logits, everything[:, -3:])
+    torch.testing.assert_close(model(ids, logits_to_keep=torch.tensor([0, 5])).logits, everything[:, [0, 5]])
+
+
+@variants
+def test_inputs_embeds_replace_input_ids(variant):
+    model, ids = make_model(variant), make_ids(12)
+    torch.testing.assert_close(model(inputs_embeds=model.get_input_embeddings()(ids)).logits, model(ids).logits)
+    with pytest.raises(ValueError, match="exactly one of `input_ids` and `inputs_embeds`"):
+        model(ids, inputs_embeds=model.get_input_embeddings()(ids))
+    with pytest.raises(ValueError, match="exactly one"):
+        model()
+
+
+@variants
+def test_causality(variant):
+    model, ids = make_model(variant), make_ids(20)
+    changed = ids.clone()
+    changed[:, 11:] = make_ids(9, seed=5)
+    torch.testing.assert_close(model(changed).logits[:, :11], model(ids).logits[:, :11])
+
+
+@variants
+def test_bidirectional_models_see_both_sides(variant):
+    model, ids = make_model(variant, AFTModel, is_decoder=False), make_ids(20)
+    changed = ids.clone()
+    changed[:, 19] = 7
+    before, after = model(ids), model(changed)
+    assert before.past_key_values is None
+    assert (before.last_hidden_state - after.last_hidden_state)[:, 0].abs().max() > 1e-6
+    with pytest.raises(ValueError, match="is_decoder=True"):
+        model(ids, use_cache=True)
+
+
+@pytest.mark.parametrize("side", ["left", "right", "interior"])
+@pytest.mark.parametrize("is_decoder", [True, False], ids=["causal", "bidirectional"])
+@variants
+def test_padding_changes_nothing(variant, is_decoder, side):
+    model, ids = make_model(variant, AFTModel, is_decoder=is_decoder), make_ids(14)
+    mask = torch.ones_like(ids)
+    padded = {"left": slice(0, 5), "right": slice(-5, None), "interior": slice(4, 9)}[side]
+    mask[0, padded] = 0
+    hidden = model(ids, attention_mask=mask).last_hidden_state
+    alone = model(ids[:1, mask[0].bool()]).last_hidden_state
+    torch.testing.assert_close(hidden[:1, mask[0].bool()], alone)
+    torch.testing.assert_close(hidden[1:], model(ids[1:]).last_hidden_state)
+
+
+def test_attention_mask_of_a_wrong_shape_is_refused():
+    with pytest.raises(ValueError, match=r"attention_mask.*\[2, 14 or more\].*\[2, 3\]"):
+        make_model("simple")(make_ids(14), attention_mask=torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v not in UNLIMITED])
+def test_positions_beyond_the_tables_are_refused_with_both_numbers(variant):
+    model = make_model(variant)
+    assert model(make_ids(LIMIT)).logits.isfinite().all()
+    with pytest.raises(ValueError, match=f"Position {LIMIT} .*max_position_embeddings={LIMIT}"):
+        model(make_ids(LIMIT + 1))
+    with pytest.raises(ValueError, match=f"Position 99 .*{LIMIT}"):
+        model(make_ids(2), position_ids=torch.tensor([[98, 99], [0, 1]]))
+    past = model(make_ids(LIMIT - 1)).past_key_values
+    past = model(make_ids(1), past_key_values=past).past_key_values
+    with pytest.raises(ValueError, match=f"Position {LIMIT} "):
+        model(make_ids(1), past_key_values=past)
+    # Positions count kept tokens, so padding does not use the tables up.
+    mask = torch.ones(2, LIMIT + 4, dtype=torch.long)
+    mask[:, :4] = 0
+    torch.testing.assert_close(
+        model(make_ids(LIMIT + 4), attention_mask=mask).logits[:, 4:], model(make_ids(LIMIT + 4)[:, 4:]).logits
+    )
+
+
+@pytest.mark.parametrize("variant", UNLIMITED)
+def test_models_without_tables_have_no_limit(variant):
+    assert make_model(variant)(make_ids(5 * LIMIT)).logits.isfinite().all()
+
+
+@variants
+def test_gradient_checkpointing_changes_no_gradient(variant):
+    grads = []
+    for checkpointing in (False, True):
+        model = make_model(variant, hidden_dropout_prob=0.0).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(make_ids(12), labels=make_ids(12)).loss.backward()
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, msg=name)
+
+
+@variants
+def test_every_parameter_gets_a_gradient(variant):
+    model = make_model(variant)
+    model(make_ids(30), labels=make_ids(30)).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        # A window of one offset has no shape to learn: standardised (eq. 8), only beta is left of it.
+        unused = variant == "conv-1" and name.endswith(("position_bias.weight", "position_bias.gamma"))
+        assert (parameter.grad.abs().sum() > 0) != unused, name
+
+
+@variants
+def test_training_makes_no_cache_unless_asked(variant):
+    model = make_model(variant).train()
+    assert model(make_ids(5)).past_key_values is None
+    assert model(make_ids(5), use_cache=True).past_key_values is not None
+
+
+@variants
+def test_dropout_zero_makes_train_and_eval_agree(variant):
+    model = make_model(variant)
+    torch.testing.assert_close(model.train()(make_ids(9)).logits, model.eval()(make_ids(9)).logits)
+
+
+def test_dropout_is_used():
+    model = make_model("simple", hidden_dropout_prob=0.5).train()
+    assert not torch.equal(model(make_ids(9)).logits, model(make_ids(9)).logits)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@variants
+def test_save_and_load_is_bit_exact(variant, tied, tmp_path):
+    model = make_model(variant, dtype=torch.float32, tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert ("lm_head.weight" in file.keys()) != tied  # noqa: SIM118
+    for load in (AFTForCausalLM, AutoModelForCausalLM):
+        loaded = load.from_pretrained(tmp_path)
+        for (name, a), (_, b) in zip(model.named_parameters(), loaded.named_parameters(), strict=True):
+            assert torch.equal(a, b), name
+        # Not bit-equal: products may be taken in another order where the loaded weights are aligned otherwise.
+        torch.testing.assert_close(loaded(make_ids(9)).logits, model(make_ids(9)).logits)
+    torch.testing.assert_close(
+        AutoModel.from_pretrained(tmp_path).embed_tokens.weight, model.model.embed_tokens.weight
+    )
+
+
+@variants
+def test_no_buffers_and_a_fresh_model_is_initialised(variant):
+    model = AFTForCausalLM(make_config(variant))
+    assert not list(model.buffers())
+    for name, parameter in model.named_parameters():
+        assert parameter.isfinite().all(), name
+    if "conv" in variant:
+        # gamma = beta = 0: at the start AFT-conv is AFT-simple.
+        bias = model.model.layers[0].mixer.position_bias(5, None)["window_bias"]
+        assert (bias == 0).all()
+
+
+@variants
+def test_bfloat16_and_autocast(variant):
+    model = make_model(variant, dtype=torch.float32)
+    reference = model(make_ids(12), use_cache=False).logits
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(
+            model(make_ids(12)).logits.float(), reference, rtol=0.1, atol=0.15 * reference.std().item()
+        )
+    half = model.to(torch.bfloat16)(make_ids(12)).logits
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), reference, rtol=0.1, atol=0.2 * reference.std().item())
+
+
+@pytest.mark.parametrize("variant", ["full", "local", "simple", "conv"])
+def test_compiles_without_a_graph_break(variant):
+    torch._dynamo.reset()
+    model, ids = make_model(variant, dtype=torch.float32), make_ids(12)
+    compiled = torch.compile(
+        lambda ids: model(ids, labels=ids, use_cache=False).loss, fullgraph=True, backend="aot_eager"
+    )
+    loss = compiled(ids)
+    torch.testing.assert_close(loss, model(ids, labels=ids).loss)
+    loss.backward()
+    assert model.model.layers[0].mixer.k_proj.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("is_decoder", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("rank", [4, None], ids=["factors", "table"])
+def test_local_bias_is_the_band_of_the_full_bias(rank, is_decoder):
+    """AFT-local with w = u v^T is AFT-full with the entries outside the window set to 0 (eq. 4 of eq. 7)."""
+    local = make_model("local", AFTModel, position_bias_rank=rank, is_decoder=is_decoder)
+    full = make_model("full", AFTModel, position_bias_rank=None, is_decoder=is_decoder)
+    state = {name: tensor for name, tensor in local.state_dict().items() if "position_bias" not in name}
+    for index, layer in enumerate(local.layers):
+        bias = layer.mixer.position_bias(LIMIT, None)["window_bias"][0]
+        table = torch.zeros(LIMIT, LIMIT, dtype=bias.dtype)
+        for t in range(LIMIT):
+            for tap in range(bias.shape[1]):
+                key = t - tap + (0 if is_decoder else 4)
+                if 0 <= key < LIMIT:
+                    table[t, key] = bias[t, tap]
+        if rank is not None:
+            factors = layer.mixer.position_bias
+            band = (factors.query_factors @ factors.key_factors.T)[table != 0]
+            torch.testing.assert_close(table[table != 0], band)
+        state[f"layers.{index}.mixer.position_bias.table"] = table
+    full.load_state_dict(state)
+    torch.testing.assert_close(full(make_ids(30)).last_hidden_state, local(make_ids(30)).last_hidden_state)
+
+
+def test_window_size_zero_is_simple():
+    local, simple = make_model("local-0"), make_model("simple")
+    assert local.state_dict().keys() == simple.state_dict().keys()
+    assert torch.equal(local(make_ids(20)).logits, simple(make_ids(20)).logits)
+
+
+class RandomText(torch.utils.data.Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        ids = make_ids(16, batch=1, seed=index)[0]
+        return {"input_ids": ids, "labels": ids}
+
+
+@pytest.mark.parametrize("variant", ["local", "conv"])
+def test_trainer_trains_evaluates_and_accumulates(variant, tmp_path):
+    losses = []
+    for batch, steps in ((4, 1), (1, 4)):
+        model = make_model(variant, dtype=torch.float32)
+        arguments = TrainingArguments(
+            str(tmp_path / f"{steps}"), per_device_train_batch_size=batch, gradient_accumulation_steps=steps, max_steps=2,
+            report_to=[], save_strategy="no", use_cpu=True, learning_rate=1e-2, disable_tqdm=True,
+        )  # fmt: skip
+        trainer = Trainer(model, arguments, train_dataset=RandomText(), eval_dataset=RandomText())
+        trainer.train()
+        losses.append(trainer.evaluate()["eval_loss"])
+        assert trainer.predict(RandomText()).predictions.shape == (8, 16, 256)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)

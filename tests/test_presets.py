@@ -1,0 +1,102 @@
+"""Every file in configuration/ loads through the code that will read it, and is named in configuration/README.md."""
+
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType
+from pretraining_arguments import check_arguments, parse_arguments
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from modeling_aft import AFTConfig, AFTForCausalLM
+
+
+CONFIGURATION = Path(__file__).resolve().parent.parent / "configuration"
+MODELS = sorted(CONFIGURATION.glob("models/*.json"))
+TRAINING = sorted(CONFIGURATION.glob("training/*.yaml"))
+ACCELERATE = sorted(CONFIGURATION.glob("accelerate/*.yaml"))
+SMALL_ENOUGH_TO_RUN = [path for path in MODELS if path.stem.endswith(("-tiny", "-small"))]
+
+
+def stem(path: Path) -> str:
+    return path.stem
+
+
+def table_rows() -> dict[str, list[str]]:
+    """The cells of each table row in configuration/README.md that starts with the name of a file."""
+    text = (CONFIGURATION / "README.md").read_text(encoding="utf-8")
+    rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|")
+    return {match[1]: cells for cells in rows if (match := re.fullmatch(r"`(\S+)`", cells[0]))}
+
+
+def test_readme_names_every_file():
+    files = {str(path.relative_to(CONFIGURATION)) for path in (*MODELS, *TRAINING, *ACCELERATE)}
+    assert set(table_rows()) == files
+    others = {path for path in CONFIGURATION.rglob("*") if path.is_file()} - {*MODELS, *TRAINING, *ACCELERATE}
+    assert others == {CONFIGURATION / "README.md"}
+
+
+@pytest.mark.parametrize("path", MODELS, ids=stem)
+def test_model_preset(path):
+    written = json.loads(path.read_text(encoding="utf-8"))
+    assert set(written) <= {"model_type", *(field.name for field in fields(AFTConfig))}
+    config = AutoConfig.from_pretrained(path)
+    assert type(config) is AFTConfig
+    assert {name: getattr(config, name) for name in written} == written
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert type(model) is AFTForCausalLM
+    assert table_rows()[f"models/{path.name}"][1] == f"{model.num_parameters():,}"
+    if path.stem.endswith("-small"):  # the models that are compared with each other
+        assert 2.0e6 < model.num_parameters() < 2.5e6
+
+
+@pytest.mark.parametrize("path", SMALL_ENOUGH_TO_RUN, ids=stem)
+def test_model_preset_runs(path):
+    config = AutoConfig.from_pretrained(path)
+    model = AutoModelForCausalLM.from_config(config)
+    input_ids = torch.randint(config.vocab_size, (1, config.max_position_embeddings))
+    loss = model(input_ids=input_ids, labels=input_ids).loss
+    loss.backward()
+    # Small initial weights: the first guess is close to uniform over the vocabulary.
+    assert loss.item() == pytest.approx(torch.tensor(config.vocab_size).log().item(), abs=0.5)
+
+
+@pytest.mark.parametrize("path", TRAINING, ids=stem)
+def test_training_preset(path):
+    args = parse_arguments(["--training_preset", str(path)])
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for name in set(written) - {"model_preset"}:
+        assert getattr(args, name) == written[name]
+    assert isinstance(check_arguments(args, num_processes=1), AFTConfig)
+
+
+@pytest.mark.parametrize("path", ACCELERATE, ids=stem)
+def test_accelerate_file(path):
+    config = load_config_from_file(str(path))
+    assert config.num_processes % config.num_machines == 0
+    # The launcher's own merge of file and flags; a key of fsdp_config that is no flag would be ignored silently.
+    parser = launch_command_parser()
+    args, _, _ = _validate_launch_command(parser.parse_args(["--config_file", str(path), "script.py"]))
+    known = {action.dest for action in parser._actions}
+    assert set(config.fsdp_config) <= known
+    assert args.num_processes == config.num_processes
+    assert args.mixed_precision == (config.mixed_precision or "no")
+    assert args.multi_gpu == (config.distributed_type == DistributedType.MULTI_GPU)
+    assert args.use_fsdp == (config.distributed_type == DistributedType.FSDP)
+
+
+def test_fsdp_wraps_a_class_of_the_model():
+    config = load_config_from_file(str(CONFIGURATION / "accelerate" / "fsdp.yaml")).fsdp_config
+    assert config["fsdp_version"] == 2
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(SMALL_ENOUGH_TO_RUN[0]))
+    wrapped = [module for module in model.modules() if type(module).__name__ in set(model._no_split_modules)]
+    assert {type(module).__name__ for module in wrapped} == {config["fsdp_transformer_layer_cls_to_wrap"]}
+    assert len(wrapped) == model.config.num_hidden_layers

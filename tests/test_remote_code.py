@@ -1,0 +1,97 @@
+"""A saved folder carries its code: it loads, and computes the same, in a process without the package."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from families import VARIANTS, make_ids, make_model
+
+from modeling_aft import AFTModel, ByteTokenizer
+
+
+# The package is made impossible to import, also where it is installed.
+LOAD = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "modeling_aft":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Block())
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+folder, out = sys.argv[1:]
+trust = dict(trust_remote_code=True)
+config = AutoConfig.from_pretrained(folder, **trust)
+tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
+base = AutoModel.from_pretrained(folder, **trust)
+model = AutoModelForCausalLM.from_pretrained(folder, **trust)
+assert "transformers_modules" in type(model).__module__
+ids = torch.load(out + "/ids.pt")
+made = model.generate(ids, max_new_tokens=8, do_sample=False)
+model.save_pretrained(out + "/again")
+loss = model.train()(ids, labels=ids).loss
+loss.backward()
+torch.save(dict(logits=model.eval()(ids).logits, hidden=base(ids).last_hidden_state, made=made,
+                text=tokenizer("hé", return_tensors="pt").input_ids), out + "/result.pt")
+"""
+
+
+def run_without_package(folder, out, script=LOAD):
+    environment = {**os.environ, "HF_HOME": str(out / "home"), "HF_MODULES_CACHE": str(out / "modules")}
+    return subprocess.run(
+        [sys.executable, "-I", "-c", script, str(folder), str(out)],
+        cwd=out,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("variant", ["full", "local", "simple", "conv-nopos"])
+def test_loads_without_the_package(variant, tmp_path):
+    model, ids = make_model(variant, dtype=torch.float32), make_ids(12)
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    ByteTokenizer().save_pretrained(folder)
+    torch.save(ids, tmp_path / "ids.pt")
+    result = run_without_package(folder, tmp_path)
+    assert result.returncode == 0, result.stderr
+    found = torch.load(tmp_path / "result.pt")
+    torch.testing.assert_close(found["logits"], model(ids).logits)
+    torch.testing.assert_close(found["hidden"], model.model(ids).last_hidden_state)
+    assert torch.equal(found["made"], model.generate(ids, max_new_tokens=8, do_sample=False))
+    assert found["text"].tolist() == [list("hé".encode())]
+    # What was saved there carries the code as well.
+    assert {p.name for p in folder.glob("*.py")} == {p.name for p in (tmp_path / "again").glob("*.py")} | {
+        "tokenization_bytes.py"
+    }
+
+
+def test_is_refused_without_trust(tmp_path):
+    make_model("simple").save_pretrained(tmp_path / "model")
+    script = "import sys; from transformers import AutoModel; AutoModel.from_pretrained(sys.argv[1])"
+    result = run_without_package(tmp_path / "model", tmp_path, script)
+    assert result.returncode != 0 and "trust_remote_code=True" in result.stderr
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["AFTModel", "AFTForCausalLM"])
+def test_every_auto_class_is_named_whichever_class_saved(head, tmp_path):
+    (make_model("local") if head else make_model("local", AFTModel)).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == {
+        "AutoConfig": "configuration_aft.AFTConfig",
+        "AutoModel": "modeling_aft.AFTModel",
+        "AutoModelForCausalLM": "modeling_aft.AFTForCausalLM",
+    }
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_trained_checkpoint_without_the_head_loads_into_the_head(variant, tmp_path):
+    from modeling_aft import AFTForCausalLM
+
+    base = make_model(variant, AFTModel, dtype=torch.float32)
+    base.save_pretrained(tmp_path)
+    loaded = AFTForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded.model(make_ids(9)).last_hidden_state, base(make_ids(9)).last_hidden_state)
