@@ -6,7 +6,7 @@
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
-"""The AFT operator as the paper writes it: one query at a time, in plain sums. Every other backend is tested against it."""
+"""The AFT operator as the paper writes it: one query at a time, in plain sums. All other backends are tested on it."""
 
 from typing import NamedTuple
 
@@ -14,11 +14,12 @@ import torch
 
 
 class AFTState(NamedTuple):
-    """What [`~modeling_aft.ops.aft_attention`] needs of the past to go on. Opaque to callers; every tensor is [B, ...].
+    """What [`~modeling_aft.ops.aft_attention`] needs of the past to go on; opaque to callers. Tensors are [B, ...].
 
     The tokens that have left the window (all tokens, for AFT-simple) are summed up by three fp32 tensors: the largest
-    key, the sum of `exp(key - largest)`, and the average of their values under those weights. Keeping the maximum apart
-    from the sum, instead of their log-sum-exp, loses nothing to rounding, however large the keys or long the text.
+    key, the sum of `exp(key - largest)`, and the average of their values under those weights. Keeping the maximum
+    apart from the sum, instead of their log-sum-exp, loses nothing to rounding, however large the keys or long the
+    text.
 
     Attributes:
         position: [B] int64, the position that the next kept token will have.

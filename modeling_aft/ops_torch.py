@@ -8,224 +8,21 @@
 # specific language governing permissions and limitations under the License.
 """The AFT operator as matrix products over chunks of time: exact, and linear in T for simple, local and conv.
 
-All forms come down to one small problem, a *panel*: C queries, S keys, and a matrix [C, S] of log weights shared by
-all channels. Full is a single panel. The windowed forms cut time into chunks; the panel of a chunk has its own keys,
-those of the window, and one extra key that stands for everything older (its weight and its average are carried from
-chunk to chunk by an associative scan). AFT-simple is the case without a window.
-
-A panel is computed as exp(w - row max) @ exp(k - column max). That product is exact wherever its row sum does not
-underflow; the rows below `_TINY` (a later key of the chunk is larger by 69 or more, say) are computed again in log
-space. The choice depends on the data, so both directions of the panel are torch.library operators: torch.compile
-sees one opaque node.
+All forms come down to panels (ops_panel.py). Full is a single panel. The windowed forms cut time into chunks; the
+panel of a chunk has its own keys, those of the window, and one extra key that stands for everything older (its weight
+and its average are carried from chunk to chunk by an associative scan). AFT-simple is the case without a window.
+Padding is dealt with at the door: kept tokens are moved to the front, so that it only ever stands at the end.
 """
-
-import re
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .ops_panel import finite, panel, spread
 from .ops_reference import AFTState, compute_dtype
 
 
-# Remote code may load this file under several module names in one process: each gets its own operators.
-_NAMESPACE = re.sub(r"\W", "_", __name__)
-_TINY = {torch.float32: 1e-30, torch.float64: 1e-280}
 _CHUNK = 64  # queries per panel of the windowed forms, where the window is not longer
-_FULL_ROWS = 256  # queries per matrix product of the full form: it skips the keys that none of them sees
-_EXACT_ELEMENTS = 2**22  # elements of the largest tensor when rows are computed again in log space
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Panels. Shapes: G independent panels, C queries, S keys, Z in {0, 1, 2} sums of further keys, P columns (batch, or
-# batch x chunks), K key channels, V = K x R value channels (R channels share a key channel).
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def _spread(per_key_channel: Tensor, values: Tensor) -> Tensor:
-    """Repeats [..., K] over the value channels that share each key channel: [..., V]."""
-    return per_key_channel.repeat_interleave(values.shape[-1] // per_key_channel.shape[-1], dim=-1)
-
-
-def _gather(per_value_channel: Tensor, keys: Tensor) -> Tensor:
-    """Sums [..., V] over the value channels that share a key channel: [..., K]."""
-    if per_value_channel.shape[-1] == keys.shape[-1]:
-        return per_value_channel
-    return per_value_channel.unflatten(-1, (keys.shape[-1], -1)).sum(-1)
-
-
-def _finite(maximum: Tensor) -> Tensor:
-    """Replaces the maximum of nothing (minus infinity), so that differences with it stay numbers."""
-    return torch.where(maximum == -torch.inf, torch.zeros_like(maximum), maximum)
-
-
-def _exponentials(key, value, maximum, normalizer, average, bias):
-    """exp(k - column max) of sums and keys [G, Z+S, P, K], the same times values, and exp(w - row max) [G, C, Z+S]."""
-    groups, sums = maximum.shape[:2]
-    reference = torch.cat([maximum, key], 1) if sums else key
-    reference = _finite(reference.amax(1, keepdim=True))
-    size = (groups, sums + key.shape[1], *key.shape[2:])
-    weight = key.new_empty(size)
-    torch.sub(key, reference, out=weight[:, sums:])
-    torch.sub(maximum, reference, out=weight[:, :sums])
-    weight.exp_()
-    weight[:, :sums] *= normalizer
-    term = value.new_empty((*size[:-1], value.shape[-1]))
-    torch.mul(_spread(weight[:, sums:], value), value, out=term[:, sums:])
-    torch.mul(_spread(weight[:, :sums], average), average, out=term[:, :sums])
-    pair_weight = (bias - _finite(bias.amax(-1, keepdim=True))).exp_()
-    return weight, term, pair_weight
-
-
-def _row_blocks(queries: int, keys: int, visible: int):
-    """Slices of queries with the number of keys that they see. `visible` > 0: query 0 sees that many, each later one more."""
-    if visible <= 0:
-        return [(slice(0, queries), keys)]
-    starts = range(0, queries, _FULL_ROWS)
-    return [(slice(t, min(t + _FULL_ROWS, queries)), min(visible + t + _FULL_ROWS - 1, keys)) for t in starts]
-
-
-def _exact_rows(underflow: Tensor, keys: int, channels: int):
-    """Indices (g, c, p) of the rows to compute in log space, in groups of bounded memory."""
-    rows = underflow.any(-1).nonzero()
-    group = max(1, _EXACT_ELEMENTS // (keys * channels))
-    return [index.unbind(1) for index in rows.split(group)] if len(rows) else []
-
-
-def _exact_weights(index, key, maximum, normalizer, bias):
-    """Normalised weights [R, Z+S, K] of the rows `index`; all zero where a row sees nothing."""
-    g, c, p = index
-    logits = torch.cat([maximum[g, :, p], key[g, :, p]], 1) + bias[g, c][..., None]
-    weights = (logits - _finite(logits.amax(1, keepdim=True))).exp_()
-    sums = maximum.shape[1]
-    weights[:, :sums] *= normalizer[g, :, p]
-    total = weights.sum(1, keepdim=True)
-    return weights.div_(torch.where(total == 0, torch.ones_like(total), total))
-
-
-@torch.library.custom_op(f"{_NAMESPACE}::panel", mutates_args=())
-def _panel(
-    key: Tensor, value: Tensor, maximum: Tensor, normalizer: Tensor, average: Tensor, bias: Tensor, visible: int
-) -> tuple[Tensor, Tensor]:
-    """Weighted average [G, C, P, V] and, for the backward pass, its denominator [G, C, P, K].
-
-    key [G, S, P, K], value [G, S, P, V]; maximum, normalizer [G, Z, P, K], average [G, Z, P, V]; bias [G, C, Z+S].
-    """
-    weight, term, pair_weight = _exponentials(key, value, maximum, normalizer, average, bias)
-    groups, queries, columns = bias.shape[0], bias.shape[1], key.shape[2]
-    total = key.new_empty(groups, queries, columns * key.shape[3])
-    out = value.new_empty(groups, queries, columns * value.shape[3])
-    for rows, seen in _row_blocks(queries, bias.shape[2], visible):
-        torch.bmm(pair_weight[:, rows, :seen], weight[:, :seen].flatten(2), out=total[:, rows])
-        torch.bmm(pair_weight[:, rows, :seen], term[:, :seen].flatten(2), out=out[:, rows])
-    total = total.unflatten(2, (columns, -1))
-    out = out.unflatten(2, (columns, -1))
-    underflow = total < _TINY[key.dtype]
-    out /= _spread(total, out)
-    for index in _exact_rows(underflow, bias.shape[2], value.shape[3]):
-        g, c, p = index
-        weights = _exact_weights(index, key, maximum, normalizer, bias)
-        values = torch.cat([average[g, :, p], value[g, :, p]], 1)
-        out[g, c, p] = (_spread(weights, values) * values).sum(1)
-    return out, total
-
-
-@_panel.register_fake
-def _(key, value, maximum, normalizer, average, bias, visible):
-    size = (bias.shape[0], bias.shape[1], key.shape[2])
-    return value.new_empty((*size, value.shape[3])), key.new_empty((*size, key.shape[3]))
-
-
-@torch.library.custom_op(f"{_NAMESPACE}::panel_backward", mutates_args=())
-def _panel_backward(
-    grad: Tensor,
-    out: Tensor,
-    total: Tensor,
-    key: Tensor,
-    value: Tensor,
-    maximum: Tensor,
-    normalizer: Tensor,
-    average: Tensor,
-    bias: Tensor,
-    visible: int,
-    needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `_panel` with respect to its first six arguments (bias: empty unless `needs_bias`)."""
-    weight, term, pair_weight = _exponentials(key, value, maximum, normalizer, average, bias)
-    sums, keys, columns = maximum.shape[1], bias.shape[2], key.shape[2]
-    underflow = total < _TINY[key.dtype]
-    # A row computed in log space has no meaningful denominator: it is left out here and added below.
-    inverse = torch.where(underflow.any(-1, keepdim=True), torch.zeros_like(total), 1 / total)
-    grad_term = grad * _spread(inverse, grad)
-    grad_weight = _gather(grad_term * out, key).neg_()
-    grad_term, grad_weight = grad_term.flatten(2), grad_weight.flatten(2)
-    d_term = value.new_zeros(term.shape[0], keys, grad_term.shape[2])
-    d_weight = key.new_zeros(weight.shape[0], keys, grad_weight.shape[2])
-    d_bias = torch.zeros_like(bias) if needs_bias else bias.new_empty(0)
-    for rows, seen in _row_blocks(bias.shape[1], keys, visible):
-        transposed = pair_weight[:, rows, :seen].transpose(1, 2)
-        d_term[:, :seen] += transposed @ grad_term[:, rows]
-        d_weight[:, :seen] += transposed @ grad_weight[:, rows]
-        if needs_bias:
-            d_pair = torch.bmm(grad_term[:, rows], term[:, :seen].flatten(2).transpose(1, 2))
-            d_pair.baddbmm_(grad_weight[:, rows], weight[:, :seen].flatten(2).transpose(1, 2))
-            torch.mul(d_pair, pair_weight[:, rows, :seen], out=d_bias[:, rows, :seen])
-    d_term, d_weight = d_term.unflatten(2, (columns, -1)), d_weight.unflatten(2, (columns, -1))
-    d_value = d_term[:, sums:] * _spread(weight[:, sums:], value)
-    d_average = d_term[:, :sums] * _spread(weight[:, :sums], average)
-    d_key = _gather(d_term[:, sums:] * value, key).add_(d_weight[:, sums:]).mul_(weight[:, sums:])
-    d_maximum = _gather(d_term[:, :sums] * average, key).add_(d_weight[:, :sums]).mul_(weight[:, :sums])
-    counted = normalizer > 0
-    d_normalizer = torch.where(counted, d_maximum / normalizer, torch.zeros_like(normalizer))
-    for index in _exact_rows(underflow, keys, value.shape[3]):
-        g, c, p = index
-        weights = _exact_weights(index, key, maximum, normalizer, bias)
-        values = torch.cat([average[g, :, p], value[g, :, p]], 1)
-        grads = grad[g, c, p][:, None]  # [R, 1, V]
-        d_values = _spread(weights, values) * grads
-        d_logits = weights * _gather(grads * (values - out[g, c, p][:, None]), key)
-        d_value.transpose(1, 2).index_put_((g, p), d_values[:, sums:], accumulate=True)
-        d_key.transpose(1, 2).index_put_((g, p), d_logits[:, sums:], accumulate=True)
-        if needs_bias:
-            d_bias.index_put_((g, c), d_logits.sum(-1), accumulate=True)
-        if sums:
-            d_average.transpose(1, 2).index_put_((g, p), d_values[:, :sums], accumulate=True)
-            d_maximum.transpose(1, 2).index_put_((g, p), d_logits[:, :sums], accumulate=True)
-            count = normalizer[g, :, p]
-            d_count = torch.where(count > 0, d_logits[:, :sums] / count, torch.zeros_like(count))
-            d_normalizer.transpose(1, 2).index_put_((g, p), d_count, accumulate=True)
-    return d_key, d_value, d_maximum, d_normalizer, d_average, d_bias
-
-
-@_panel_backward.register_fake
-def _(grad, out, total, key, value, maximum, normalizer, average, bias, visible, needs_bias):
-    like = [
-        torch.empty_like(t, memory_format=torch.contiguous_format) for t in (key, value, maximum, normalizer, average)
-    ]
-    return (*like, torch.empty_like(bias) if needs_bias else bias.new_empty(0))
-
-
-def _save_for_backward(ctx, inputs, output):
-    key, value, maximum, normalizer, average, bias, ctx.visible = inputs
-    ctx.save_for_backward(*output, key, value, maximum, normalizer, average, bias)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, grad, _):
-    if grad is None:
-        return (None,) * 7
-    needs_bias = ctx.needs_input_grad[5]
-    grads = _panel_backward(grad.contiguous(), *ctx.saved_tensors, ctx.visible, needs_bias)
-    return (*grads[:5], grads[5] if needs_bias else None, None)
-
-
-_panel.register_autograd(_backward, setup_context=_save_for_backward)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Sums of many keys: (maximum, normalizer, average), the form of the recurrent state.
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def _summarize(key: Tensor, value: Tensor, dim: int):
@@ -235,10 +32,10 @@ def _summarize(key: Tensor, value: Tensor, dim: int):
     gradient is whole without it.
     """
     maximum = key.detach().amax(dim, keepdim=True)
-    weight = (key - _finite(maximum)).exp()
+    weight = (key - finite(maximum)).exp()
     normalizer = weight.sum(dim)
-    total = (_spread(weight, value) * value).sum(dim)
-    return maximum.squeeze(dim), normalizer, total / _spread(_nonzero(normalizer), total)
+    total = (spread(weight, value) * value).sum(dim)
+    return maximum.squeeze(dim), normalizer, total / spread(_nonzero(normalizer), total)
 
 
 def _nonzero(normalizer: Tensor) -> Tensor:
@@ -248,12 +45,12 @@ def _nonzero(normalizer: Tensor) -> Tensor:
 def _merge(first, second):
     """Sums up two sums over disjoint keys. Exact, associative; (-inf, 0, 0) changes nothing."""
     maximum = torch.maximum(first[0], second[0]).detach()
-    reference = _finite(maximum)
+    reference = finite(maximum)
     weight_1 = (first[0] - reference).exp() * first[1]
     weight_2 = (second[0] - reference).exp() * second[1]
     normalizer = weight_1 + weight_2
-    total = _spread(weight_1, first[2]) * first[2] + _spread(weight_2, second[2]) * second[2]
-    return maximum, normalizer, total / _spread(_nonzero(normalizer), total)
+    total = spread(weight_1, first[2]) * first[2] + spread(weight_2, second[2]) * second[2]
+    return maximum, normalizer, total / spread(_nonzero(normalizer), total)
 
 
 def _shift(sums, steps: int):
@@ -278,11 +75,6 @@ def _nothing(key: Tensor, value: Tensor):
     return key.new_full(size, -torch.inf), key.new_zeros(size), value.new_zeros(value.shape[0], value.shape[2])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Full: one panel
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 def _full(key, value, position_bias, causal, rank, position_ids, state):
     """key, value [B, T, .] with padding made invisible. Average [B, T, V] and the lists that the state is made of."""
     batch, length, _ = key.shape
@@ -291,7 +83,7 @@ def _full(key, value, position_bias, causal, rank, position_ids, state):
             key, value = _compact(key, rank, -torch.inf), _compact(value, rank, 0)
         beyond = max(length - position_bias.shape[0], 0)  # only padding can lie beyond the table
         bias = F.pad(position_bias[:length, :length], (0, beyond, 0, beyond))[None]
-        panel = [t.transpose(0, 1)[None] for t in (key, value)]  # [1, T, B, .]
+        key, value = key.transpose(0, 1)[None], value.transpose(0, 1)[None]  # [1, T, B, .]
         past = 0
     else:
         positions, key_positions = position_ids, position_ids
@@ -303,22 +95,18 @@ def _full(key, value, position_bias, causal, rank, position_ids, state):
         if position_bias.dim() == 2:
             position_bias = position_bias[positions]
         bias = position_bias.gather(2, key_positions[:, None].expand(-1, length, -1))  # [B, T, S]
-        panel = [t.unsqueeze(2) for t in (key, value)]  # [B, S, 1, .]
+        key, value = key.unsqueeze(2), value.unsqueeze(2)  # [B, S, 1, .]
     if causal:
         query_index = torch.arange(length, device=key.device)[:, None] + past
         future = torch.arange(bias.shape[2], device=key.device)[None] > query_index
         bias = bias.masked_fill(future, -torch.inf)
-    empty = [panel[0].new_empty(panel[0].shape[0], 0, *t.shape[2:]) for t in (panel[0], panel[0], panel[1])]
-    out, _ = _panel(panel[0].contiguous(), panel[1].contiguous(), *empty, bias.contiguous(), past + 1 if causal else 0)
+    no_key, no_value = (t.new_empty(t.shape[0], 0, *t.shape[2:]) for t in (key, value))
+    visible = past + 1 if causal else 0
+    out, _ = panel(key.contiguous(), value.contiguous(), no_key, no_key, no_value, bias.contiguous(), visible)
     if state is None and position_ids is None:
         out = out[0].transpose(0, 1)
         return _expand(out, rank) if rank is not None else out
     return out.squeeze(2)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Windowed: a panel per chunk
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def _windowed(key, value, rows, causal, initial):
@@ -347,7 +135,7 @@ def _windowed(key, value, rows, causal, initial):
 
     bias = _panel_bias(rows, length, chunk, chunks, left, right, causal)  # [heads, 1 or B, 1 or chunks, C, Z + S]
     layout = _panel_layout(heads, batch, chunks, bias)
-    average, _ = _panel(*(_to_panel(t, heads, layout) for t in (key, value, *sums)), bias.flatten(0, 2), 0)
+    average, _ = panel(*(_to_panel(t, heads, layout) for t in (key, value, *sums)), bias.flatten(0, 2), 0)
     return _from_panel(average, heads, batch, chunks, layout)[:, :length]
 
 
@@ -415,13 +203,13 @@ def _from_panel(average, heads, batch, chunks, layout):
 def _step(key, value, rows, initial):
     """`_windowed` for a single query: key [B, L+1, K], value [B, L+1, V], rows [heads, 1 or B, 1, L+1]."""
     bias = rows[:, :, 0].flip(-1).permute(1, 2, 0)  # [1 or B, L+1, heads], oldest key first
-    logits = key + _spread(bias, key)
+    logits = key + spread(bias, key)
     maximum, normalizer, average = initial
-    reference = _finite(torch.maximum(logits.detach().amax(1), maximum.detach()))
+    reference = finite(torch.maximum(logits.detach().amax(1), maximum.detach()))
     weight = (logits - reference[:, None]).exp()
     older = (maximum - reference).exp() * normalizer
-    total = (_spread(weight, value) * value).sum(1) + _spread(older, average) * average
-    return (total / _spread(_nonzero(weight.sum(1) + older), total))[:, None]
+    total = (spread(weight, value) * value).sum(1) + spread(older, average) * average
+    return (total / spread(_nonzero(weight.sum(1) + older), total))[:, None]
 
 
 def _bias_rows(window_bias, length, position, rank, position_ids, continued):
@@ -458,13 +246,8 @@ def _window_state(key, value, left, count, initial, storage):
         window_value = value.gather(1, index.expand(-1, -1, value.shape[2]))
     constant, normalizer, average = _merge(initial, _summarize(older_key, older_value, dim=1))
     maximum = torch.maximum(initial[0], older_key.amax(1))
-    normalizer = normalizer * (_finite(constant) - _finite(maximum)).exp()  # a factor of 1, with its gradient
+    normalizer = normalizer * (finite(constant) - finite(maximum)).exp()  # a factor of 1, with its gradient
     return AFTState(None, window_key.to(storage), window_value.to(storage), None, maximum, normalizer, average)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Padding: kept tokens are moved to the front, so that everything above sees padding only at the end
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def _compact(tensor: Tensor, rank: Tensor, fill: float) -> Tensor:
@@ -477,11 +260,6 @@ def _compact(tensor: Tensor, rank: Tensor, fill: float) -> Tensor:
 def _expand(tensor: Tensor, rank: Tensor) -> Tensor:
     """Undoes `_compact`, with 0 at padded places."""
     return F.pad(tensor, (0, 0, 0, 1)).gather(1, rank[..., None].expand_as(tensor))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Entry
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def aft_attention_torch(

@@ -307,9 +307,16 @@ def test_trainer_trains_evaluates_and_accumulates(variant, tmp_path):
     for batch, steps in ((4, 1), (1, 4)):
         model = make_model(variant, dtype=torch.float32)
         arguments = TrainingArguments(
-            str(tmp_path / f"{steps}"), per_device_train_batch_size=batch, gradient_accumulation_steps=steps, max_steps=2,
-            report_to=[], save_strategy="no", use_cpu=True, learning_rate=1e-2, disable_tqdm=True,
-        )  # fmt: skip
+            str(tmp_path / f"{steps}"),
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=steps,
+            max_steps=2,
+            learning_rate=1e-2,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+        )
         trainer = Trainer(model, arguments, train_dataset=RandomText(), eval_dataset=RandomText())
         trainer.train()
         losses.append(trainer.evaluate()["eval_loss"])

@@ -386,12 +386,12 @@ def test_compiles_without_a_graph_break(form, causal):
 
 def test_operators_pass_opcheck():
     """torch.library's own checks: schema, fake kernels, autograd registration, aot dispatch."""
-    from modeling_aft import ops_torch
+    from modeling_aft.ops_panel import panel
 
     key, value = (torch.randn(2, 6, 3, 4, requires_grad=True) for _ in range(2))
     maximum, normalizer, average = (torch.rand(2, 1, 3, 4).add(1).requires_grad_() for _ in range(3))
     bias = torch.randn(2, 5, 7, requires_grad=True)
-    torch.library.opcheck(ops_torch._panel, (key, value, maximum, normalizer, average, bias, 0))
+    torch.library.opcheck(panel, (key, value, maximum, normalizer, average, bias, 0))
 
 
 @pytest.mark.parametrize("form", WINDOWED)

@@ -1,0 +1,186 @@
+# Copyright 2026 The modeling_aft authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""
+Measures the operators side by side: python scripts/benchmark.py operator
+
+Every length is one round-robin: each contestant takes its turn in each repeat, so that what else the machine does
+meets all of them alike. A row per contestant and length goes to benchmarks/, with p20, p50 and p80 of the seconds of
+one forward and backward pass, and what they were measured on.
+"""
+
+import argparse
+import csv
+import gc
+import os
+import platform
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+
+import modeling_aft
+from modeling_aft.ops import aft_attention
+
+
+def plain_aft(query, key, value, position_bias):
+    """AFT-full as it is usually written: exp of a masked [T, T] bias times exp(key), with a maximum over all keys."""
+    length = key.shape[1]
+    future = torch.ones(length, length, dtype=torch.bool, device=key.device).triu(1)
+    weight = (position_bias.masked_fill(future, -torch.inf) - position_bias.amax(-1, keepdim=True)).exp()
+    exp_key = (key - key.amax(1, keepdim=True)).exp()
+    numerator = torch.einsum("ts,bsd->btd", weight, exp_key * value)
+    return torch.sigmoid(query) * numerator / torch.einsum("ts,bsd->btd", weight, exp_key)
+
+
+def operator_contestants(args, length: int, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
+    """Name and one forward and backward pass of each operator, on tensors of its own."""
+    batch, width, heads, window = args.batch_size, args.width, args.heads, args.window
+
+    def leaf(*shape):
+        return torch.randn(*shape, device=args.device, dtype=dtype).requires_grad_()
+
+    query, key, value = (leaf(batch, length, width) for _ in range(3))
+    head_key = leaf(batch, length, heads)
+    row_bias, head_bias = leaf(1, length, window), leaf(heads, 1, window)
+    seed = torch.randn(batch, length, width, device=args.device, dtype=dtype)
+
+    def attention():
+        split = (t.view(batch, length, heads, -1).transpose(1, 2) for t in (query, key, value))
+        return F.scaled_dot_product_attention(*split, is_causal=True).transpose(1, 2).reshape(batch, length, width)
+
+    forwards = {
+        f"sdpa-h{heads}": attention,
+        "aft-simple": lambda: aft_attention(query, key, value),
+        f"aft-local-{window}": lambda: aft_attention(query, key, value, window_bias=row_bias),
+        f"aft-conv-{heads}-{window}": lambda: aft_attention(query, head_key, value, window_bias=head_bias),
+    }
+    if length <= args.longest_table:
+        position_bias = leaf(length, length)
+        forwards["aft-full"] = lambda: aft_attention(query, key, value, position_bias)
+        forwards["plain-aft-full"] = lambda: plain_aft(query, key, value, position_bias)
+    inputs = [query, key, value, head_key, row_bias, head_bias]
+
+    def forward_backward(forward):
+        forward().backward(seed)
+        for tensor in inputs:
+            tensor.grad = None
+        if length <= args.longest_table:
+            position_bias.grad = None
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+
+    return {name: lambda forward=forward: forward_backward(forward) for name, forward in forwards.items()}
+
+
+def measure(contestants: dict[str, Callable[[], None]], seconds: float, repeats: int) -> dict[str, list[float]]:
+    """Seconds of each turn, after one that is not counted; at least one turn each, at most `repeats`."""
+    for turn in contestants.values():
+        turn()
+    times = {name: [] for name in contestants}
+    started = time.perf_counter()
+    for repeat in range(repeats):
+        if repeat > 0 and time.perf_counter() - started > seconds:
+            break
+        for name, turn in contestants.items():
+            begin = time.perf_counter()
+            turn()
+            times[name].append(time.perf_counter() - begin)
+    return times
+
+
+def processor_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """Replaces the file when all rows are there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(temporary, path)
+
+
+def operator_suite(args) -> list[dict]:
+    dtype = getattr(torch, args.dtype)
+    conditions = {
+        "device": args.device,
+        "processor": processor_name(args.device),
+        "threads": torch.get_num_threads(),
+        "dtype": args.dtype,
+        "batch_size": args.batch_size,
+        "width": args.width,
+        "modeling_aft": modeling_aft.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "date": date.today().isoformat(),
+    }
+    rows = []
+    for length in args.lengths:
+        times = measure(operator_contestants(args, length, dtype), args.seconds, args.repeats)
+        gc.collect()
+        baseline = np.median(times[f"sdpa-h{args.heads}"])
+        for name, values in times.items():
+            p20, p50, p80 = np.percentile(values, [20, 50, 80])
+            figures = {"p20": p20, "p50": p50, "p80": p80}
+            figures = {name: f"{value:.6f}" for name, value in figures.items()}
+            rows.append({"operator": name, "length": length, "turns": len(values), **figures, **conditions})
+            print(f"T={length:6d}  {name:18s} {p50 * 1e3:10.2f} ms   {baseline / p50:6.2f} x the speed of SDPA")
+    return rows
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suite", choices=["operator"], help="what to measure")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096, 16384], help="values of T")
+    parser.add_argument("--longest_table", type=int, default=16384, help="longest T for the forms with a [T, T] bias")
+    parser.add_argument("--batch_size", type=int, default=2, help="sequences")
+    parser.add_argument("--width", type=int, default=256, help="channels D")
+    parser.add_argument("--heads", type=int, default=8, help="heads of SDPA and of AFT-conv")
+    parser.add_argument("--window", type=int, default=32, help="window size s of AFT-local and AFT-conv")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of all tensors")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--seconds", type=float, default=20.0, help="time per length, if repeats do not end it before")
+    parser.add_argument("--repeats", type=int, default=50, help="most turns of each contestant at a length")
+    parser.add_argument("--output_dir", type=Path, default=Path("benchmarks"), help="folder of the csv file")
+    args = parser.parse_args(argv)
+    problems = [
+        f"--{name} must be at least 1, got {value}"
+        for name in ("batch_size", "width", "heads", "window", "repeats")
+        if (value := getattr(args, name)) < 1
+    ]
+    problems += [f"--lengths must be at least 1, got {length}" for length in args.lengths if length < 1]
+    if args.width % max(args.heads, 1):
+        problems.append(f"--heads must divide --width {args.width}, got {args.heads}")
+    if problems:
+        raise ValueError("; ".join(problems))
+    return args
+
+
+def main(argv: list[str] | None = None) -> Path:
+    args = parse_arguments(argv)
+    torch.manual_seed(0)
+    path = args.output_dir / f"{args.suite}-{args.device}.csv"
+    write_rows(path, operator_suite(args))
+    print(f"wrote {path}")
+    return path
+
+
+if __name__ == "__main__":
+    main()
