@@ -7,11 +7,13 @@
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
 """
-Measures the operators side by side: python scripts/benchmark.py operator
+Measures side by side, and writes a row per contestant and length to benchmarks/.
+
+    python scripts/benchmark.py operator     # forward and backward pass of the operators, and of attention
+    python scripts/benchmark.py train        # training steps of whole models
 
 Every length is one round-robin: each contestant takes its turn in each repeat, so that what else the machine does
-meets all of them alike. A row per contestant and length goes to benchmarks/, with p20, p50 and p80 of the seconds of
-one forward and backward pass, and what they were measured on.
+meets all of them alike. A row has p20, p50 and p80 of the seconds of a turn, and what they were measured on.
 """
 
 import argparse
@@ -28,6 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import modeling_aft
 from modeling_aft.ops import aft_attention
@@ -117,7 +120,31 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     os.replace(temporary, path)
 
 
-def operator_suite(args) -> list[dict]:
+def train_contestants(args, length: int, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
+    """Name and one training step (forward, loss, backward, AdamW) of the model of each preset."""
+    contestants = {}
+    for preset in args.models:
+        config = AutoConfig.from_pretrained(preset)
+        config.max_position_embeddings = max(config.max_position_embeddings, length)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(args.device).train()
+        optimizer = torch.optim.AdamW(model.parameters())
+        ids = torch.randint(config.vocab_size, (args.batch_size, length), device=args.device)
+
+        def step(model=model, optimizer=optimizer, ids=ids):
+            model(ids, labels=ids, use_cache=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if args.device == "cuda":
+                torch.cuda.synchronize()
+
+        contestants[Path(preset).stem] = step
+    return contestants
+
+
+SUITES = {"operator": operator_contestants, "train": train_contestants}
+
+
+def run_suite(args) -> list[dict]:
     dtype = getattr(torch, args.dtype)
     conditions = {
         "device": args.device,
@@ -125,7 +152,6 @@ def operator_suite(args) -> list[dict]:
         "threads": torch.get_num_threads(),
         "dtype": args.dtype,
         "batch_size": args.batch_size,
-        "width": args.width,
         "modeling_aft": modeling_aft.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -133,22 +159,24 @@ def operator_suite(args) -> list[dict]:
     }
     rows = []
     for length in args.lengths:
-        times = measure(operator_contestants(args, length, dtype), args.seconds, args.repeats)
+        times = measure(SUITES[args.suite](args, length, dtype), args.seconds, args.repeats)
         gc.collect()
-        baseline = np.median(times[f"sdpa-h{args.heads}"])
+        first = np.median(next(iter(times.values())))
         for name, values in times.items():
-            p20, p50, p80 = np.percentile(values, [20, 50, 80])
-            figures = {"p20": p20, "p50": p50, "p80": p80}
-            figures = {name: f"{value:.6f}" for name, value in figures.items()}
-            rows.append({"operator": name, "length": length, "turns": len(values), **figures, **conditions})
-            print(f"T={length:6d}  {name:18s} {p50 * 1e3:10.2f} ms   {baseline / p50:6.2f} x the speed of SDPA")
+            figures = dict(zip(("p20", "p50", "p80"), np.percentile(values, [20, 50, 80]), strict=True))
+            seconds = {percentile: f"{value:.6f}" for percentile, value in figures.items()}
+            rows.append({"contestant": name, "length": length, "turns": len(values), **seconds, **conditions})
+            median, speed = figures["p50"], args.batch_size * length / figures["p50"]
+            print(f"T={length:6d}  {name:22s} {median * 1e3:10.2f} ms {speed:12,.0f} tokens/s {first / median:7.2f} x")
     return rows
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suite", choices=["operator"], help="what to measure")
+    parser.add_argument("suite", choices=list(SUITES), help="what to measure")
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096, 16384], help="values of T")
+    presets = sorted(map(str, Path(__file__).parent.parent.glob("configuration/models/*-small.json")))
+    parser.add_argument("--models", nargs="+", default=presets, help="model presets of the suite train")
     parser.add_argument("--longest_table", type=int, default=16384, help="longest T for the forms with a [T, T] bias")
     parser.add_argument("--batch_size", type=int, default=2, help="sequences")
     parser.add_argument("--width", type=int, default=256, help="channels D")
@@ -177,7 +205,7 @@ def main(argv: list[str] | None = None) -> Path:
     args = parse_arguments(argv)
     torch.manual_seed(0)
     path = args.output_dir / f"{args.suite}-{args.device}.csv"
-    write_rows(path, operator_suite(args))
+    write_rows(path, run_suite(args))
     print(f"wrote {path}")
     return path
 

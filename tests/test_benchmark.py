@@ -15,9 +15,27 @@ def test_operator_suite_writes_a_row_per_contestant_and_length(tmp_path):
     path = benchmark.main(["operator", *flags])
     rows = list(csv.DictReader(path.open()))
     names = ["sdpa-h2", "aft-simple", "aft-local-3", "aft-conv-2-3"]
-    assert [r["operator"] for r in rows] == [*names, "aft-full", "plain-aft-full", *names]
+    assert [r["contestant"] for r in rows] == [*names, "aft-full", "plain-aft-full", *names]
     assert all(float(r["p20"]) <= float(r["p50"]) <= float(r["p80"]) for r in rows)
     assert {r["torch"] for r in rows} == {torch.__version__}
+
+
+def test_train_suite_measures_the_presets(tmp_path):
+    presets = [f"configuration/models/aft-{name}-tiny.json" for name in ("simple", "conv")]
+    flags = [
+        "--lengths",
+        "16",
+        "--batch_size",
+        "1",
+        "--repeats",
+        "1",
+        "--device",
+        "cpu",
+        "--output_dir",
+        str(tmp_path),
+    ]
+    rows = list(csv.DictReader(benchmark.main(["train", "--models", *presets, *flags]).open()))
+    assert [r["contestant"] for r in rows] == ["aft-simple-tiny", "aft-conv-tiny"]
 
 
 def test_the_plain_form_that_is_measured_is_the_same_function():
