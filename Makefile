@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/installed
 
 # --resume auto: a run that was interrupted continues where its last checkpoint left it.
 pretrain: $(INSTALLED)
-	$(BIN)/accelerate launch --config_file configuration/accelerate/cpu.yaml scripts/pretrain_enwik8.py \
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/accelerate launch --config_file configuration/accelerate/cpu.yaml scripts/pretrain_enwik8.py \
 		--training_preset configuration/training/tiny.yaml --output_dir runs/tiny --resume auto
 
 test: $(INSTALLED)

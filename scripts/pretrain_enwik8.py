@@ -1,0 +1,381 @@
+# Copyright 2026 The modeling_aft authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""
+Pre-trains a byte-level causal language model and scores it in bits per byte.
+
+    python scripts/pretrain_enwik8.py                              # tiny model, text at hand, minutes on a CPU
+    python scripts/pretrain_enwik8.py --training_preset configuration/training/enwik8.yaml
+    accelerate launch --config_file configuration/accelerate/multi-gpu.yaml scripts/pretrain_enwik8.py --resume auto
+
+The model is whatever AutoConfig makes of --model_preset. A training window is T bytes and, as labels, the byte after
+each of them. batch_size counts windows over all processes and accumulated micro-batches, and the batch of a step is a
+pure function of seed and step, so processes and micro-batches change only the rounding. Dropout is seeded by seed,
+step and process, so a resumed run continues exactly.
+
+output_dir gets run.jsonl, checkpoints/ and training_curve.png, and at the end everything that from_pretrained needs:
+config, weights, tokenizer, generation config, and a model card (README.md) made from run.jsonl.
+"""
+
+import argparse
+import contextlib
+import importlib.metadata
+import math
+import platform
+import shlex
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env, set_seed
+from bpb_evaluation import evaluate_bits_per_byte
+from byte_data import ENWIK8, ByteData, TrainingWindows, file_bytes, known_file_bytes, pydoc_bytes
+from checkpointing import complete_checkpoints, find_checkpoint, read_state, save_checkpoint
+from pretraining_arguments import RESUMABLE_CHANGES, check_arguments, has_length_limit, parse_arguments
+from run_log import RunLog, fill_model_card, plot_training_curve, read_log, today
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM
+
+from modeling_aft import ByteTokenizer
+
+
+CARD_TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "template.md"
+VERSIONS = ("torch", "transformers", "accelerate", "datasets", "evaluate", "tokenizers")
+
+
+def load_data(args) -> tuple[str, ByteData]:
+    """The name of the data and its memory-mapped bytes."""
+    if args.dataset == "enwik8":
+        name, content = "enwik8", known_file_bytes(ENWIK8, args.dataset_path, args.dataset_url, args.cache_dir)
+    elif args.dataset == "file":
+        name, content = Path(args.dataset_path).name, file_bytes(args.dataset_path)
+    else:
+        name, content = f"pydoc topics of Python {platform.python_version()}", pydoc_bytes()
+    return name, ByteData.from_bytes(content, args.cache_dir)
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
+    """Decay for the weights of linear layers (a head that is tied to the embedding is one), none for all others."""
+    linear = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Linear)}
+    decayed = [parameter for parameter in model.parameters() if id(parameter) in linear]
+    others = [parameter for parameter in model.parameters() if id(parameter) not in linear]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def learning_rate(step: int, args) -> float:
+    """The learning rate of a step (from 0): linear warm-up to the peak, then `args.lr_decay`."""
+    if step < args.warmup_steps:
+        return args.learning_rate * (step + 1) / args.warmup_steps
+    if args.lr_decay == "constant":
+        return args.learning_rate
+    if args.lr_decay == "inverse_sqrt":
+        return args.learning_rate * math.sqrt(args.warmup_steps / (step + 1))
+    progress = (step - args.warmup_steps) / max(args.max_steps - args.warmup_steps, 1)
+    remaining = 1 - progress if args.lr_decay == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return args.learning_rate * (args.min_lr_ratio + (1 - args.min_lr_ratio) * remaining)
+
+
+def seed_step(seed: int, step: int, process: int) -> None:
+    """Seeds torch (dropout) for one step of one process."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, process]).generate_state(1, np.uint64)[0]))
+
+
+def train_step(model, optimizer, accelerator: Accelerator, windows: TrainingWindows, step: int, args) -> torch.Tensor:
+    """One optimizer step on the global batch of `step`; returns the summed nats of this process's windows."""
+    seed_step(args.seed, step, accelerator.process_index)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, args)
+    per_forward = args.micro_batch_size * accelerator.num_processes
+    nats = torch.zeros((), device=accelerator.device)
+    for first in range(0, args.batch_size, per_forward):
+        first_row = first + accelerator.process_index * args.micro_batch_size
+        batch = windows.batch(step, args.batch_size, range(first_row, first_row + args.micro_batch_size))
+        inputs, labels = (torch.from_numpy(array).to(accelerator.device) for array in batch)  # [micro batch, T]
+        last = first + per_forward == args.batch_size
+        with contextlib.nullcontext() if last else accelerator.no_sync(model):
+            logits = model(input_ids=inputs, use_cache=False).logits
+            loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum")
+            # Gradients are averaged over processes, so this makes them those of the mean over the global batch.
+            accelerator.backward(loss * accelerator.num_processes / (args.batch_size * args.sequence_length))
+        nats += loss.detach()
+    if args.max_grad_norm > 0:
+        accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return nats
+
+
+def sample_text(model, args) -> str:
+    """The prompt and a sampled continuation of it, with U+FFFD for bytes that are not UTF-8."""
+    prompt = list(args.sample_prompt.encode("utf-8"))
+    num_bytes = args.sample_bytes
+    if has_length_limit(model.config):
+        num_bytes = min(num_bytes, model.config.max_position_embeddings - len(prompt))
+    was_training = model.training
+    model.eval()
+    torch.manual_seed(args.seed)
+    ids = model.generate(torch.tensor([prompt], device=model.device), max_new_tokens=num_bytes)[0].tolist()
+    model.train(was_training)
+    return bytes(token % 256 for token in ids).decode("utf-8", errors="replace")
+
+
+def prepare_output(args, checkpoint: Path | None, accelerator: Accelerator) -> Path:
+    """
+    Makes the output folder, empty of earlier runs unless this run continues from `checkpoint`.
+
+    Raises:
+        ValueError: the folder holds a run that would be lost.
+    """
+    folder = Path(args.output_dir)
+    continues = checkpoint is not None and checkpoint.resolve().parent == (folder / "checkpoints").resolve()
+    earlier = [name for name in ("config.json", "run.jsonl", "checkpoints") if (folder / name).exists()]
+    unfinished = "config.json" not in earlier and not complete_checkpoints(folder / "checkpoints")
+    if earlier and not (continues or args.overwrite or (args.resume == "auto" and unfinished)):
+        raise ValueError(
+            f"--output_dir {folder} holds a run ({', '.join(earlier)}); continue it with --resume auto, replace it "
+            "with --overwrite, or choose another folder"
+        )
+    accelerator.wait_for_everyone()  # all processes look before one of them writes
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        if args.overwrite:
+            for name in ("checkpoints", "tensorboard"):
+                shutil.rmtree(folder / name, ignore_errors=True)
+            (folder / "config.json").unlink(missing_ok=True)  # no finished model is here until this run has finished
+    accelerator.wait_for_everyone()
+    return folder
+
+
+def describe_run(args, accelerator: Accelerator, model, name: str, data: ByteData, windows: TrainingWindows) -> dict:
+    """Every quantity that follows from the arguments, for the log and the terminal."""
+    device = accelerator.device
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {device.type}"
+    return {
+        "model": f"{model.config.model_type}, {type(model).__name__}",
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "data": name,
+        "data_sha256": data.sha256,
+        **{f"{split}_bytes": stop - start for split, (start, stop) in data.splits.items()},
+        "windows_per_epoch": windows.windows_per_epoch,
+        "epochs": round(args.max_steps * args.batch_size / windows.windows_per_epoch, 3),
+        "steps": args.max_steps,
+        "tokens_per_step": args.batch_size * args.sequence_length,
+        "micro_batches_per_step": args.batch_size // (args.micro_batch_size * accelerator.num_processes),
+        "num_processes": accelerator.num_processes,
+        "hardware": hardware if device.type == "cuda" else f"{hardware}, {torch.get_num_threads()} threads",
+        "precision": accelerator.mixed_precision if accelerator.mixed_precision != "no" else "float32",
+    }
+
+
+def save_model(model, accelerator: Accelerator, folder: Path) -> None:
+    """Writes config, generation config, weights and tokenizer to `folder`; all processes must call this."""
+    # The names of a compiled model's weights begin with _orig_mod, and no model that loads them expects that.
+    state_dict = {name.replace("_orig_mod.", ""): w for name, w in accelerator.get_state_dict(model).items()}
+    if accelerator.is_main_process:
+        ByteTokenizer().save_pretrained(folder)
+        accelerator.unwrap_model(model, keep_torch_compile=False).save_pretrained(folder, state_dict=state_dict)
+    accelerator.wait_for_everyone()
+
+
+@dataclass
+class Run:
+    """A run that is set up: `train` goes from `state["step"]` to the end, `finish` scores and saves the model."""
+
+    args: argparse.Namespace
+    accelerator: Accelerator
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    data: ByteData
+    windows: TrainingWindows
+    log: RunLog
+    folder: Path
+    state: dict  # of the last checkpoint
+    identity: dict  # what decides the weights
+
+    def report(self, text: str) -> None:
+        """Prints above the progress bar, once."""
+        if self.accelerator.is_main_process:
+            tqdm.write(text)
+
+    def evaluate(self, split: str, step: int, max_bytes: int = 0) -> dict:
+        """Scores a split, or its first `max_bytes`, and logs the result."""
+        start, stop = self.data.splits[split]
+        result = evaluate_bits_per_byte(
+            self.model,
+            self.data.read,
+            self.accelerator,
+            start,
+            min(start + max_bytes, stop) if max_bytes else stop,
+            protocol=self.args.eval_protocol,
+            length=self.args.sequence_length,
+            stride=self.args.eval_stride,
+            batch_size=self.args.eval_batch_size,
+        )
+        self.log.write("evaluation", split=split, step=step, **result)
+        self.report(f"step {step}: {split} {result['bits_per_byte']:.4f} bits per byte")
+        return result
+
+    def sample(self, step: int) -> None:
+        """Logs and prints a sample of text; a sharded model has none, because it cannot generate on one process."""
+        if self.accelerator.is_main_process and self.accelerator.distributed_type != DistributedType.FSDP:
+            text = sample_text(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), self.args)
+            self.log.write("sample", step=step, text=text)
+            self.report(f"--- sample at step {step}\n{text}\n---")
+
+    def train(self) -> None:
+        """Trains, and evaluates, samples and saves on the way."""
+        args, state = self.args, self.state
+        progress = tqdm(
+            total=args.max_steps,
+            initial=state["step"],
+            unit="step",
+            disable=not self.accelerator.is_main_process,
+        )
+        nats, tokens, started = 0.0, 0, time.perf_counter()
+        self.model.train()
+        for step in range(state["step"], args.max_steps):
+            nats += train_step(self.model, self.optimizer, self.accelerator, self.windows, step, args)
+            tokens += args.batch_size * args.sequence_length
+            done = step + 1
+            progress.update()
+            last = done == args.max_steps
+            logs, evaluates, samples, saves = (
+                last or (every > 0 and done % every == 0)
+                for every in (args.log_every, args.eval_every, args.sample_every, args.save_every)
+            )
+            # A line also stands before everything that is no training, so that no measured time includes it.
+            if not (logs or evaluates or samples or saves):
+                continue
+            bits_per_byte = self.accelerator.reduce(nats, reduction="sum").item() / (math.log(2) * tokens)
+            seconds = time.perf_counter() - started
+            if not math.isfinite(bits_per_byte):
+                raise FloatingPointError(f"the loss is {bits_per_byte} at step {done}: lower --learning_rate")
+            state["training_seconds"] += seconds
+            rates = {"learning_rate": learning_rate(step, args), "tokens_per_second": tokens / seconds}
+            self.log.write("train", step=done, bits_per_byte=bits_per_byte, **rates, seconds=state["training_seconds"])
+            progress.set_postfix_str(f"{bits_per_byte:.3f} bits per byte, {tokens / seconds:,.0f} tokens/s")
+            if evaluates:
+                self.evaluate("valid", done, args.eval_bytes)
+            if samples and args.sample_bytes and not last:  # the last sample is made of the saved model
+                self.sample(done)
+            if saves:
+                state |= {"step": done, "log_lines": self.log.num_lines, "identity": self.identity}
+                save_checkpoint(self.accelerator, self.folder / "checkpoints", state, args.keep_checkpoints)
+            nats, tokens, started = 0.0, 0, time.perf_counter()
+        progress.close()
+
+    def finish(self) -> dict:
+        """Scores the test split, saves the model with curve and card, and returns the final event of the log."""
+        test = self.evaluate("test", self.args.max_steps)
+        save_model(self.model, self.accelerator, self.folder)
+        path = self.folder.resolve()
+        final = {"step": self.args.max_steps, "test_bits_per_byte": test["bits_per_byte"], "model_name": path.name}
+        final |= {"training_seconds": self.state["training_seconds"], "sample": "", "model_path": str(path)}
+        if self.accelerator.is_main_process:
+            if self.args.sample_bytes:  # from the folder, which shows that it loads
+                final["sample"] = sample_text(AutoModelForCausalLM.from_pretrained(self.folder), self.args)
+            self.log.write("final", **final)
+            events = read_log(self.log.path)
+            plot_training_curve(events, self.folder / "training_curve.png")
+            card = fill_model_card(CARD_TEMPLATE.read_text(encoding="utf-8"), events)
+            (self.folder / "README.md").write_text(card, encoding="utf-8")
+            print(f"--- sample\n{final['sample']}\n---")
+            print(f"test: {test['bits_per_byte']:.4f} bits per byte\nmodel: {path}")
+        self.accelerator.wait_for_everyone()
+        return final
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Runs the program with the flags `argv`, those of the command line by default; returns the log's final event."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_arguments(argv)
+    # Before Accelerator, so that a wrong precision is one of the problems that are listed together.
+    processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    config = check_arguments(args, processes.num_processes)
+    checkpoint = find_checkpoint(args.resume, Path(args.output_dir) / "checkpoints")
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        dynamo_backend="inductor" if args.compile else None,
+        # train_step divides the loss itself; without this, a launch file could make backward divide it again.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+    )
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    with accelerator.local_main_process_first():
+        name, data = load_data(args)
+    train_start, train_end = data.splits["train"]
+    windows = TrainingWindows(data.read, train_end - train_start, args.sequence_length, args.seed)
+    if args.max_steps is None:
+        args.max_steps = math.ceil(args.num_epochs * windows.windows_per_epoch / args.batch_size)
+
+    identity = {key: value for key, value in vars(args).items() if key not in RESUMABLE_CHANGES}
+    identity |= {"data": data.sha256, "num_processes": accelerator.num_processes}
+    identity |= {"mixed_precision": accelerator.mixed_precision, "model_config": config.to_diff_dict()}
+    identity["model_config"].pop("transformers_version", None)
+    state = {"step": 0, "log_lines": 0, "training_seconds": 0.0}
+    if checkpoint is not None:
+        state = read_state(checkpoint, identity)
+    folder = prepare_output(args, checkpoint, accelerator)
+
+    set_seed(args.seed)
+    model = AutoModelForCausalLM.from_config(config)
+    model.generation_config.update(do_sample=True, temperature=0.8, top_k=40)
+    if args.gradient_checkpointing:
+        # transformers 5.23 gave gradient_checkpointing_enable this new name.
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    facts = describe_run(args, accelerator, model, name, data, windows)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, args.weight_decay), lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2)
+    )
+    model, optimizer = accelerator.prepare(model, optimizer)
+    if checkpoint is not None:
+        accelerator.load_state(str(checkpoint))
+
+    for key, value in facts.items():
+        accelerator.print(f"{key.replace('_', ' ')}: {f'{value:,}' if isinstance(value, int) else value}")
+    accelerator.print(f"checkpoint: {checkpoint or 'none, starting from the beginning'}")
+    log = RunLog(
+        folder / "run.jsonl",
+        continues=None if checkpoint is None else checkpoint.parent.parent / "run.jsonl",
+        keep_lines=state["log_lines"],
+        tensorboard=folder / "tensorboard" if args.tensorboard else None,
+        active=accelerator.is_main_process,
+    )
+    command = shlex.join(["python", "scripts/pretrain_enwik8.py", *argv])
+    if checkpoint is not None:
+        log.write("resume", step=state["step"], command=command)
+    else:
+        versions = {package: importlib.metadata.version(package) for package in VERSIONS}
+        log.write(
+            "config",
+            **facts,
+            arguments=vars(args),
+            model_config=identity["model_config"],
+            versions={"Python": platform.python_version(), **versions},
+            command=command,
+            date=today(),
+        )
+
+    run = Run(args, accelerator, model, optimizer, data, windows, log, folder, state, identity)
+    run.train()
+    final = run.finish()
+    accelerator.end_training()
+    return final
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,261 @@
+# Copyright 2026 The modeling_aft authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""The command line of pretrain_enwik8.py: its flags, the presets that set their defaults, and the checks on them."""
+
+import argparse
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import yaml
+from transformers import AutoConfig, HfArgumentParser, PreTrainedConfig
+
+
+CONFIGURATION = Path(__file__).resolve().parent.parent / "configuration"
+
+CHOICES = {
+    "dataset": ("pydoc", "enwik8", "file"),
+    "mixed_precision": ("no", "bf16", "fp16"),
+    "lr_decay": ("cosine", "linear", "inverse_sqrt", "constant"),
+    "eval_protocol": ("segments", "sliding", "carried"),
+}
+# Flags that hold a path: in a preset, a relative one starts at the preset's folder.
+PATHS = ("model_preset", "dataset_path", "cache_dir", "output_dir")
+# Flags that leave the weights as they are, so that a resumed run may change them.
+RESUMABLE_CHANGES = {
+    *("training_preset", "model_preset", "model_override", "dataset", "dataset_path", "dataset_url", "cache_dir"),
+    *("eval_protocol", "eval_stride", "eval_every", "eval_bytes", "eval_batch_size", "log_every", "tensorboard"),
+    *("sample_every", "sample_bytes", "sample_prompt", "save_every", "keep_checkpoints", "output_dir", "resume"),
+    "overwrite",
+}
+
+
+def flag(default, text: str):
+    """A dataclass field with the help text of its flag."""
+    return field(default=default, metadata={"help": text.replace("%", "%%")})
+
+
+@dataclass
+class ModelArguments:
+    _argument_group_name = "model"
+
+    training_preset: str | None = flag(None, "YAML file whose keys are flags of this script; explicit flags win.")
+    model_preset: str = flag(str(CONFIGURATION / "models" / "aft-local-tiny.json"), "JSON file of a model config.")
+    model_override: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Configuration fields to change, as key=value with a JSON value: window_size=16."},
+    )
+    gradient_checkpointing: bool = flag(False, "Recompute activations in the backward pass to save memory.")
+    compile: bool = flag(False, "Compile the model with torch.compile.")
+
+
+@dataclass
+class DataArguments:
+    _argument_group_name = "data"
+
+    dataset: str | None = flag(
+        None,
+        "pydoc (Python's documentation, no network), enwik8, or file; None is file with dataset_path, else pydoc.",
+    )
+    dataset_path: str | None = flag(
+        None, "File of bytes; .zip and .gz are unpacked. With --dataset enwik8: where that file already is."
+    )
+    dataset_url: str | None = flag(None, "Another address of the data set's file; length and checksums still count.")
+    cache_dir: str = flag(
+        str(Path.home() / ".cache" / "modeling_aft"), "Folder for downloads and the memory-mapped copy of the data."
+    )
+    sequence_length: int | None = flag(None, "T, bytes per training window; None is max_position_embeddings.")
+
+
+@dataclass
+class TrainingArguments:
+    _argument_group_name = "training"
+
+    batch_size: int = flag(8, "Windows per optimizer step, over all processes and accumulated micro-batches.")
+    micro_batch_size: int | None = flag(
+        None, "Windows per process in one forward; None is batch_size / processes. Gradients accumulate over the rest."
+    )
+    max_steps: int | None = flag(None, "Optimizer steps; give this or num_epochs. 800 when neither is given.")
+    num_epochs: float | None = flag(None, "Passes over the train split, in windows of sequence_length.")
+    learning_rate: float = flag(3e-3, "Peak learning rate.")
+    warmup_steps: int = flag(100, "Steps of linear warm-up.")
+    lr_decay: str = flag("cosine", "After warm-up: cosine, linear, inverse_sqrt (sqrt(warmup / step)) or constant.")
+    min_lr_ratio: float = flag(0.1, "Where cosine and linear end, as a fraction of learning_rate.")
+    weight_decay: float = flag(0.1, "AdamW decay of the weights of linear layers; nothing else decays.")
+    adam_beta1: float = flag(0.9, "First beta of AdamW.")
+    adam_beta2: float = flag(0.99, "Second beta of AdamW.")
+    max_grad_norm: float = flag(1.0, "Norm to which gradients are clipped; 0 = no clipping.")
+    mixed_precision: str | None = flag(None, "no, bf16 or fp16; None is what accelerate launch was told, else no.")
+    seed: int = flag(0, "Seed of the initial weights, the data order, dropout and samples.")
+
+
+@dataclass
+class OutputArguments:
+    _argument_group_name = "evaluation and output"
+
+    output_dir: str = flag("runs/pretraining", "Folder of the run: log, checkpoints and the final model.")
+    eval_protocol: str = flag("segments", "segments, sliding or carried (see bpb_evaluation.py).")
+    eval_stride: int | None = flag(None, "Stride of the sliding protocol; None is half of sequence_length.")
+    eval_every: int = flag(200, "Steps between evaluations on valid; 0 = only at the end.")
+    eval_bytes: int = flag(0, "Score only the first so many bytes of valid; 0 = all. The test split is always whole.")
+    eval_batch_size: int | None = flag(None, "Windows per process in one evaluation; None is micro_batch_size.")
+    log_every: int = flag(10, "Steps between lines of the log.")
+    tensorboard: bool = flag(False, "Also write TensorBoard files to output_dir/tensorboard.")
+    sample_every: int = flag(250, "Steps between samples of text; 0 = only at the end.")
+    sample_bytes: int = flag(300, "Bytes per sample; 0 = no samples.")
+    sample_prompt: str = flag("The ", "What samples begin with.")
+    save_every: int = flag(250, "Steps between checkpoints; 0 = only at the end.")
+    keep_checkpoints: int = flag(2, "How many of the newest checkpoints to keep.")
+    resume: str = flag("none", "auto (newest checkpoint of output_dir, else start), a checkpoint's path, or none.")
+    overwrite: bool = flag(False, "Replace the run that is in output_dir.")
+
+
+GROUPS = (ModelArguments, DataArguments, TrainingArguments, OutputArguments)
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """
+    All flags in one namespace. A training preset is read as flags that stand before the explicit ones.
+
+    Raises:
+        ValueError: a flag or a key of the preset is unknown, or a value has the wrong type.
+    """
+    parser = HfArgumentParser(
+        GROUPS, allow_abbrev=False, description="Pre-train a byte-level causal language model.", exit_on_error=False
+    )
+    preset_flag = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    preset_flag.add_argument("--training_preset", "--training-preset")
+    preset = preset_flag.parse_known_args(argv)[0].training_preset
+    try:
+        defaults = read_preset(preset, argv) if preset else []
+        groups = parser.parse_args_into_dataclasses([*defaults, *argv], look_for_args_file=False)
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from None
+    return argparse.Namespace(**{name: value for group in groups for name, value in vars(group).items()})
+
+
+def read_preset(path: str, argv: list[str]) -> list[str]:
+    """The flags that a YAML preset stands for, e.g. `["--batch_size", "32"]`, without what `argv` rules out."""
+    if not Path(path).is_file():
+        raise ValueError(f"--training_preset: no such file: {path}")
+    preset = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(preset, dict):
+        raise ValueError(f"--training_preset {path}: must be a mapping of flags to values, got {preset!r}")
+    known = {entry.name for group in GROUPS for entry in fields(group)} - {"training_preset"}
+    if unknown := sorted(set(preset) - known):
+        raise ValueError(f"--training_preset {path}: unknown keys {', '.join(unknown)}; known: {sorted(known)}")
+    explicit = {item.partition("=")[0][2:].replace("-", "_") for item in argv if item.startswith("--")}
+    for name, rival in (("max_steps", "num_epochs"), ("num_epochs", "max_steps")):
+        if rival in explicit:
+            preset.pop(name, None)
+    flags = []
+    for name, value in preset.items():
+        if name in PATHS:
+            value = Path(path).resolve().parent / value
+        flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return flags
+
+
+def build_config(args: argparse.Namespace) -> PreTrainedConfig:
+    """
+    The model configuration of `args.model_preset`, with the fields of `args.model_override` changed.
+
+    Raises:
+        ValueError: the file is not a model configuration, or a field or its value is not allowed.
+    """
+    path = Path(args.model_preset)
+    if not path.is_file():
+        raise ValueError(f"--model_preset: no such file: {path}")
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict) or "model_type" not in values:
+        raise ValueError(f"--model_preset {path}: must be a JSON object with a model_type")
+    config = AutoConfig.for_model(**values)
+    overrides = {}
+    for item in args.model_override:
+        name, equals, text = item.partition("=")
+        if not equals or name == "model_type" or not hasattr(config, name):
+            raise ValueError(f"--model_override {item!r}: must be key=value with a field of {type(config).__name__}")
+        try:
+            overrides[name] = json.loads(text)
+        except json.JSONDecodeError:
+            overrides[name] = text  # a bare word is a string
+    config = AutoConfig.for_model(**{**values, **overrides})
+    if config.vocab_size < 256:
+        raise ValueError(f"vocab_size must be at least 256 for a model of bytes, got {config.vocab_size}")
+    return config
+
+
+def has_length_limit(config: PreTrainedConfig) -> bool:
+    """Whether the model has tables that end at `max_position_embeddings`: a config may say so, else they do."""
+    return getattr(config, "has_position_table", hasattr(config, "max_position_embeddings"))
+
+
+def check_arguments(args: argparse.Namespace, num_processes: int) -> PreTrainedConfig:
+    """
+    Fills in the values that follow from others, and returns the model configuration.
+
+    Raises:
+        ValueError: one error that lists everything that is wrong.
+    """
+    problems = []
+
+    def check(ok: bool, name: str, allowed: str):
+        if not ok:
+            problems.append(f"--{name} must be {allowed}, got {getattr(args, name)!r}")
+
+    for name, choices in CHOICES.items():
+        check(getattr(args, name) in (*choices, None), name, "one of " + ", ".join(choices))
+    for name in ("batch_size", "log_every", "keep_checkpoints"):
+        check(getattr(args, name) >= 1, name, "at least 1")
+    for name in ("micro_batch_size", "max_steps", "sequence_length", "eval_stride", "eval_batch_size"):
+        check(getattr(args, name) is None or getattr(args, name) >= 1, name, "at least 1")
+    for name in ("warmup_steps", "weight_decay", "max_grad_norm", "seed", "eval_every", "eval_bytes"):
+        check(getattr(args, name) >= 0, name, "at least 0")
+    for name in ("sample_every", "sample_bytes", "save_every"):
+        check(getattr(args, name) >= 0, name, "at least 0")
+    for name in ("adam_beta1", "adam_beta2"):
+        check(0 <= getattr(args, name) < 1, name, "in [0, 1)")
+    check(args.learning_rate > 0, "learning_rate", "positive")
+    check(0 <= args.min_lr_ratio <= 1, "min_lr_ratio", "in [0, 1]")
+    check(args.num_epochs is None or args.num_epochs > 0, "num_epochs", "positive")
+    check(args.num_epochs is None or args.max_steps is None, "num_epochs", "left out when --max_steps is given")
+    check(args.lr_decay != "inverse_sqrt" or args.warmup_steps >= 1, "warmup_steps", "at least 1 with inverse_sqrt")
+    args.dataset = args.dataset or ("file" if args.dataset_path else "pydoc")
+    check(args.dataset != "pydoc" or args.dataset_path is None, "dataset_path", "left out with --dataset pydoc")
+    check(args.dataset != "file" or args.dataset_path is not None, "dataset_path", "given with --dataset file")
+    check(args.dataset == "enwik8" or args.dataset_url is None, "dataset_url", "left out without --dataset enwik8")
+    check(args.sample_bytes == 0 or args.sample_prompt, "sample_prompt", "at least one character")
+    check(not args.overwrite or args.resume == "none", "overwrite", "left out when --resume is given")
+    check(args.batch_size % num_processes == 0, "batch_size", f"divisible by {num_processes}, the number of processes")
+    args.micro_batch_size = args.micro_batch_size or max(args.batch_size // num_processes, 1)
+    per_step = args.micro_batch_size * num_processes
+    check(args.batch_size % per_step == 0, "batch_size", f"divisible by micro_batch_size x processes ({per_step})")
+
+    config = None
+    try:
+        config = build_config(args)
+    except Exception as error:  # the configuration's own checks, and those of its strict dataclass
+        problems.append(f"--model_preset {args.model_preset}: {error}")
+    if config is not None:
+        length = getattr(config, "max_position_embeddings", None)
+        args.sequence_length = args.sequence_length or length
+        check(args.sequence_length is not None, "sequence_length", "given: the model has no max_position_embeddings")
+        if args.sequence_length and has_length_limit(config):
+            check(args.sequence_length <= length, "sequence_length", f"at most max_position_embeddings ({length})")
+            check(len(args.sample_prompt.encode()) < length, "sample_prompt", f"shorter than {length} bytes")
+            check(args.eval_protocol != "carried", "eval_protocol", "another: this model's position tables end")
+    if args.sequence_length:
+        args.eval_stride = args.eval_stride or max(args.sequence_length // 2, 1)
+        check(args.eval_stride <= args.sequence_length, "eval_stride", f"at most {args.sequence_length}")
+    if problems:
+        raise ValueError("pretrain_enwik8.py: " + "; ".join(problems))
+    args.eval_batch_size = args.eval_batch_size or args.micro_batch_size
+    if args.max_steps is None and args.num_epochs is None:
+        args.max_steps = 800
+    return config

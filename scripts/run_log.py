@@ -1,0 +1,149 @@
+# Copyright 2026 The modeling_aft authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""The log of a training run, one JSON object per line, and what is made of it: training curve and model card."""
+
+import json
+import os
+import string
+from datetime import UTC, datetime
+from pathlib import Path
+
+
+class RunLog:
+    """
+    Appends events to `run.jsonl`, and their numbers to TensorBoard when asked for.
+
+    Args:
+        path (`Path`): the file.
+        continues (`Path`, *optional*): the log to go on with: of the run whose checkpoint this one starts from.
+        keep_lines (`int`): how many of its lines to keep; the rest is younger than the checkpoint resumed from.
+        tensorboard (`Path`, *optional*): folder of the TensorBoard files.
+        active (`bool`): False on every process but one, where nothing is written.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        continues: Path | None = None,
+        keep_lines: int = 0,
+        tensorboard: Path | None = None,
+        active: bool = True,
+    ):
+        self.path, self.active, self.writer, self.num_lines = path, active, None, 0
+        if not active:
+            return
+        kept = continues.read_text(encoding="utf-8").splitlines(keepends=True)[:keep_lines] if continues else []
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, path)
+        self.num_lines = len(kept)
+        if tensorboard is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            last_step = json.loads(kept[-1]).get("step", 0) if kept else 0
+            self.writer = SummaryWriter(str(tensorboard), purge_step=last_step + 1 if kept else None)
+
+    def write(self, event: str, **values) -> None:
+        """Appends one line; in TensorBoard, numbers of an event that has a step are named event/value."""
+        if not self.active:
+            return
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"event": event, **values}) + "\n")
+        self.num_lines += 1
+        if self.writer is not None and "step" in values:
+            for name, value in values.items():
+                if name != "step" and isinstance(value, (int, float)):
+                    self.writer.add_scalar(f"{values.get('split', event)}/{name}", value, values["step"])
+            self.writer.flush()
+
+
+def read_log(path: Path) -> list[dict]:
+    """The events of a log, in order."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def plot_training_curve(events: list[dict], path: Path) -> None:
+    """Bits per byte over steps, train and valid, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="bits per byte")
+    for name, style, chosen in (
+        ("train", "-", [event for event in events if event["event"] == "train"]),
+        ("valid", "o-", [event for event in events if event["event"] == "evaluation" and event["split"] == "valid"]),
+    ):
+        steps, values = [event["step"] for event in chosen], [event["bits_per_byte"] for event in chosen]
+        axes.plot(steps, values, style, label=name, markersize=4)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path)
+
+
+def describe_protocol(evaluation: dict) -> str:
+    """The protocol of an evaluation in words, e.g. `segments, T = 256, 23310 bytes, float32`."""
+    parts = [evaluation["protocol"], f"T = {evaluation['length']}"]
+    parts += [f"S = {evaluation['stride']}"] if "stride" in evaluation else []
+    parts += [f"{evaluation['streams']} streams"] if "streams" in evaluation else []
+    return ", ".join([*parts, f"{evaluation['bytes_scored']} bytes", evaluation["dtype"]])
+
+
+def fill_model_card(template: str, events: list[dict]) -> str:
+    """
+    The model card of a finished run, of which every number is from its log.
+
+    Args:
+        template (`str`): text with `${name}` where a value belongs.
+        events (`list[dict]`): the log, with one config event, one evaluation of the test split, and one final event.
+
+    Raises:
+        KeyError: the template asks for a value that the log does not have.
+    """
+    config = next(event for event in events if event["event"] == "config")
+    final = next(event for event in reversed(events) if event["event"] == "final")
+    test, valid = (
+        next(event for event in reversed(events) if event["event"] == "evaluation" and event["split"] == split)
+        for split in ("test", "valid")
+    )
+    arguments, model = config["arguments"], config["model_config"]
+    table = "\n".join(f"| {name} | `{value}` |" for name, value in sorted(arguments.items()) if value is not None)
+    fields = "\n".join(f"| {name} | `{value}` |" for name, value in sorted(model.items()) if value is not None)
+    versions = ", ".join(f"{name} {version}" for name, version in config["versions"].items())
+    return string.Template(template).substitute(
+        model_name=final["model_name"],
+        model_type=model["model_type"],
+        parameters=f"{config['parameters']:,}",
+        model_name_quoted=json.dumps(final["model_name"]),  # a JSON string is a YAML string, whatever it contains
+        dataset=config["data"],
+        dataset_quoted=json.dumps(config["data"]),
+        dataset_sha256=config["data_sha256"],
+        train_bytes=f"{config['train_bytes']:,}",
+        valid_bytes=f"{config['valid_bytes']:,}",
+        test_bytes=f"{config['test_bytes']:,}",
+        test_bpb=f"{test['bits_per_byte']:.4f}",
+        test_protocol=describe_protocol(test),
+        valid_bpb=f"{valid['bits_per_byte']:.4f}",
+        valid_protocol=describe_protocol(valid),
+        steps=f"{final['step']:,}",
+        tokens=f"{final['step'] * config['tokens_per_step']:,}",
+        minutes=f"{final['training_seconds'] / 60:,.1f}",
+        hardware=config["hardware"],
+        num_processes=config["num_processes"],
+        precision=config["precision"],
+        versions=versions,
+        date=config["date"],
+        command=config["command"],
+        sample="\n".join("    " + line for line in final["sample"].splitlines()),
+        arguments=table,
+        model_fields=fields,
+    )
+
+
+def today() -> str:
+    """The date in UTC, as YYYY-MM-DD."""
+    return datetime.now(UTC).date().isoformat()

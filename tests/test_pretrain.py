@@ -1,0 +1,443 @@
+"""scripts/pretrain_enwik8.py: arguments, the run folder, resumption, and independence of the number of processes."""
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from checkpointing import complete_checkpoints
+from pretrain_enwik8 import learning_rate, main, parameter_groups, seed_step
+from pretraining_arguments import check_arguments, parse_arguments
+from run_log import read_log
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from modeling_aft import ByteTokenizer
+
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "scripts" / "pretrain_enwik8.py"
+LENGTH = 32
+MODEL = {
+    "model_type": "aft",
+    "aft_type": "local",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": LENGTH,
+    "window_size": 4,
+    "position_bias_rank": 4,
+    "hidden_dropout_prob": 0.1,
+}
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    """Runs here and in subprocesses use the CPU, also on a machine with a GPU."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    """A folder with a model preset and a file of text that repeats itself, so that little training lowers the loss."""
+    folder = tmp_path_factory.mktemp("inputs")
+    (folder / "model.json").write_text(json.dumps(MODEL))
+    words = np.random.default_rng(0).choice(["byte ", "model ", "state ", "window ", "é\n"], size=2000)
+    (folder / "text.bin").write_bytes("".join(words).encode() + bytes(range(256)))
+    return folder
+
+
+def flags(inputs: Path, output_dir: Path | str, **changes) -> list[str]:
+    values = {
+        "model_preset": inputs / "model.json",
+        "dataset_path": inputs / "text.bin",
+        "cache_dir": inputs / "cache",
+        "output_dir": output_dir,
+        "batch_size": 8,
+        "max_steps": 40,
+        "warmup_steps": 10,
+        "learning_rate": 0.01,
+        "log_every": 5,
+        "eval_every": 20,
+        "save_every": 20,
+        "sample_every": 20,
+        "sample_bytes": 20,
+        **changes,
+    }
+    return [text for name, value in values.items() for text in (f"--{name}", str(value))]
+
+
+# Arguments
+
+
+def test_explicit_flags_win_over_the_preset(tmp_path):
+    preset = tmp_path / "preset.yaml"
+    preset.write_text(yaml.safe_dump({"batch_size": 4, "learning_rate": "1e-3", "num_epochs": 2, "compile": True}))
+    args = parse_arguments(["--batch_size", "6", "--training_preset", str(preset)])
+    assert (args.batch_size, args.learning_rate, args.num_epochs, args.compile) == (6, 1e-3, 2.0, True)
+    args = parse_arguments([f"--training_preset={preset}", "--max_steps=3", "--compile", "false"])
+    assert (args.batch_size, args.max_steps, args.num_epochs, args.compile) == (4, 3, None, False)
+
+
+def test_paths_in_a_preset_start_at_its_folder(tmp_path, monkeypatch):
+    preset = tmp_path / "training" / "preset.yaml"
+    preset.parent.mkdir()
+    preset.write_text("model_preset: ../model.json\n")
+    monkeypatch.chdir("/")
+    assert Path(parse_arguments(["--training_preset", str(preset)]).model_preset).resolve() == tmp_path / "model.json"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        pytest.param("batch_sise: 4\n", "unknown keys batch_sise", id="unknown-key"),
+        pytest.param("- 4\n", "must be a mapping", id="no-mapping"),
+        pytest.param("batch_size: many\n", "batch_size.*many", id="wrong-type"),
+    ],
+)
+def test_wrong_preset_is_refused(tmp_path, text, message):
+    (tmp_path / "preset.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        parse_arguments(["--training_preset", str(tmp_path / "preset.yaml")])
+
+
+@pytest.mark.parametrize("argv", [["--batch_sise", "4"], ["--batch", "4"], ["--max_steps", "few"]])
+def test_wrong_flag_is_refused(argv):
+    with pytest.raises(ValueError, match=argv[0]):
+        parse_arguments(argv)
+
+
+def test_all_problems_are_in_one_error(inputs, tmp_path):
+    wrong = {"batch_size": 6, "micro_batch_size": 4, "lr_decay": "steep", "adam_beta1": 1.5, "sequence_length": 64}
+    with pytest.raises(ValueError) as caught:
+        main(flags(inputs, tmp_path / "run", **wrong))
+    for name, value in {**wrong, "micro_batch_size": "micro_batch_size x processes (4)"}.items():
+        assert name in str(caught.value) and str(value) in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        pytest.param({"model_override": "hidden_sise=8"}, "hidden_sise=8", id="unknown-field"),
+        pytest.param({"model_override": "window_size=-1"}, "window_size", id="value-of-field"),
+        pytest.param({"model_override": "vocab_size=100"}, "at least 256", id="vocabulary"),
+        pytest.param({"model_preset": "nowhere.json"}, "no such file: nowhere.json", id="no-preset"),
+        pytest.param({"eval_protocol": "carried"}, "eval_protocol .*tables end", id="carried-with-tables"),
+        pytest.param({"num_epochs": 1}, "num_epochs", id="steps-and-epochs"),
+        pytest.param({"dataset": "pydoc"}, "dataset_path", id="path-of-pydoc"),
+        pytest.param({"sample_prompt": "a" * 32}, "sample_prompt", id="long-prompt"),
+        pytest.param({"resume": "auto", "overwrite": True}, "overwrite", id="resume-and-overwrite"),
+        pytest.param({"resume": "/nowhere"}, "resume /nowhere", id="no-checkpoint"),
+    ],
+)
+def test_wrong_arguments_are_refused(inputs, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        main(flags(inputs, tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_model_override_has_json_types(inputs, tmp_path):
+    argv = flags(inputs, tmp_path, max_steps=1) + ["--model_override", "aft_type=conv", "num_attention_heads=4"]
+    argv += ["tie_word_embeddings=false", "position_bias_rank=null"]
+    config = check_arguments(parse_arguments(argv), num_processes=1)
+    assert (config.aft_type, config.num_attention_heads, config.tie_word_embeddings) == ("conv", 4, False)
+    assert config.position_bias_rank is None
+
+
+@pytest.mark.parametrize("num_processes, allowed", [(1, True), (2, True), (3, False), (16, False)])
+def test_batch_must_divide_among_processes(inputs, tmp_path, num_processes, allowed):
+    args = parse_arguments(flags(inputs, tmp_path))
+    if allowed:
+        check_arguments(args, num_processes)
+        assert args.micro_batch_size * num_processes == 8
+    else:
+        with pytest.raises(ValueError, match=f"batch_size must be divisible by {num_processes}, .*got 8"):
+            check_arguments(args, num_processes)
+
+
+# Optimisation
+
+
+@pytest.mark.parametrize(
+    "decay, at_peak, at_middle, at_end",
+    [
+        ("constant", 1.0, 1.0, 1.0),
+        ("linear", 1.0, 0.55, 0.1),
+        ("cosine", 1.0, 0.55, 0.1),
+        ("inverse_sqrt", 1.0, math.sqrt(10 / 60), math.sqrt(10 / 110)),
+    ],
+)
+def test_learning_rate(decay, at_peak, at_middle, at_end):
+    args = parse_arguments(["--max_steps", "110", "--warmup_steps", "10", "--learning_rate", "2", "--lr_decay", decay])
+    assert [learning_rate(step, args) / 2 for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
+    found = [learning_rate(step, args) / 2 for step in (10, 60, 110)]
+    assert found == pytest.approx([at_peak, at_middle, at_end], rel=0.05)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_only_linear_weights_decay(tied):
+    from modeling_aft import AFTConfig, AFTForCausalLM
+
+    names = {key: value for key, value in MODEL.items() if key != "model_type"}
+    model = AFTForCausalLM(AFTConfig(**names, tie_word_embeddings=tied))
+    decayed, others = parameter_groups(model, 0.5)
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.5, 0.0)
+    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    assert {id(parameter) for parameter in decayed["params"]} == {id(module.weight) for module in linear}
+    assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
+    embedding = model.get_input_embeddings().weight
+    assert any(embedding is parameter for parameter in decayed["params"]) == tied
+
+
+def test_each_step_of_each_process_has_its_own_random_numbers():
+    def numbers(*where: int) -> tuple:
+        seed_step(*where)
+        return tuple(torch.rand(3).tolist())
+
+    places = [(seed, step, process) for seed in (0, 1) for step in (0, 1) for process in (0, 1)]
+    assert len({numbers(*place) for place in places}) == len(places)
+    assert numbers(0, 1, 1) == numbers(0, 1, 1)
+
+
+# Runs
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, tmp_path_factory) -> Path:
+    """The folder of a finished run."""
+    folder = tmp_path_factory.mktemp("runs") / "finished: a run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        main(flags(inputs, folder, tensorboard=True))
+        AcceleratorState._reset_state(reset_partial_state=True)
+    return folder
+
+
+def events(folder: Path, name: str) -> list[dict]:
+    return [event for event in read_log(folder / "run.jsonl") if event["event"] == name]
+
+
+def test_log(finished, inputs):
+    (config,) = events(finished, "config")
+    size = (inputs / "text.bin").stat().st_size
+    assert [config[f"{split}_bytes"] for split in ("train", "valid", "test")] == pytest.approx(
+        [size * 0.9, size * 0.05, size * 0.05], abs=1
+    )
+    assert (config["tokens_per_step"], config["arguments"]["batch_size"]) == (8 * LENGTH, 8)
+    assert config["model_config"]["window_size"] == MODEL["window_size"]
+    train = events(finished, "train")
+    assert [event["step"] for event in train] == list(range(5, 41, 5))
+    assert train[0]["bits_per_byte"] > 5 > train[-1]["bits_per_byte"]
+    assert [(event["split"], event["step"]) for event in events(finished, "evaluation")] == [
+        ("valid", 20),
+        ("valid", 40),
+        ("test", 40),
+    ]
+    assert [event["step"] for event in events(finished, "sample")] == [20]
+    (final,) = events(finished, "final")
+    assert final["sample"].startswith("The ")
+    assert final["model_path"] == str(finished)
+
+
+def test_saved_folder_loads_and_scores_the_same(finished, inputs):
+    model = AutoModelForCausalLM.from_pretrained(finished).eval()
+    assert model.generation_config.do_sample
+    assert type(AutoTokenizer.from_pretrained(finished)) is ByteTokenizer
+    content = (inputs / "text.bin").read_bytes()
+    start = len(content) * 95 // 100
+    nats = 0.0
+    for first in range(start, len(content), LENGTH):
+        window = torch.tensor([list(content[first - 1 : first + LENGTH])])
+        with torch.no_grad():
+            logits = model(input_ids=window[:, :-1]).logits.double()
+        nats += torch.nn.functional.cross_entropy(logits[0], window[0, 1:], reduction="sum").item()
+    test = events(finished, "evaluation")[-1]
+    assert test["bytes_scored"] == len(content) - start
+    assert test["bits_per_byte"] == pytest.approx(nats / math.log(2) / (len(content) - start), rel=1e-5)
+
+
+def test_model_card_has_the_numbers_of_the_log(finished):
+    card = (finished / "README.md").read_text(encoding="utf-8")
+    _, header, body = card.split("---\n", 2)
+    metadata = yaml.safe_load(header)
+    test, (config,) = events(finished, "evaluation")[-1], events(finished, "config")
+    (result,) = metadata["model-index"][0]["results"]
+    assert metadata["model-index"][0]["name"] == "finished: a run"
+    assert result["metrics"][0]["value"] == round(test["bits_per_byte"], 4)
+    assert (metadata["license"], metadata["pipeline_tag"]) == ("apache-2.0", "text-generation")
+    assert f"{test['bits_per_byte']:.4f} | segments, T = {LENGTH}, {test['bytes_scored']} bytes, float32" in body
+    assert config["data_sha256"] in body and config["command"] in body and "${" not in body
+
+
+def test_curve_and_tensorboard_exist(finished):
+    assert (finished / "training_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert list((finished / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_checkpoints_are_pruned(inputs, finished, tmp_path):
+    assert [path.name for path in complete_checkpoints(finished / "checkpoints")] == ["step-20", "step-40"]
+    main(flags(inputs, tmp_path / "run", max_steps=8, save_every=2, keep_checkpoints=3))
+    assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["step-4", "step-6", "step-8"]
+
+
+@pytest.mark.parametrize("resume", ["none", "auto"])
+def test_finished_run_is_not_lost(finished, inputs, resume):
+    weights = (finished / "model.safetensors").read_bytes()
+    if resume == "none":
+        with pytest.raises(ValueError, match="holds a run"):
+            main(flags(inputs, finished, seed=1))
+    else:
+        main(flags(inputs, finished, resume="auto"))
+        assert [event["step"] for event in events(finished, "train")] == list(range(5, 41, 5))
+        assert len(events(finished, "evaluation")) == 3 and len(events(finished, "final")) == 1
+    assert (finished / "model.safetensors").read_bytes() == weights
+
+
+def test_overwrite_replaces_a_run(inputs, tmp_path):
+    main(flags(inputs, tmp_path / "run", max_steps=4, save_every=2))
+    final = main(flags(inputs, tmp_path / "run", max_steps=1) + ["--overwrite"])
+    assert final["step"] == 1
+    assert os.listdir(tmp_path / "run" / "checkpoints") == ["step-1"]
+    assert len(events(tmp_path / "run", "config")) == 1
+
+
+def test_resume_from_the_checkpoint_of_another_folder(finished, inputs, tmp_path):
+    main(flags(inputs, tmp_path / "run", resume=finished / "checkpoints" / "step-20"))
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+    assert [event["step"] for event in events(tmp_path / "run", "train")] == list(range(5, 41, 5))
+    assert [event["step"] for event in events(tmp_path / "run", "resume")] == [20]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        pytest.param({"learning_rate": 0.02}, "learning_rate is 0.02 but was 0.01", id="argument"),
+        pytest.param({"model_override": "window_size=3"}, "'window_size': 3", id="model"),
+    ],
+)
+def test_resume_refuses_another_run(finished, inputs, changes, message):
+    with pytest.raises(ValueError, match=message):
+        main(flags(inputs, finished, resume="auto", **changes))
+
+
+def test_resume_refuses_other_data(finished, inputs, tmp_path):
+    (tmp_path / "text.bin").write_bytes((inputs / "text.bin").read_bytes()[1:])
+    with pytest.raises(ValueError, match="data is '[0-9a-f]{64}' but was"):
+        main(flags(inputs, finished, resume="auto", dataset_path=tmp_path / "text.bin"))
+
+
+def test_killed_and_resumed_equals_uninterrupted(inputs, tmp_path):
+    changes = {"max_steps": 120, "save_every": 30, "log_every": 1, "eval_every": 0, "sample_every": 0}
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *flags(inputs, killed, **changes)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    steps_after_checkpoint = 0
+    deadline = time.monotonic() + 120
+    while steps_after_checkpoint < 3:
+        assert process.poll() is None and time.monotonic() < deadline
+        checkpoints = complete_checkpoints(killed / "checkpoints")
+        if checkpoints:
+            last_line = (killed / "run.jsonl").read_text().splitlines()[-1]
+            if last_line.endswith("}"):
+                steps_after_checkpoint = json.loads(last_line).get("step", 0) - int(checkpoints[-1].name[5:])
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "config.json").exists()
+    # What an interrupted save leaves behind is no checkpoint.
+    (killed / "checkpoints" / "step-110.tmp").mkdir()
+    (killed / "checkpoints" / "step-115").mkdir()
+
+    main(flags(inputs, killed, **changes, resume="auto"))
+    main(flags(inputs, whole, **changes))
+    assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    losses = [[event["bits_per_byte"] for event in events(folder, "train")] for folder in (killed, whole)]
+    assert losses[0] == losses[1] and len(losses[0]) == 120
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def without_dropout(inputs, tmp_path_factory) -> tuple[dict, Path]:
+    """The flags and the folder of a run whose weights may depend on rounding only."""
+    changes = {"max_steps": 10, "warmup_steps": 5, "model_override": "hidden_dropout_prob=0.0"}
+    folder = tmp_path_factory.mktemp("runs") / "without_dropout"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        main(flags(inputs, folder, **changes))
+        AcceleratorState._reset_state(reset_partial_state=True)
+    return changes, folder
+
+
+@pytest.mark.parametrize("more", [{"micro_batch_size": 2}, {"gradient_checkpointing": True}], ids=str)
+def test_micro_batches_change_only_the_rounding(inputs, without_dropout, tmp_path, more):
+    changes, whole = without_dropout
+    main(flags(inputs, tmp_path / "run", **changes, **more))
+    torch.testing.assert_close(weights(tmp_path / "run"), weights(whole), rtol=0, atol=1e-4)
+
+
+def test_compiled_run_saves_and_resumes(inputs, without_dropout, tmp_path, monkeypatch):
+    changes, whole = without_dropout
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")  # as --compile, without the time that inductor takes
+    main(flags(inputs, tmp_path / "run", **changes, save_every=5))
+    last = tmp_path / "run" / "checkpoints" / "step-10"
+    last.rename(tmp_path / "elsewhere")
+    (tmp_path / "run" / "config.json").unlink()
+    assert main(flags(inputs, tmp_path / "run", **changes, resume="auto"))["step"] == 10
+    assert last.exists()
+    assert weights(tmp_path / "run").keys() == weights(whole).keys()
+    torch.testing.assert_close(weights(tmp_path / "run"), weights(whole), rtol=0, atol=1e-4)
+
+
+def test_two_processes_equal_one(inputs, without_dropout, tmp_path):
+    changes, one = without_dropout
+    two = tmp_path / "two"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(port)]
+    launch += ["--config_file", str(ROOT / "configuration" / "accelerate" / "cpu-2-processes.yaml"), str(SCRIPT)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [*launch, *flags(inputs, two, **changes)], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert events(two, "config")[0]["num_processes"] == 2
+    assert result.stdout.count("test: ") == 1  # one process prints
+    torch.testing.assert_close(weights(two), weights(one), rtol=0, atol=1e-4)
+    scores = [[event.get("bits_per_byte") for event in read_log(folder / "run.jsonl")[1:-1]] for folder in (one, two)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-4)
+
+
+def test_default_data_needs_no_path(inputs, tmp_path):
+    argv = flags(inputs, tmp_path / "run", max_steps=1, sample_bytes=0, eval_every=0)
+    argv[argv.index("--dataset_path") : argv.index("--dataset_path") + 2] = []
+    main(argv)
+    assert events(tmp_path / "run", "config")[0]["data"].startswith("pydoc topics of Python")
+
+
+def test_length_free_model_is_evaluated_with_carried_state(inputs, tmp_path):
+    override = ["aft_type=simple", "position_embedding_type=none"]
+    argv = flags(inputs, tmp_path / "run", max_steps=1, eval_protocol="carried") + ["--model_override", *override]
+    main(argv)
+    test = events(tmp_path / "run", "evaluation")[-1]
+    assert (test["protocol"], test["streams"]) == ("carried", 8)
+    assert "carried" in (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
