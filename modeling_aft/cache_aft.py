@@ -6,7 +6,7 @@
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
-"""Cache layers that hold the state of AFT, for the caches of transformers (DynamicCache, StaticCache, offloaded ones).
+"""Cache layers that hold the states of the models, for the caches of transformers (dynamic, static, offloaded).
 
 A model names its layers in `config.layer_types`; the caches of transformers look the classes below up by those names.
 """
@@ -74,11 +74,11 @@ class AFTCacheLayer(CacheLayerMixin):
             for o, n in zip(old, new, strict=True):
                 o.copy_(n)
         else:
-            self.state = AFTState(*(None if t is None else t.clone() for t in state))
+            self.state = type(state)(*(None if t is None else t.clone() for t in state))
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self.state is not None:
-            self.state = AFTState(*(None if t is None else function(t) for t in self.state))
+            self.state = type(self.state)(*(None if t is None else function(t) for t in self.state))
 
     def get_seq_length(self) -> int | torch.Tensor:
         """Number of tokens seen, padding included."""
@@ -100,7 +100,7 @@ class AFTCacheLayer(CacheLayerMixin):
         """Row b becomes what row `beam_idx[b]` was."""
         if self.state is not None:
             rows = (None if t is None else t.index_select(0, beam_idx.to(t.device)) for t in self.state)
-            self._write(AFTState(*rows))
+            self._write(type(self.state)(*rows))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._map(lambda t: t.repeat_interleave(repeats, dim=0))
@@ -122,6 +122,12 @@ class AFTFullCacheLayer(AFTCacheLayer):
     is_compileable = False
 
 
-# The library fills this table only with subclasses of its own StaticLayer. The state of AFT is static as it is.
-STATIC_LAYER_TYPE_MAPPING[AFTCacheLayer._layer_type] = AFTCacheLayer
-STATIC_LAYER_TYPE_MAPPING[AFTFullCacheLayer._layer_type] = AFTFullCacheLayer
+class SynthesizerCacheLayer(AFTFullCacheLayer):
+    """State of one layer of the Synthesizer: all values so far, and keys only where it mixes in dot products."""
+
+    _layer_type = "synthesizer"
+
+
+# The library fills this table by itself only with subclasses of its own StaticLayer.
+for _layer_class in (AFTCacheLayer, AFTFullCacheLayer, SynthesizerCacheLayer):
+    STATIC_LAYER_TYPE_MAPPING[_layer_class._layer_type] = _layer_class

@@ -9,16 +9,15 @@
 """Configuration of the Attention Free Transformer (arXiv 2105.14103)."""
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
-from transformers.activations import ACT2FN
+
+from .configuration_common import MixerConfig
 
 
 AFT_TYPES = ("full", "local", "simple", "conv")
-POSITION_EMBEDDING_TYPES = ("learned", "none")
 
 
 @strict
-class AFTConfig(PreTrainedConfig):
+class AFTConfig(MixerConfig):
     r"""
     Configuration of [`AFTModel`] and [`AFTForCausalLM`]. The defaults are the 12-layer AFT-local-32 of the paper's
     Enwik8 table (byte vocabulary, T = 1024).
@@ -81,32 +80,10 @@ class AFTConfig(PreTrainedConfig):
     ```"""
 
     model_type = "aft"
-    keys_to_ignore_at_inference = ["past_key_values"]
 
     aft_type: str = "local"
-    vocab_size: int = 256
-    hidden_size: int = 512
-    num_hidden_layers: int = 12
-    intermediate_size: int | None = None
-    hidden_act: str = "gelu"
-    max_position_embeddings: int = 1024
     window_size: int = 32
     position_bias_rank: int | None = 256
-    num_attention_heads: int = 1
-    position_embedding_type: str = "learned"
-    hidden_dropout_prob: float | int = 0.1
-    layer_norm_eps: float = 1e-5
-    initializer_range: float = 0.02
-    tie_word_embeddings: bool = True
-    use_cache: bool = True
-    is_decoder: bool = True
-    pad_token_id: int | None = None
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-
-    def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
-        self.validate_fields()
 
     @property
     def layer_types(self) -> list[str]:
@@ -120,51 +97,20 @@ class AFTConfig(PreTrainedConfig):
             return True
         return self.aft_type == "local" and self.window_size > 0
 
-    def validate_layer_type(self):
-        """Replaces the check of the base class, which knows only the layer types of the library."""
-
-    def validate_fields(self):
-        problems = []
-
-        def check(ok: bool, name: str, allowed: str):
-            if not ok:
-                problems.append(f"`{name}` must be {allowed}, got {getattr(self, name)!r}")
-
-        check(self.aft_type in AFT_TYPES, "aft_type", f"one of {', '.join(AFT_TYPES)}")
-        check(
-            self.position_embedding_type in POSITION_EMBEDDING_TYPES,
-            "position_embedding_type",
-            f"one of {', '.join(POSITION_EMBEDDING_TYPES)}",
-        )
-        check(self.hidden_act in ACT2FN, "hidden_act", "a name in transformers.activations.ACT2FN")
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "max_position_embeddings",
-            "num_attention_heads",
-        ):
-            check(getattr(self, name) >= 1, name, "at least 1")
-        for name in ("intermediate_size", "position_bias_rank"):
-            check(getattr(self, name) is None or getattr(self, name) >= 1, name, "None or at least 1")
-        check(self.window_size >= 0, "window_size", "at least 0")
-        if self.aft_type == "local":
-            check(
-                self.window_size <= self.max_position_embeddings,
-                "window_size",
-                f"at most max_position_embeddings ({self.max_position_embeddings}) when aft_type is 'local'",
-            )
-        if self.aft_type == "conv" and self.num_attention_heads >= 1:
-            check(
-                self.hidden_size % self.num_attention_heads == 0,
-                "num_attention_heads",
-                f"a divisor of hidden_size ({self.hidden_size}) when aft_type is 'conv'",
-            )
-        check(0 <= self.hidden_dropout_prob < 1, "hidden_dropout_prob", "in [0, 1)")
-        check(self.layer_norm_eps > 0, "layer_norm_eps", "positive")
-        check(self.initializer_range >= 0, "initializer_range", "at least 0")
-        if problems:
-            raise ValueError(f"{type(self).__name__}: " + "; ".join(problems) + ".")
+    def _problems(self) -> list[str]:
+        problems = super()._problems()
+        if self.aft_type not in AFT_TYPES:
+            problems.append(self._problem("aft_type", f"one of {', '.join(AFT_TYPES)}"))
+        if self.position_bias_rank is not None and self.position_bias_rank < 1:
+            problems.append(self._problem("position_bias_rank", "None or at least 1"))
+        if self.window_size < 0:
+            problems.append(self._problem("window_size", "at least 0"))
+        if self.aft_type == "local" and self.window_size > self.max_position_embeddings:
+            allowed = f"at most max_position_embeddings ({self.max_position_embeddings})"
+            problems.append(self._problem("window_size", allowed))
+        if self.aft_type == "conv":
+            problems += self._heads_problem()
+        return problems
 
 
 __all__ = ["AFTConfig"]

@@ -137,7 +137,7 @@ class AFTMixer(nn.Module):
             self.position_bias = ConvPositionBias(config, left, right)
 
     def forward(self, hidden_states, attention_mask=None, position_ids=None, past_key_values=None):
-        """hidden_states [B, T, D], attention_mask and position_ids [B, T] or None. Returns [B, T, D]."""
+        """hidden_states [B, T, D], attention_mask and position_ids [B, T] or None. Returns [B, T, D] and None."""
         query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
 
         def mix(state):
@@ -157,7 +157,7 @@ class AFTMixer(nn.Module):
             mixed = mix(None)
         else:
             mixed, _ = past_key_values.update(key, value, self.layer_idx, mix)
-        return self.o_proj(mixed)
+        return self.o_proj(mixed), None
 
     def _bias(self, length, attention_mask, position_ids, state):
         if self.position_bias is None:

@@ -47,8 +47,8 @@ class MixerBlock(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: torch.Tensor, **mixer_inputs) -> torch.Tensor:
-        """hidden_states [B, T, D]; `mixer_inputs`: attention_mask, position_ids, past_key_values."""
-        mixed = self.mixer(self.mixer_norm(hidden_states), **mixer_inputs)
+        """hidden_states [B, T, D]; `mixer_inputs`: attention_mask, position_ids, past_key_values and the like."""
+        mixed, _ = self.mixer(self.mixer_norm(hidden_states), **mixer_inputs)
         hidden_states = hidden_states + self.dropout(mixed)
         return hidden_states + self.dropout(self.feed_forward(self.feed_forward_norm(hidden_states)))
 
@@ -150,13 +150,15 @@ class MixerModel(MixerPreTrainedModel):
                 positions = self._default_positions(inputs_embeds, attention_mask, past_key_values)
             hidden_states = hidden_states + self.embed_positions(positions)
         hidden_states = self.dropout(hidden_states)
+        mixer_inputs = {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+        }
+        if "attentions" in self._can_record_outputs:
+            mixer_inputs["output_attentions"] = kwargs.get("output_attentions", self.config.output_attentions)
         for layer in self.layers:
-            hidden_states = layer(
-                hidden_states,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-            )
+            hidden_states = layer(hidden_states, **mixer_inputs)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
     def _prepare_cache(self, past_key_values, use_cache) -> Cache | None:
@@ -225,8 +227,8 @@ class MixerModel(MixerPreTrainedModel):
             return
         raise ValueError(
             f"Position {last} lies beyond the learned tables of this model, which end at max_position_embeddings="
-            f"{limit} (the largest position is {limit - 1}). Feed at most {limit} tokens, or use aft_type 'simple' or "
-            "'conv' with position_embedding_type='none', which have no limit."
+            f"{limit} (the largest position is {limit - 1}). Feed at most {limit} tokens, or use AFT-simple or "
+            "AFT-conv with position_embedding_type='none', which have no limit."
         )
 
     @staticmethod
@@ -297,4 +299,5 @@ class MixerForCausalLM(MixerPreTrainedModel, GenerationMixin):
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .ops_padding import compact, expand, kept_rank
 from .ops_panel import finite, panel, spread
 from .ops_reference import AFTState, compute_dtype
 
@@ -80,7 +81,7 @@ def _full(key, value, position_bias, causal, rank, position_ids, state):
     batch, length, _ = key.shape
     if state is None and position_ids is None:
         if rank is not None:
-            key, value = _compact(key, rank, -torch.inf), _compact(value, rank, 0)
+            key, value = compact(key, rank, -torch.inf), compact(value, rank, 0)
         beyond = max(length - position_bias.shape[0], 0)  # only padding can lie beyond the table
         bias = F.pad(position_bias[:length, :length], (0, beyond, 0, beyond))[None]
         key, value = key.transpose(0, 1)[None], value.transpose(0, 1)[None]  # [1, T, B, .]
@@ -105,7 +106,7 @@ def _full(key, value, position_bias, causal, rank, position_ids, state):
     out, _ = panel(key.contiguous(), value.contiguous(), no_key, no_key, no_value, bias.contiguous(), visible)
     if state is None and position_ids is None:
         out = out[0].transpose(0, 1)
-        return _expand(out, rank) if rank is not None else out
+        return expand(out, rank) if rank is not None else out
     return out.squeeze(2)
 
 
@@ -217,7 +218,7 @@ def _bias_rows(window_bias, length, position, rank, position_ids, continued):
     if window_bias.dim() == 4:
         if rank is None:
             return window_bias
-        return torch.stack([_compact(row.flatten(2), rank, 0) for row in window_bias])
+        return torch.stack([compact(row.flatten(2), rank, 0) for row in window_bias])
     table = window_bias.shape[1]
     if table == 1:
         return window_bias[:, None]
@@ -227,7 +228,7 @@ def _bias_rows(window_bias, length, position, rank, position_ids, continued):
     if position_ids is None:
         position_ids = position[:, None] + torch.arange(length, device=position.device)
     elif rank is not None:
-        position_ids = _compact(position_ids[..., None], rank, 0).squeeze(-1)
+        position_ids = compact(position_ids[..., None], rank, 0).squeeze(-1)
     if rank is not None:
         position_ids = position_ids.clamp_max(table - 1)  # of padding: no key and no query that counts
     return window_bias[:, position_ids]
@@ -248,18 +249,6 @@ def _window_state(key, value, left, count, initial, storage):
     maximum = torch.maximum(initial[0], older_key.amax(1))
     normalizer = normalizer * (finite(constant) - finite(maximum)).exp()  # a factor of 1, with its gradient
     return AFTState(None, window_key.to(storage), window_value.to(storage), None, maximum, normalizer, average)
-
-
-def _compact(tensor: Tensor, rank: Tensor, fill: float) -> Tensor:
-    """Moves the kept tokens of [B, T, .] to the front. rank [B, T]: the new place of each, T if padded."""
-    out = tensor.new_full((tensor.shape[0], tensor.shape[1] + 1, tensor.shape[2]), fill)
-    index = rank[..., None].expand_as(tensor)
-    return out.scatter(1, index, tensor)[:, :-1]
-
-
-def _expand(tensor: Tensor, rank: Tensor) -> Tensor:
-    """Undoes `_compact`, with 0 at padded places."""
-    return F.pad(tensor, (0, 0, 0, 1)).gather(1, rank[..., None].expand_as(tensor))
 
 
 def aft_attention_torch(
@@ -287,7 +276,7 @@ def aft_attention_torch(
         key = key.masked_fill(~keep[..., None], -torch.inf)
         value = value.masked_fill(~keep[..., None], 0)
         count = keep.sum(1)
-        rank = torch.where(keep, keep.long().cumsum(1) - 1, key.shape[1])
+        rank = kept_rank(attention_mask)
     next_position = position + count
     if position_ids is not None:
         last = position_ids if keep is None else torch.where(keep, position_ids, -1)
@@ -315,7 +304,7 @@ def aft_attention_torch(
     window_bias = key.new_zeros(1, 1, 1) if window_bias is None else window_bias.to(dtype)
     left = window_bias.shape[-1] - 1 if causal else (window_bias.shape[-1] - 1) // 2
     if rank is not None:
-        key, value = _compact(key, rank, -torch.inf), _compact(value, rank, 0)
+        key, value = compact(key, rank, -torch.inf), compact(value, rank, 0)
     if state is None:
         initial = _nothing(key, value)
         key, value = F.pad(key, (0, 0, left, 0), value=-torch.inf), F.pad(value, (0, 0, left, 0))
@@ -332,4 +321,4 @@ def aft_attention_torch(
     if return_state:
         new_state = _window_state(key, value, left, count if keep is not None else None, initial, storage)
         new_state = new_state._replace(position=next_position)
-    return (_expand(average, rank) if rank is not None else average), new_state
+    return (expand(average, rank) if rank is not None else average), new_state

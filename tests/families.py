@@ -1,13 +1,20 @@
-"""Small models of every variant, shared by the tests of both model families."""
+"""Small models of every variant of both families, shared by the tests."""
 
 import torch
 
-from modeling_aft import AFTConfig, AFTForCausalLM
+from modeling_aft import (
+    AFTConfig,
+    AFTForCausalLM,
+    AFTModel,
+    SynthesizerConfig,
+    SynthesizerForCausalLM,
+    SynthesizerModel,
+)
 
 
 LIMIT = 48  # max_position_embeddings of the models below
 
-VARIANTS = {
+AFT_VARIANTS = {
     "full": {"aft_type": "full"},
     "full-dense": {"aft_type": "full", "position_bias_rank": None},
     "local": {"aft_type": "local"},
@@ -21,7 +28,31 @@ VARIANTS = {
     "conv-nopos": {"aft_type": "conv", "position_embedding_type": "none"},
     "conv-1": {"aft_type": "conv", "window_size": 1},
 }
-UNLIMITED = ["simple-nopos", "conv-nopos"]
+SYNTHESIZER_VARIANTS = {
+    **{
+        name: {"synthesizer_type": name.replace("-", "_")}
+        for name in ("dense", "random", "fixed-random", "factorized-dense", "factorized-random")
+    },
+    **{
+        name: {"synthesizer_type": "mixture", "mixture_components": name.split("+")}
+        for name in (
+            "dot_product",
+            "random+dot_product",
+            "dense+dot_product",
+            "factorized_random+dense",
+            "factorized_random+fixed_random",
+            "dense+random+factorized_dense+dot_product",
+        )
+    },
+    "dot_product-nopos": {
+        "synthesizer_type": "mixture",
+        "mixture_components": ["dot_product"],
+        "position_embedding_type": "none",
+    },
+}
+VARIANTS = {**AFT_VARIANTS, **SYNTHESIZER_VARIANTS}
+UNLIMITED = ["simple-nopos", "conv-nopos", "dot_product-nopos"]
+FIXED_STATE = [name for name in AFT_VARIANTS if "full" not in name]
 
 
 def make_config(variant, **changes):
@@ -29,20 +60,27 @@ def make_config(variant, **changes):
         hidden_size=16,
         num_hidden_layers=2,
         max_position_embeddings=LIMIT,
-        window_size=5,
-        position_bias_rank=4,
         num_attention_heads=4,
         hidden_dropout_prob=0.0,
     )
-    return AFTConfig(**{**fields, **VARIANTS[variant], **changes})
+    if variant in SYNTHESIZER_VARIANTS:
+        return SynthesizerConfig(**{**fields, "factorized_rank": 3, **SYNTHESIZER_VARIANTS[variant], **changes})
+    return AFTConfig(**{**fields, "window_size": 5, "position_bias_rank": 4, **AFT_VARIANTS[variant], **changes})
 
 
-def make_model(variant, model_class=AFTForCausalLM, dtype=torch.float64, **changes):
+def model_classes(variant):
+    """The model without a head and the causal language model."""
+    if variant in SYNTHESIZER_VARIANTS:
+        return SynthesizerModel, SynthesizerForCausalLM
+    return AFTModel, AFTForCausalLM
+
+
+def make_model(variant, head=True, dtype=torch.float64, **changes):
     """A model whose every parameter matters: the initial weights make all models say the same."""
     torch.manual_seed(0)
-    model = model_class(make_config(variant, **changes)).to(dtype).eval()
+    model = model_classes(variant)[head](make_config(variant, **changes)).to(dtype).eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
             if parameter.dim() == 1 and "position_bias" not in name:
                 parameter.add_(0.1 * torch.randn_like(parameter))
             else:

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from families import LIMIT, UNLIMITED, VARIANTS, make_config, make_ids, make_model
+from families import LIMIT, UNLIMITED, VARIANTS, make_config, make_ids, make_model, model_classes
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 
-from modeling_aft import AFTConfig, AFTForCausalLM, AFTModel
+from modeling_aft import AFTConfig, AFTModel
 
 
 variants = pytest.mark.parametrize("variant", VARIANTS)
@@ -109,7 +109,7 @@ def test_causality(variant):
 
 @variants
 def test_bidirectional_models_see_both_sides(variant):
-    model, ids = make_model(variant, AFTModel, is_decoder=False), make_ids(20)
+    model, ids = make_model(variant, head=False, is_decoder=False), make_ids(20)
     changed = ids.clone()
     changed[:, 19] = 7
     before, after = model(ids), model(changed)
@@ -123,7 +123,7 @@ def test_bidirectional_models_see_both_sides(variant):
 @pytest.mark.parametrize("is_decoder", [True, False], ids=["causal", "bidirectional"])
 @variants
 def test_padding_changes_nothing(variant, is_decoder, side):
-    model, ids = make_model(variant, AFTModel, is_decoder=is_decoder), make_ids(14)
+    model, ids = make_model(variant, head=False, is_decoder=is_decoder), make_ids(14)
     mask = torch.ones_like(ids)
     padded = {"left": slice(0, 5), "right": slice(-5, None), "interior": slice(4, 9)}[side]
     mask[0, padded] = 0
@@ -213,7 +213,7 @@ def test_save_and_load_is_bit_exact(variant, tied, tmp_path):
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert ("lm_head.weight" in file.keys()) != tied  # noqa: SIM118
-    for load in (AFTForCausalLM, AutoModelForCausalLM):
+    for load in (model_classes(variant)[1], AutoModelForCausalLM):
         loaded = load.from_pretrained(tmp_path)
         for (name, a), (_, b) in zip(model.named_parameters(), loaded.named_parameters(), strict=True):
             assert torch.equal(a, b), name
@@ -226,9 +226,11 @@ def test_save_and_load_is_bit_exact(variant, tied, tmp_path):
 
 @variants
 def test_no_buffers_and_a_fresh_model_is_initialised(variant):
-    model = AFTForCausalLM(make_config(variant))
-    assert not list(model.buffers())
-    for name, parameter in model.named_parameters():
+    model = model_classes(variant)[1](make_config(variant))
+    # The one buffer is the matrix that is never trained, and every file holds it.
+    assert {name.rsplit(".", 1)[1] for name, _ in model.named_buffers()} <= {"table"}
+    assert {name for name, _ in model.named_buffers()} <= model.state_dict().keys()
+    for name, parameter in model.state_dict().items():
         assert parameter.isfinite().all(), name
     if "conv" in variant:
         # gamma = beta = 0: at the start AFT-conv is AFT-simple.
@@ -266,8 +268,8 @@ def test_compiles_without_a_graph_break(variant):
 @pytest.mark.parametrize("rank", [4, None], ids=["factors", "table"])
 def test_local_bias_is_the_band_of_the_full_bias(rank, is_decoder):
     """AFT-local with w = u v^T is AFT-full with the entries outside the window set to 0 (eq. 4 of eq. 7)."""
-    local = make_model("local", AFTModel, position_bias_rank=rank, is_decoder=is_decoder)
-    full = make_model("full", AFTModel, position_bias_rank=None, is_decoder=is_decoder)
+    local = make_model("local", head=False, position_bias_rank=rank, is_decoder=is_decoder)
+    full = make_model("full", head=False, position_bias_rank=None, is_decoder=is_decoder)
     state = {name: tensor for name, tensor in local.state_dict().items() if "position_bias" not in name}
     for index, layer in enumerate(local.layers):
         bias = layer.mixer.position_bias(LIMIT, None)["window_bias"][0]

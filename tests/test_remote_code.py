@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import torch
-from families import VARIANTS, make_ids, make_model
+from families import VARIANTS, make_ids, make_model, model_classes
 
-from modeling_aft import AFTModel, ByteTokenizer
+from modeling_aft import ByteTokenizer
 
 
 # The package is made impossible to import, also where it is installed.
@@ -50,7 +50,7 @@ def run_without_package(folder, out, script=LOAD):
     )
 
 
-@pytest.mark.parametrize("variant", ["full", "local", "simple", "conv-nopos"])
+@pytest.mark.parametrize("variant", ["full", "local", "conv-nopos", "dense", "fixed-random", "random+dot_product"])
 def test_loads_without_the_package(variant, tmp_path):
     model, ids = make_model(variant, dtype=torch.float32), make_ids(12)
     folder = tmp_path / "model"
@@ -77,21 +77,22 @@ def test_is_refused_without_trust(tmp_path):
     assert result.returncode != 0 and "trust_remote_code=True" in result.stderr
 
 
-@pytest.mark.parametrize("head", [False, True], ids=["AFTModel", "AFTForCausalLM"])
-def test_every_auto_class_is_named_whichever_class_saved(head, tmp_path):
-    (make_model("local") if head else make_model("local", AFTModel)).save_pretrained(tmp_path)
+@pytest.mark.parametrize("head", [False, True], ids=["without-head", "with-head"])
+@pytest.mark.parametrize(
+    ("variant", "family"), [("local", "AFT"), ("dense", "Synthesizer")], ids=["aft", "synthesizer"]
+)
+def test_every_auto_class_is_named_whichever_class_saved(variant, family, head, tmp_path):
+    make_model(variant, head).save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == {
-        "AutoConfig": "configuration_aft.AFTConfig",
-        "AutoModel": "modeling_aft.AFTModel",
-        "AutoModelForCausalLM": "modeling_aft.AFTForCausalLM",
+        "AutoConfig": f"configuration_{family.lower()}.{family}Config",
+        "AutoModel": f"modeling_{family.lower()}.{family}Model",
+        "AutoModelForCausalLM": f"modeling_{family.lower()}.{family}ForCausalLM",
     }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_trained_checkpoint_without_the_head_loads_into_the_head(variant, tmp_path):
-    from modeling_aft import AFTForCausalLM
-
-    base = make_model(variant, AFTModel, dtype=torch.float32)
+    base = make_model(variant, head=False, dtype=torch.float32)
     base.save_pretrained(tmp_path)
-    loaded = AFTForCausalLM.from_pretrained(tmp_path)
+    loaded = model_classes(variant)[1].from_pretrained(tmp_path)
     torch.testing.assert_close(loaded.model(make_ids(9)).last_hidden_state, base(make_ids(9)).last_hidden_state)
