@@ -9,15 +9,18 @@
 """
 Measures side by side, and writes a row per contestant and length to benchmarks/.
 
-    python scripts/benchmark.py operator     # forward and backward pass of the operators, and of attention
+    python scripts/benchmark.py operator     # forward and backward pass of AFT's operators, and of attention
+    python scripts/benchmark.py dense        # the same of the dense Synthesizer, ours and with [T, T] logits
     python scripts/benchmark.py train        # training steps of whole models
 
 Every length is one round-robin: each contestant takes its turn in each repeat, so that what else the machine does
-meets all of them alike. A row has p20, p50 and p80 of the seconds of a turn, and what they were measured on.
+meets all of them alike. A row has p20, p50 and p80 of the seconds of a turn, the most memory that a turn held beyond
+what was there before it, and what they were measured on.
 """
 
 import argparse
 import csv
+import ctypes
 import gc
 import os
 import platform
@@ -33,6 +36,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import modeling_aft
+from modeling_aft import SynthesizerConfig, SynthesizerModel
 from modeling_aft.ops import aft_attention
 
 
@@ -87,9 +91,7 @@ def operator_contestants(args, length: int, dtype: torch.dtype) -> dict[str, Cal
 
 
 def measure(contestants: dict[str, Callable[[], None]], seconds: float, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each turn, after one that is not counted; at least one turn each, at most `repeats`."""
-    for turn in contestants.values():
-        turn()
+    """Seconds of each turn; at least one each, at most `repeats`."""
     times = {name: [] for name in contestants}
     started = time.perf_counter()
     for repeat in range(repeats):
@@ -100,6 +102,28 @@ def measure(contestants: dict[str, Callable[[], None]], seconds: float, repeats:
             turn()
             times[name].append(time.perf_counter() - begin)
     return times
+
+
+def peak_bytes(turn: Callable[[], None], device: str) -> int | None:
+    """The most memory that a turn holds beyond what is there before it; None where the system does not tell."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        turn()
+        return torch.cuda.max_memory_allocated() - before
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # else a turn would find memory that an earlier one left
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark is now what is resident
+    before = resident_kib("VmHWM")
+    turn()
+    return (resident_kib("VmHWM") - before) * 1024
+
+
+def resident_kib(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def processor_name(device: str) -> str:
@@ -118,6 +142,27 @@ def write_rows(path: Path, rows: list[dict]) -> None:
         writer.writeheader()
         writer.writerows(rows)
     os.replace(temporary, path)
+
+
+def dense_contestants(args, length: int, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
+    """One forward and backward pass of a dense Synthesizer mixer, by factors and with its [T, T] logits."""
+    config = SynthesizerConfig(
+        synthesizer_type="dense",
+        hidden_size=args.width,
+        num_attention_heads=args.heads,
+        max_position_embeddings=length,
+    )
+    mixer = SynthesizerModel(config).layers[0].mixer.to(args.device, dtype)
+    hidden = torch.randn(args.batch_size, length, args.width, device=args.device, dtype=dtype, requires_grad=True)
+
+    def turn(plain):
+        mixer(hidden, output_attentions=plain)[0].sum().backward()
+        mixer.zero_grad()
+        hidden.grad = None
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+
+    return {"dense-plain": lambda: turn(True), "dense": lambda: turn(False)}
 
 
 def train_contestants(args, length: int, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
@@ -141,7 +186,7 @@ def train_contestants(args, length: int, dtype: torch.dtype) -> dict[str, Callab
     return contestants
 
 
-SUITES = {"operator": operator_contestants, "train": train_contestants}
+SUITES = {"operator": operator_contestants, "dense": dense_contestants, "train": train_contestants}
 
 
 def run_suite(args) -> list[dict]:
@@ -159,15 +204,20 @@ def run_suite(args) -> list[dict]:
     }
     rows = []
     for length in args.lengths:
-        times = measure(SUITES[args.suite](args, length, dtype), args.seconds, args.repeats)
-        gc.collect()
+        contestants = SUITES[args.suite](args, length, dtype)
+        for turn in contestants.values():  # compile, allocate, warm up
+            turn()
+        peaks = {name: peak_bytes(turn, args.device) for name, turn in contestants.items()}
+        times = measure(contestants, args.seconds, args.repeats)
         first = np.median(next(iter(times.values())))
         for name, values in times.items():
             figures = dict(zip(("p20", "p50", "p80"), np.percentile(values, [20, 50, 80]), strict=True))
             seconds = {percentile: f"{value:.6f}" for percentile, value in figures.items()}
-            rows.append({"contestant": name, "length": length, "turns": len(values), **seconds, **conditions})
+            row = {"contestant": name, "length": length, "turns": len(values), **seconds, "peak_bytes": peaks[name]}
+            rows.append({**row, **conditions})
             median, speed = figures["p50"], args.batch_size * length / figures["p50"]
-            print(f"T={length:6d}  {name:22s} {median * 1e3:10.2f} ms {speed:12,.0f} tokens/s {first / median:7.2f} x")
+            speeds = f"{median * 1e3:10.2f} ms {speed:11,.0f} tokens/s {first / median:6.2f} x"
+            print(f"T={length:6d}  {name:36s} {speeds} {(peaks[name] or 0) / 2**20:9.1f} MiB")
     return rows
 
 

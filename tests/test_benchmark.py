@@ -20,6 +20,13 @@ def test_operator_suite_writes_a_row_per_contestant_and_length(tmp_path):
     assert {r["torch"] for r in rows} == {torch.__version__}
 
 
+def test_dense_suite_measures_time_and_memory(tmp_path):
+    flags = ["--lengths", "512", "--width", "16", "--heads", "4", "--repeats", "1", "--output_dir", str(tmp_path)]
+    rows = {r["contestant"]: r for r in csv.DictReader(benchmark.main(["dense", *flags, "--device=cpu"]).open())}
+    # The logits alone are 2 x 4 x 512 x 512 numbers of 4 bytes.
+    assert int(rows["dense-plain"]["peak_bytes"]) > 8 * 2**20 > int(rows["dense"]["peak_bytes"])
+
+
 def test_train_suite_measures_the_presets(tmp_path):
     presets = [f"configuration/models/aft-{name}-tiny.json" for name in ("simple", "conv")]
     flags = [
