@@ -16,14 +16,12 @@ from collections.abc import Callable
 import torch
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
 
-from .ops_reference import AFTState
-
 
 class AFTCacheLayer(CacheLayerMixin):
     """State of one layer of AFT-simple, AFT-local or AFT-conv: its size does not depend on the number of tokens.
 
-    The tensors take their sizes from the first update and are then written in place, so that a compiled decoding step
-    always finds them at the same address.
+    The tensors take their sizes from the first update. Without autograd, later ones write in place, so that a compiled
+    decoding step finds them where they were.
     """
 
     _layer_type = "aft"
@@ -32,7 +30,7 @@ class AFTCacheLayer(CacheLayerMixin):
 
     def __init__(self, **kwargs):
         super().__init__()
-        self.state: AFTState | None = None
+        self.state: tuple | None = None
         self.device: torch.device | None = None
         # Tokens seen, padding included. A tensor, because a compiled step would be specialised on a number.
         self.cumulative_length = torch.tensor(0, dtype=torch.long)
@@ -46,7 +44,7 @@ class AFTCacheLayer(CacheLayerMixin):
         self,
         key_states: torch.Tensor,
         value_states: torch.Tensor,
-        mix: Callable[[AFTState | None], tuple[torch.Tensor, AFTState]],
+        mix: Callable[[tuple | None], tuple[torch.Tensor, tuple]],
     ) -> tuple[torch.Tensor, None]:
         """Runs `mix` on the state so far and keeps the state that it returns.
 
@@ -61,20 +59,31 @@ class AFTCacheLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         out, state = mix(self.state)
+        if self._may_write(self.cumulative_length):
+            self.cumulative_length.add_(key_states.shape[1])
+        else:
+            self.cumulative_length = self.cumulative_length + key_states.shape[1]
         self._write(state)
-        self.cumulative_length.add_(key_states.shape[1])
         return out, None
 
-    def _write(self, state: AFTState) -> None:
+    def _write(self, state: tuple) -> None:
         old = [] if self.state is None else [t for t in self.state if t is not None]
         new = [t for t in state if t is not None]
         same_shapes = len(old) == len(new) and all(o.shape == n.shape for o, n in zip(old, new, strict=True))
-        # Autograd still needs the old tensors where the state is part of a graph.
-        if same_shapes and not any(t.requires_grad for t in (*old, *new)):
+        if same_shapes and all(map(self._may_write, old)):
             for o, n in zip(old, new, strict=True):
                 o.copy_(n)
         else:
-            self.state = type(state)(*(None if t is None else t.clone() for t in state))
+            self.state = state
+
+    @staticmethod
+    def _may_write(tensor: torch.Tensor) -> bool:
+        """Not what autograd may still need, nor, outside of inference mode, what was made inside."""
+        if torch.is_grad_enabled():
+            return False
+        if torch.compiler.is_compiling():  # which knows nothing of inference mode
+            return True
+        return torch.is_inference_mode_enabled() or not tensor.is_inference()
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self.state is not None:
@@ -94,7 +103,7 @@ class AFTCacheLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forgets every token."""
         self.state = None
-        self.cumulative_length.zero_()
+        self.cumulative_length = torch.zeros_like(self.cumulative_length)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row b becomes what row `beam_idx[b]` was."""

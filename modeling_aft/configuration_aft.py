@@ -8,15 +8,13 @@
 # specific language governing permissions and limitations under the License.
 """Configuration of the Attention Free Transformer (arXiv 2105.14103)."""
 
-from huggingface_hub.dataclasses import strict
-
-from .configuration_common import MixerConfig
+from .configuration_common import MixerConfig, strict_config
 
 
 AFT_TYPES = ("full", "local", "simple", "conv")
 
 
-@strict
+@strict_config
 class AFTConfig(MixerConfig):
     r"""
     Configuration of [`AFTModel`] and [`AFTForCausalLM`]. The defaults are the 12-layer AFT-local-32 of the paper's

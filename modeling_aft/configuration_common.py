@@ -8,6 +8,8 @@
 # specific language governing permissions and limitations under the License.
 """The configuration fields that both model families share, and their checks."""
 
+from functools import wraps
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
@@ -16,7 +18,29 @@ from transformers.activations import ACT2FN
 POSITION_EMBEDDING_TYPES = ("learned", "none")
 
 
-@strict
+def strict_config(config_class):
+    """`@strict` of huggingface_hub, with all fields of a wrong type in one ValueError instead of the first."""
+    config_class = strict(config_class)
+    init = config_class.__init__
+
+    @wraps(init)
+    def init_with_one_error(self, *args, **fields):
+        problems = []
+        for name, value in fields.items():
+            for validator in config_class.__validators__.get(name, ()):
+                try:
+                    validator(value)
+                except (TypeError, ValueError) as error:
+                    problems.append(str(error))
+        if problems:
+            raise ValueError(f"{config_class.__name__}: " + "; ".join(problems) + ".")
+        init(self, *args, **fields)
+
+    config_class.__init__ = init_with_one_error
+    return config_class
+
+
+@strict_config
 class MixerConfig(PreTrainedConfig):
     """Fields of every model in the package; see [`AFTConfig`] and [`SynthesizerConfig`], which document them."""
 

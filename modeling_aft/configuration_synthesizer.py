@@ -10,16 +10,14 @@
 
 import math
 
-from huggingface_hub.dataclasses import strict
-
-from .configuration_common import MixerConfig
+from .configuration_common import MixerConfig, strict_config
 
 
 SYNTHESIZER_TYPES = ("dense", "random", "fixed_random", "factorized_dense", "factorized_random", "mixture")
 MIXTURE_COMPONENTS = (*SYNTHESIZER_TYPES[:-1], "dot_product")
 
 
-@strict
+@strict_config
 class SynthesizerConfig(MixerConfig):
     r"""
     Configuration of [`SynthesizerModel`] and [`SynthesizerForCausalLM`]: attention whose logits are not (only) dot

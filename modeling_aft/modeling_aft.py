@@ -8,6 +8,8 @@
 # specific language governing permissions and limitations under the License.
 """The Attention Free Transformer (arXiv 2105.14103): mixer, model, language model."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -17,65 +19,69 @@ from .cache_aft import AFTCacheLayer, AFTFullCacheLayer  # noqa: F401  (register
 from .configuration_aft import AFTConfig
 from .modeling_common import MixerBlock, MixerForCausalLM, MixerModel, MixerPreTrainedModel
 from .ops import aft_attention
+from .ops_reference import compute_dtype
 
 
 FACTOR_STD = 0.01  # of u and v in w = u v^T
 
 
-class FullPositionBias(nn.Module):
-    """The bias w_{t,t'} of AFT-full: factors u, v [N, d'] with w = u v^T (eq. 7), or a table [N, N]."""
+class TablePositionBias(nn.Module):
+    """A bias per position and offset or key position: factors u, v [N, d'] with w = u v^T (eq. 7), or a table.
 
-    def __init__(self, config):
+    Subclasses give the `table` [N, columns] where the config has no rank.
+    """
+
+    def __init__(self, config, columns: int):
         super().__init__()
         length, rank = config.max_position_embeddings, config.position_bias_rank
-        self.table = nn.Parameter(torch.empty(length, length)) if rank is None else None
+        self.table = nn.Parameter(torch.empty(length, columns)) if rank is None else None
         self.query_factors = nn.Parameter(torch.empty(length, rank)) if rank is not None else None
         self.key_factors = nn.Parameter(torch.empty(length, rank)) if rank is not None else None
 
+
+class FullPositionBias(TablePositionBias):
+    """The bias w_{t,t'} of AFT-full."""
+
+    def __init__(self, config):
+        super().__init__(config, config.max_position_embeddings)
+
     def forward(self, length: int, positions: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        """Positions 0 to `length` - 1 for None; for a single token each, positions [B, 1], only the rows they need."""
-        if positions is None:
-            if self.table is not None:
-                return {"position_bias": self.table}
-            return {"position_bias": self.query_factors[:length] @ self.key_factors[:length].T}
-        if length > 1:
-            return {"position_bias": self.query_factors @ self.key_factors.T if self.table is None else self.table}
+        """[T, T] for positions 0 to T - 1 (None), or the rows of the positions [B, T], [B, T, N]."""
+        rows = slice(length) if positions is None else positions
         if self.table is not None:
-            return {"position_bias": self.table[positions]}
-        return {"position_bias": self.query_factors[positions] @ self.key_factors.T}
+            return {"position_bias": self.table[rows] if positions is not None else self.table[rows, rows]}
+        keys = self.key_factors[:length] if positions is None else self.key_factors
+        return {"position_bias": self.query_factors[rows] @ keys.T}
 
 
-class LocalPositionBias(nn.Module):
+class LocalPositionBias(TablePositionBias):
     """The bias of AFT-local (eq. 4): the entries of w inside the window, one row of `taps` offsets per position.
 
     With a rank, w = u v^T as in AFT-full, of which only the band of the window is ever computed, in O(N s d').
     """
 
     def __init__(self, config, left: int, right: int):
-        super().__init__()
+        super().__init__(config, left + 1 + right)
         self.left, self.right = left, right
-        length, rank = config.max_position_embeddings, config.position_bias_rank
-        self.table = nn.Parameter(torch.empty(length, left + 1 + right)) if rank is None else None
-        self.query_factors = nn.Parameter(torch.empty(length, rank)) if rank is not None else None
-        self.key_factors = nn.Parameter(torch.empty(length, rank)) if rank is not None else None
 
     def forward(self, length: int, positions: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        """Positions 0 to `length` - 1 for None; for a single token each, positions [B, 1], only the rows they need."""
-        if positions is None or length > 1:
-            rows = slice(length if positions is None else None)
-            if self.table is not None:
-                return {"window_bias": self.table[None, rows]}
-            return {
-                "window_bias": banded_product(self.query_factors[rows], self.key_factors[rows], self.left, self.right)[
-                    None
-                ]
-            }
-        if self.table is not None:
-            return {"window_bias": self.table[positions][None]}
+        """[1, T, taps] for positions 0 to T - 1 (None), or the rows of the positions [B, T], [1, B, T, taps]."""
+        if positions is not None and positions.shape[1] == 1 and self.table is None:
+            return {"window_bias": self._single_rows(positions)[None]}
+        rows = slice(length if positions is None else None)
+        bias = self.table[rows] if self.table is not None else None
+        if bias is None:
+            bias = banded_product(self.query_factors[rows], self.key_factors[rows], self.left, self.right)
+        return {"window_bias": (bias if positions is None else bias[positions])[None]}
+
+    def _single_rows(self, positions: torch.Tensor) -> torch.Tensor:
+        """What a decoding step needs of `banded_product`, without the rest: positions [B, 1] to [B, 1, taps]."""
         offsets = torch.arange(-self.right, self.left + 1, device=positions.device)
-        key_positions = (positions[..., None] - offsets).clamp(0, len(self.key_factors) - 1)  # [B, 1, taps]
-        bias = (self.query_factors[positions][:, :, None] * self.key_factors[key_positions]).sum(-1)
-        return {"window_bias": bias[None]}
+        keys = positions[..., None] - offsets
+        exists = (keys >= 0) & (keys < len(self.key_factors))
+        factors = self.key_factors[torch.where(exists, keys, 0)]  # [B, 1, taps, d']
+        bias = (self.query_factors[positions][:, :, None] * factors).sum(-1)
+        return bias.masked_fill(~exists, 0)
 
 
 def banded_product(u: torch.Tensor, v: torch.Tensor, left: int, right: int) -> torch.Tensor:
@@ -105,11 +111,12 @@ class ConvPositionBias(nn.Module):
         self.beta = nn.Parameter(torch.empty(heads))
 
     def forward(self, length: int, positions: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        weight = self.weight.float()
+        dtype = compute_dtype(self.weight)
+        weight = self.weight.to(dtype)
         variance, mean = torch.var_mean(weight, dim=1, correction=0, keepdim=True)
         # A single tap has no spread: what is left of it is beta.
         standardised = (weight - mean) * torch.where(variance > 0, variance, torch.ones_like(variance)).rsqrt()
-        bias = self.gamma[:, None].float() * standardised + self.beta[:, None].float()
+        bias = self.gamma[:, None].to(dtype) * standardised + self.beta[:, None].to(dtype)
         return {"window_bias": bias[:, None]}
 
 
@@ -120,6 +127,7 @@ class AFTMixer(nn.Module):
         super().__init__()
         self.layer_idx = layer_idx
         self.is_causal = config.is_decoder
+        self.last_position = config.max_position_embeddings - 1
         width = config.hidden_size
         key_width = config.num_attention_heads if config.aft_type == "conv" else width
         self.q_proj = nn.Linear(width, width, bias=False)
@@ -145,7 +153,7 @@ class AFTMixer(nn.Module):
                 query,
                 key,
                 value,
-                **self._bias(key.shape[1], attention_mask, position_ids, state),
+                **self._bias(key, attention_mask, position_ids, state),
                 causal=self.is_causal,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
@@ -159,13 +167,19 @@ class AFTMixer(nn.Module):
             mixed, _ = past_key_values.update(key, value, self.layer_idx, mix)
         return self.o_proj(mixed), None
 
-    def _bias(self, length, attention_mask, position_ids, state):
+    def _bias(self, key, attention_mask, position_ids, state) -> dict[str, torch.Tensor]:
         if self.position_bias is None:
             return {}
-        positions = position_ids
+        length, positions = key.shape[1], position_ids
         if positions is None and state is not None:
-            positions = state.position[:, None]  # of the first new token; read only if it is the only one
-        return self.position_bias(length, positions)
+            steps = torch.arange(length, device=key.device)[None]
+            if attention_mask is not None:
+                steps = (attention_mask.long().cumsum(1) - 1).clamp_min(0)
+            positions = (state.position[:, None] + steps).clamp_max(self.last_position)
+        # The product of the factors goes into an exponential: half precision would not do.
+        device = key.device.type
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+            return self.position_bias(length, positions)
 
 
 class AFTBlock(MixerBlock):
@@ -186,7 +200,7 @@ class AFTPreTrainedModel(MixerPreTrainedModel):
             initialization.normal_(module.weight, mean=0.0, std=1.0)
             initialization.zeros_(module.gamma)
             initialization.zeros_(module.beta)
-        elif isinstance(module, FullPositionBias | LocalPositionBias):
+        elif isinstance(module, TablePositionBias):
             if module.table is not None:
                 initialization.zeros_(module.table)
             else:

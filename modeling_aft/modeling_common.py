@@ -141,13 +141,14 @@ class MixerModel(MixerPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         past_key_values = self._prepare_cache(past_key_values, use_cache)
         attention_mask = self._last_columns(attention_mask, inputs_embeds)
-        self._check_positions(inputs_embeds, attention_mask, position_ids, past_key_values)
+        positions = self._default_positions(inputs_embeds, attention_mask, past_key_values)
+        position_ids = self._unless_default(position_ids, positions, attention_mask)
+        if position_ids is not None:
+            positions = position_ids
+        self._check_positions(positions, attention_mask, past_key_values)
 
         hidden_states = inputs_embeds
         if self.embed_positions is not None:
-            positions = position_ids
-            if positions is None:
-                positions = self._default_positions(inputs_embeds, attention_mask, past_key_values)
             hidden_states = hidden_states + self.embed_positions(positions)
         hidden_states = self.dropout(hidden_states)
         mixer_inputs = {
@@ -211,19 +212,32 @@ class MixerModel(MixerPreTrainedModel):
         state = None if past_key_values is None else past_key_values.layers[0].state
         return None if state is None else state.position
 
-    def _check_positions(self, inputs_embeds, attention_mask, position_ids, past_key_values) -> None:
-        # A compiled step cannot raise for a value; `generate` reaches the limit in eager code first.
-        if not self.config.has_position_table or torch.compiler.is_compiling():
-            return
-        limit = self.config.max_position_embeddings
-        length = inputs_embeds.shape[1] + (0 if past_key_values is None else int(past_key_values.get_seq_length()))
-        if position_ids is None and length <= limit:
-            return
+    @staticmethod
+    def _unless_default(position_ids, positions, attention_mask) -> torch.Tensor | None:
+        """[B, T], or None if they are what the model counts by itself, as those that `generate` makes are: the mixers
+        are faster where a batch shares its positions. A single token is not worth the comparison."""
         if position_ids is None:
-            position_ids = self._default_positions(inputs_embeds, attention_mask, past_key_values)
+            return None
+        position_ids = position_ids.expand(len(positions) if len(position_ids) == 1 else -1, -1)
         if attention_mask is not None:
             position_ids = position_ids.masked_fill(attention_mask == 0, 0)
-        if position_ids.device.type == "meta" or (last := int(position_ids.max())) < limit:
+            positions = positions.masked_fill(attention_mask == 0, 0)
+        if position_ids.shape[1] == 1 or torch.compiler.is_compiling() or position_ids.device.type == "meta":
+            return position_ids
+        return None if torch.equal(position_ids, positions.expand_as(position_ids)) else position_ids
+
+    def _check_positions(self, positions, attention_mask, past_key_values) -> None:
+        if not self.config.has_position_table:
+            return
+        limit, length = self.config.max_position_embeddings, positions.shape[1]
+        if attention_mask is None and past_key_values is None and torch.compiler.is_compiling():
+            last = length - 1  # a compiled model cannot raise for what stands in a tensor
+        elif torch.compiler.is_compiling() or positions.device.type == "meta":
+            return
+        else:
+            kept = positions if attention_mask is None else positions.masked_fill(attention_mask == 0, 0)
+            last = int(kept.max())
+        if last < limit:
             return
         raise ValueError(
             f"Position {last} lies beyond the learned tables of this model, which end at max_position_embeddings="
@@ -232,11 +246,9 @@ class MixerModel(MixerPreTrainedModel):
         )
 
     @staticmethod
-    def create_masks_for_generate(attention_mask=None, inputs_embeds=None, is_first_iteration=True, **kwargs):
+    def create_masks_for_generate(attention_mask=None, inputs_embeds=None, **kwargs):
         """Keeps `generate` from making [T, T] masks: padding is all that a mixer needs to know of its input."""
-        if attention_mask is None or not is_first_iteration:
-            return None  # what is generated is never padding
-        return attention_mask[:, -inputs_embeds.shape[1] :]
+        return None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
 
 
 class MixerForCausalLM(MixerPreTrainedModel, GenerationMixin):
@@ -247,6 +259,8 @@ class MixerForCausalLM(MixerPreTrainedModel, GenerationMixin):
 
     def __init__(self, config):
         super().__init__(config)
+        if not config.is_decoder:
+            raise ValueError("`is_decoder` must be True for a causal language model, got False.")
         self.model = self.model_class(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -41,8 +41,9 @@ def aft_attention(
 
     with the sums over t' <= t if `causal`, else over all t'. The four forms differ in the bias w: `position_bias` is
     AFT-full, `window_bias` with a row per position AFT-local (eq. 4), with one row for all positions AFT-conv (eq. 6),
-    and neither AFT-simple (eq. 5, w = 0). The result is exact for any finite keys and biases; sums are in float32, or
-    in float64 if the keys are. Simple, local and conv take O(T n D) time and O(T D) memory, full O(T^2 D) and O(T^2).
+    and neither AFT-simple (eq. 5, w = 0). The result is exact for any keys and biases with finite sums, computed in
+    float32, or in float64 if keys or values are, also under autocast. Simple, local and conv take O(T n D) time and
+    O(T D) memory, full O(T^2 D) and O(T^2).
 
     Args:
         query (`Tensor` [B, T, D]): floating point.
@@ -57,7 +58,7 @@ def aft_attention(
         causal (`bool`): whether a query sees only its own and earlier tokens.
         attention_mask (`Tensor` [B, T], *optional*):
             1 or True keeps a token, 0 or False makes it padding: no key to anybody, and 0 as its own output.
-        position_ids (`LongTensor` [B, T], *optional*):
+        position_ids (`LongTensor` [B or 1, T], *optional*):
             The row (and column) of the bias tables for each token; by default the number of kept tokens before it,
             those of `initial_state` included.
         initial_state (`AFTState`, *optional*): the state that an earlier call returned; causal only.
@@ -75,95 +76,114 @@ def aft_attention(
         ValueError: if shapes do not fit together, if a position lies beyond the bias table, or for an option with a
             value that is not allowed.
     """
+    if position_ids is not None and position_ids.dim() == 2 and position_ids.shape[0] == 1:
+        position_ids = position_ids.expand(value.shape[0], -1)
     _validate(query, key, value, position_bias, window_bias, causal, attention_mask, position_ids, initial_state)
     if query_activation not in QUERY_ACTIVATIONS:
-        raise ValueError(
-            f"`query_activation` must be one of {', '.join(QUERY_ACTIVATIONS)}, got {query_activation!r}."
-        )
+        raise _refuse("query_activation", f"one of {', '.join(QUERY_ACTIVATIONS)}", repr(query_activation))
     if backend not in BACKENDS:
-        raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)}, got {backend!r}.")
+        raise _refuse("backend", f"one of {', '.join(BACKENDS)}", repr(backend))
     if return_state and not causal:
-        raise ValueError("`return_state=True` needs `causal=True`: a bidirectional mixer has no state to go on from.")
+        raise _refuse("return_state", "False when causal is False: there is no state to go on from", True)
     if window_bias is not None and window_bias.shape[-1] == 0:
         window_bias = None
+    if position_ids is not None and attention_mask is not None:
+        position_ids = position_ids.masked_fill(
+            attention_mask == 0, 0
+        )  # of padding: whatever it was, it has no meaning
+
     arguments = (key, value, position_bias, window_bias, causal, attention_mask, position_ids, initial_state)
-    # Exponentials and their sums would lose all meaning in half precision.
-    with torch.autocast(query.device.type, enabled=False):
-        if backend == "reference":
-            average, state = aft_attention_reference(*arguments)
-        else:
-            average, state = aft_attention_torch(*arguments, return_state)
-        out = (QUERY_ACTIVATIONS[query_activation](query.to(average.dtype)) * average).to(query.dtype)
+    if backend == "reference":
+        average, state = aft_attention_reference(*arguments)
+    else:
+        average, state = aft_attention_torch(*arguments, return_state)
+    out = QUERY_ACTIVATIONS[query_activation](query.to(average.dtype)) * average
+    if attention_mask is not None:
+        out = out.masked_fill((attention_mask == 0)[..., None], 0)
+    out = out.to(query.dtype)
     return (out, state) if return_state else out
 
 
+def _refuse(name: str, allowed: str, got) -> ValueError:
+    # Made only for what is wrong: to format a size under torch.compile would bind the graph to it.
+    return ValueError(f"`{name}` must be {allowed}, got {got}.")
+
+
 def _validate(query, key, value, position_bias, window_bias, causal, attention_mask, position_ids, initial_state):
-    def require(ok, name, allowed, got):
-        if not ok:
-            raise ValueError(f"`{name}` must be {allowed}, got {got}.")
-
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        require(tensor.dim() == 3, name, "a tensor of 3 dimensions [B, T, channels]", tuple(tensor.shape))
-        require(tensor.is_floating_point(), name, "a floating-point tensor", tensor.dtype)
+        if tensor.dim() != 3:
+            raise _refuse(name, "a tensor of 3 dimensions [B, T, channels]", tuple(tensor.shape))
+        if not tensor.is_floating_point():
+            raise _refuse(name, "a floating-point tensor", tensor.dtype)
     batch, length, channels = value.shape
-    require(length >= 1, "value", "at least one token long", tuple(value.shape))
-    require(query.shape == value.shape, "query", f"of the shape of value {tuple(value.shape)}", tuple(query.shape))
+    if length < 1:
+        raise _refuse("value", "at least one token long", tuple(value.shape))
+    if query.shape != value.shape:
+        raise _refuse("query", f"of the shape of value {tuple(value.shape)}", tuple(query.shape))
     heads = key.shape[-1]
-    fits = key.shape[:2] == value.shape[:2] and 1 <= heads <= channels and channels % heads == 0
-    require(fits, "key", f"[{batch}, {length}, H] with H a divisor of {channels}", tuple(key.shape))
+    if key.shape[:2] != value.shape[:2] or not 1 <= heads <= channels or channels % heads != 0:
+        raise _refuse("key", f"[{batch}, {length}, H] with H a divisor of {channels}", tuple(key.shape))
 
-    require(
-        position_bias is None or window_bias is None,
-        "position_bias",
-        "None when window_bias is given (they belong to different forms)",
-        "both",
-    )
+    if position_bias is not None and window_bias is not None:
+        raise _refuse("position_bias", "None when window_bias is given (they belong to different forms)", "both")
     table = None
     if position_bias is not None:
-        shape = tuple(position_bias.shape)
-        fits = shape[:2] == (batch, length) if len(shape) == 3 else len(shape) == 2 and shape[0] == shape[1]
-        require(fits, "position_bias", f"[N, N] or [{batch}, {length}, N]", shape)
+        shape = position_bias.shape
+        if len(shape) == 3:
+            fits = shape[0] == batch and shape[1] == length
+        else:
+            fits = len(shape) == 2 and shape[0] == shape[1]
+        if not fits:
+            raise _refuse("position_bias", f"[N, N] or [{batch}, {length}, N]", tuple(shape))
         table = shape[-1]
     if window_bias is not None:
-        shape = tuple(window_bias.shape)
-        allowed = f"[h, N or 1, n] or [h, {batch}, {length}, n] with h a divisor of the {heads} key channels"
-        fits = len(shape) == 3 or len(shape) == 4 and shape[1:3] == (batch, length)
-        require(fits and shape[0] >= 1 and heads % shape[0] == 0, "window_bias", allowed, shape)
-        require(causal or shape[-1] == 0 or shape[-1] % 2 == 1, "window_bias", "of odd n when causal is False", shape)
+        shape = window_bias.shape
+        fits = len(shape) == 3 or (len(shape) == 4 and shape[1] == batch and shape[2] == length)
+        if not fits or shape[0] < 1 or heads % shape[0] != 0:
+            allowed = f"[h, N or 1, n] or [h, {batch}, {length}, n] with h a divisor of the {heads} key channels"
+            raise _refuse("window_bias", allowed, tuple(shape))
+        if not causal and shape[-1] > 0 and shape[-1] % 2 == 0:
+            raise _refuse("window_bias", "of odd n when causal is False", tuple(shape))
         table = shape[1] if len(shape) == 3 and shape[1] > 1 and shape[2] > 0 else None
     for name, tensor in (("attention_mask", attention_mask), ("position_ids", position_ids)):
-        if tensor is not None:
-            require(tensor.shape == (batch, length), name, f"[{batch}, {length}]", tuple(tensor.shape))
+        if tensor is not None and (tensor.dim() != 2 or tensor.shape[0] != batch or tensor.shape[1] != length):
+            raise _refuse(name, f"[{batch}, {length}]", tuple(tensor.shape))
     if initial_state is not None:
-        require(causal, "initial_state", "None when causal is False", "a state")
-        shape = tuple(initial_state.value.shape)
-        require(
-            shape[0] == batch and shape[2] == channels, "initial_state", f"of batch {batch}, width {channels}", shape
-        )
-        full = initial_state.key_position is not None
-        require(full == (position_bias is not None), "initial_state", "of the form it is given to", "another form's")
-        if not full:
-            window = 0 if window_bias is None else max(window_bias.shape[-1] - 1, 0)
-            require(shape[1] == window, "initial_state", f"of a window of {window} past tokens", shape[1])
+        _validate_state(initial_state, key, value, position_bias, window_bias, causal)
     if table is not None:
         _validate_positions(table, length, attention_mask, position_ids, initial_state)
 
 
+def _validate_state(state, key, value, position_bias, window_bias, causal):
+    if not causal:
+        raise _refuse("initial_state", "None when causal is False", "a state")
+    if (state.key_position is not None) != (position_bias is not None):
+        raise _refuse("initial_state", "of the form it is given to", "another form's")
+    for name, old, new in (("key", state.key, key), ("value", state.value, value)):
+        if old.shape[0] != new.shape[0] or old.shape[2] != new.shape[2]:
+            allowed = f"of batch {new.shape[0]} and {new.shape[2]} {name} channels"
+            raise _refuse("initial_state", allowed, f"{old.shape[0]} and {old.shape[2]}")
+    window = 0 if window_bias is None else max(window_bias.shape[-1] - 1, 0)
+    if position_bias is None and state.key.shape[1] != window:
+        raise _refuse("initial_state", f"of a window of {window} past tokens", state.key.shape[1])
+
+
 def _validate_positions(table, length, attention_mask, position_ids, initial_state):
-    """Raises if a kept token lies beyond the bias table. Reads tensors only where that costs no synchronisation."""
-    if attention_mask is None and position_ids is None and initial_state is None:
+    """Raises if a kept token lies beyond the bias table. Reads tensors on the CPU only, where it waits for nothing."""
+    given = [t for t in (attention_mask, position_ids, initial_state and initial_state.position) if t is not None]
+    first = 0
+    if not given:
         last = length - 1
-    elif torch.compiler.is_compiling():
+    elif torch.compiler.is_compiling() or any(t.device.type != "cpu" for t in given):
         return
-    elif any(t is not None and t.device.type != "cpu" for t in (attention_mask, position_ids)):
-        return
+    elif position_ids is not None:
+        kept = position_ids if attention_mask is None else position_ids.masked_fill(attention_mask == 0, 0)
+        first, last = int(kept.min()), int(kept.max())
     else:
-        kept = torch.ones(1, length) if attention_mask is None else attention_mask
-        if position_ids is not None:
-            last = int(position_ids.masked_fill(kept == 0, 0).max())
-        else:
-            past = 0 if initial_state is None else initial_state.position.cpu()
-            last = int((past + kept.long().sum(1)).max()) - 1
+        count = length if attention_mask is None else attention_mask.long().sum(1)
+        last = int(torch.as_tensor(count + (0 if initial_state is None else initial_state.position)).max()) - 1
+    if first < 0:
+        raise _refuse("position_ids", "at least 0 where a token is kept", first)
     if last >= table:
         raise ValueError(
             f"Position {last} lies beyond the bias table, which ends at position {table - 1} (N = {table})."

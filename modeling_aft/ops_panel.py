@@ -17,6 +17,7 @@ chunks), K key channels, V = K x R value channels (R value channels share a key 
 """
 
 import re
+from functools import wraps
 
 import torch
 from torch import Tensor
@@ -72,10 +73,11 @@ def _row_blocks(queries: int, keys: int, visible: int):
     return [(slice(t, min(t + _FULL_ROWS, queries)), min(visible + t + _FULL_ROWS - 1, keys)) for t in starts]
 
 
-def _exact_rows(underflow: Tensor, keys: int, channels: int):
+def _exact_rows(total: Tensor, bias: Tensor, channels: int):
     """Indices (g, c, p) of the rows to compute in log space, in groups of bounded memory."""
-    rows = underflow.any(-1).nonzero()
-    group = max(1, _EXACT_ELEMENTS // (keys * channels))
+    sees_something = bias.amax(-1) > -torch.inf  # [G, C]; other rows are 0
+    rows = ((total < _TINY[total.dtype]).any(-1) & sees_something[..., None]).nonzero()
+    group = max(1, _EXACT_ELEMENTS // (bias.shape[2] * channels))
     return [index.unbind(1) for index in rows.split(group)] if len(rows) else []
 
 
@@ -90,7 +92,25 @@ def _exact_weights(index, key, maximum, normalizer, bias):
     return weights.div_(torch.where(total == 0, torch.ones_like(total), total))
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::panel", mutates_args=())
+def _operator(name: str):
+    """Registers a function; it runs in full precision under autocast, and outside of CUDA graphs, as it reads data."""
+
+    def register(function):
+        @wraps(function)
+        def in_full_precision(*args, **kwargs):
+            with torch.autocast(args[0].device.type, enabled=False):
+                return function(*args, **kwargs)
+
+        operator = torch.library.custom_op(
+            f"{_NAMESPACE}::{name}", in_full_precision, mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
+        )
+        operator.plain = function
+        return operator
+
+    return register
+
+
+@_operator("panel")
 def panel(
     key: Tensor, value: Tensor, maximum: Tensor, normalizer: Tensor, average: Tensor, bias: Tensor, visible: int
 ) -> tuple[Tensor, Tensor]:
@@ -107,9 +127,8 @@ def panel(
         torch.bmm(pair_weight[:, rows, :seen], term[:, :seen].flatten(2), out=out[:, rows])
     total = total.unflatten(2, (columns, -1))
     out = out.unflatten(2, (columns, -1))
-    underflow = total < _TINY[key.dtype]
-    out /= spread(total, out)
-    for index in _exact_rows(underflow, bias.shape[2], value.shape[3]):
+    out /= spread(torch.where(total == 0, torch.ones_like(total), total), out)
+    for index in _exact_rows(total, bias, value.shape[3]):
         g, c, p = index
         weights = _exact_weights(index, key, maximum, normalizer, bias)
         values = torch.cat([average[g, :, p], value[g, :, p]], 1)
@@ -123,7 +142,7 @@ def _(key, value, maximum, normalizer, average, bias, visible):
     return value.new_empty((*size, value.shape[3])), key.new_empty((*size, key.shape[3]))
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::panel_backward", mutates_args=())
+@_operator("panel_backward")
 def panel_backward(
     grad: Tensor,
     out: Tensor,
@@ -164,7 +183,7 @@ def panel_backward(
     d_maximum = gather(d_term[:, :sums] * average, key).add_(d_weight[:, :sums]).mul_(weight[:, :sums])
     counted = normalizer > 0
     d_normalizer = torch.where(counted, d_maximum / normalizer, torch.zeros_like(normalizer))
-    for index in _exact_rows(underflow, keys, value.shape[3]):
+    for index in _exact_rows(total, bias, value.shape[3]):
         g, c, p = index
         weights = _exact_weights(index, key, maximum, normalizer, bias)
         values = torch.cat([average[g, :, p], value[g, :, p]], 1)

@@ -81,7 +81,7 @@ def aft_attention_reference(
 
     Same arguments as [`~modeling_aft.ops.aft_attention`], already validated. O(B T^2 D) time, slow on purpose.
     """
-    dtype = compute_dtype(key)
+    dtype = torch.promote_types(compute_dtype(key), compute_dtype(value))
     batch, length, _ = key.shape
     kept = torch.ones(batch, length, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     rows, states = [], []
@@ -94,11 +94,9 @@ def aft_attention_reference(
         keys, values, key_position = key[b, index], value[b, index], position
         past = 0
         if state is not None:
+            seen = (state.key[b] > -torch.inf).any(-1)
             if position_bias is not None:
-                seen = (state.key[b] > -torch.inf).any(-1)
                 key_position = torch.cat([state.key_position[b, seen], key_position])
-            else:
-                seen = torch.arange(state.key.shape[1] - 1, -1, -1, device=key.device) < first
             keys = torch.cat([state.key[b, seen], keys])
             values = torch.cat([state.value[b, seen], values])
             past = int(seen.sum())
@@ -124,7 +122,7 @@ def aft_attention_reference(
                 bias = bias.repeat_interleave(keys.shape[-1] // bias.shape[-1], dim=-1)
             out[t] = _attend(keys_c[:visible], values_c[:visible], bias, state_of_row)
         rows.append(torch.stack(out))
-        next_position = position[-1] + 1 if len(index) else torch.as_tensor(first, device=key.device)
+        next_position = torch.tensor(max([first, *(position + 1).tolist()]), device=key.device)
         window = 0 if window_bias is None else max(window_bias.shape[-1] - 1, 0)
         states.append((next_position, keys, values, state_of_row, window))
     average = torch.stack(rows)

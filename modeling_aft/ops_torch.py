@@ -76,38 +76,36 @@ def _nothing(key: Tensor, value: Tensor):
     return key.new_full(size, -torch.inf), key.new_zeros(size), value.new_zeros(value.shape[0], value.shape[2])
 
 
-def _full(key, value, position_bias, causal, rank, position_ids, state):
-    """key, value [B, T, .] with padding made invisible. Average [B, T, V] and the lists that the state is made of."""
-    batch, length, _ = key.shape
-    if state is None and position_ids is None:
-        if rank is not None:
-            key, value = compact(key, rank, -torch.inf), compact(value, rank, 0)
-        beyond = max(length - position_bias.shape[0], 0)  # only padding can lie beyond the table
-        bias = F.pad(position_bias[:length, :length], (0, beyond, 0, beyond))[None]
-        key, value = key.transpose(0, 1)[None], value.transpose(0, 1)[None]  # [1, T, B, .]
-        past = 0
-    else:
-        positions, key_positions = position_ids, position_ids
-        past = 0
-        if state is not None:
-            past = state.key.shape[1]
-            key, value = torch.cat([state.key.to(key.dtype), key], 1), torch.cat([state.value.to(key.dtype), value], 1)
-            key_positions = torch.cat([state.key_position, positions], 1)
-        if position_bias.dim() == 2:
-            position_bias = position_bias[positions]
-        bias = position_bias.gather(2, key_positions[:, None].expand(-1, length, -1))  # [B, T, S]
-        key, value = key.unsqueeze(2), value.unsqueeze(2)  # [B, S, 1, .]
+def _full_shared(key, value, position_bias, causal, rank):
+    """Average [B, T, V] of the full form where all rows of the batch have the positions 0, 1, ...: one bias."""
+    length = key.shape[1]
+    if rank is not None:
+        key, value = compact(key, rank, -torch.inf), compact(value, rank)
+    beyond = max(length - position_bias.shape[0], 0)  # only padding can lie beyond the table
+    bias = F.pad(position_bias[:length, :length], (0, beyond, 0, beyond))[None]
+    out = _full_panel(key.transpose(0, 1)[None], value.transpose(0, 1)[None], bias, causal, 0)  # [1, T, B, V]
+    out = out[0].transpose(0, 1)
+    return out if rank is None else expand(out, rank)
+
+
+def _full_rows(key, value, position_bias, causal, keep, positions, key_positions):
+    """The same for positions [B, T] and key_positions [B, S] of any kind: a bias [B, T, S]."""
+    length = positions.shape[1]
+    if position_bias.dim() == 2:
+        position_bias = position_bias[positions]
+    bias = position_bias.gather(2, key_positions[:, None].expand(-1, length, -1))
+    if keep is not None:
+        bias = bias.masked_fill(~keep[..., None], -torch.inf)
+    return _full_panel(key.unsqueeze(2), value.unsqueeze(2), bias, causal, key.shape[1] - length).squeeze(2)
+
+
+def _full_panel(key, value, bias, causal, past):
     if causal:
-        query_index = torch.arange(length, device=key.device)[:, None] + past
-        future = torch.arange(bias.shape[2], device=key.device)[None] > query_index
-        bias = bias.masked_fill(future, -torch.inf)
+        query_index = torch.arange(bias.shape[1], device=key.device)[:, None] + past
+        bias = bias.masked_fill(torch.arange(bias.shape[2], device=key.device) > query_index, -torch.inf)
     no_key, no_value = (t.new_empty(t.shape[0], 0, *t.shape[2:]) for t in (key, value))
     visible = past + 1 if causal else 0
-    out, _ = panel(key.contiguous(), value.contiguous(), no_key, no_key, no_value, bias.contiguous(), visible)
-    if state is None and position_ids is None:
-        out = out[0].transpose(0, 1)
-        return expand(out, rank) if rank is not None else out
-    return out.squeeze(2)
+    return panel(key.contiguous(), value.contiguous(), no_key, no_key, no_value, bias.contiguous(), visible)[0]
 
 
 def _windowed(key, value, rows, causal, initial):
@@ -135,7 +133,7 @@ def _windowed(key, value, rows, causal, initial):
     key, value = (torch.cat([t[:, :-1], t[:, 1:, : left + right]], 2) for t in (key, value))  # [B, chunks, S, .]
 
     bias = _panel_bias(rows, length, chunk, chunks, left, right, causal)  # [heads, 1 or B, 1 or chunks, C, Z + S]
-    layout = _panel_layout(heads, batch, chunks, bias)
+    layout = _panel_layout(bias)
     average, _ = panel(*(_to_panel(t, heads, layout) for t in (key, value, *sums)), bias.flatten(0, 2), 0)
     return _from_panel(average, heads, batch, chunks, layout)[:, :length]
 
@@ -153,7 +151,7 @@ def _later_sums(key, value, reach):
 
 def _panel_bias(rows, length, chunk, chunks, left, right, causal):
     """Log weights [heads, 1 or B, 1 or chunks, C, Z + S] from the window bias of each query."""
-    heads, batch, steps, taps = rows.shape
+    steps, taps = rows.shape[2:]
     if steps > 1:
         rows = F.pad(rows, (0, 0, 0, chunks * chunk - length)).unflatten(2, (chunks, chunk))
     else:
@@ -168,7 +166,7 @@ def _panel_bias(rows, length, chunk, chunks, left, right, causal):
     return F.pad(bias, (1 if causal else 2, 0))
 
 
-def _panel_layout(heads, batch, chunks, bias):
+def _panel_layout(bias):
     """Which of (batch, chunks) share a bias and so become columns of one matrix product: 'both', 'batch' or 'none'."""
     if bias.shape[1] > 1:
         return "none"
@@ -218,7 +216,7 @@ def _bias_rows(window_bias, length, position, rank, position_ids, continued):
     if window_bias.dim() == 4:
         if rank is None:
             return window_bias
-        return torch.stack([compact(row.flatten(2), rank, 0) for row in window_bias])
+        return torch.stack([compact(row, rank) for row in window_bias])
     table = window_bias.shape[1]
     if table == 1:
         return window_bias[:, None]
@@ -228,13 +226,13 @@ def _bias_rows(window_bias, length, position, rank, position_ids, continued):
     if position_ids is None:
         position_ids = position[:, None] + torch.arange(length, device=position.device)
     elif rank is not None:
-        position_ids = compact(position_ids[..., None], rank, 0).squeeze(-1)
+        position_ids = compact(position_ids[..., None], rank).squeeze(-1)
     if rank is not None:
         position_ids = position_ids.clamp_max(table - 1)  # of padding: no key and no query that counts
     return window_bias[:, position_ids]
 
 
-def _window_state(key, value, left, count, initial, storage):
+def _window_state(key, value, left, count, initial):
     """The state after the last token; key and value as for `_windowed`, count [B] of kept tokens or None for all."""
     length = key.shape[1] - left
     older_key, older_value = key[:, :length], value[:, :length]
@@ -248,7 +246,8 @@ def _window_state(key, value, left, count, initial, storage):
     constant, normalizer, average = _merge(initial, _summarize(older_key, older_value, dim=1))
     maximum = torch.maximum(initial[0], older_key.amax(1))
     normalizer = normalizer * (finite(constant) - finite(maximum)).exp()  # a factor of 1, with its gradient
-    return AFTState(None, window_key.to(storage), window_value.to(storage), None, maximum, normalizer, average)
+    # Copies, because slices would keep the tensors of the whole text alive.
+    return AFTState(None, window_key.clone(), window_value.clone(), None, maximum, normalizer, average)
 
 
 def aft_attention_torch(
@@ -266,59 +265,64 @@ def aft_attention_torch(
 
     Same arguments as [`~modeling_aft.ops.aft_attention`], already validated.
     """
-    dtype, storage = compute_dtype(key), key.dtype
+    dtype = torch.promote_types(compute_dtype(key), compute_dtype(value))
+    storage = (key.dtype, value.dtype)
     key, value = key.to(dtype), value.to(dtype)
     position = key.new_zeros(key.shape[0], dtype=torch.long) if state is None else state.position
-    keep = rank = None
-    count = key.shape[1]
+    keep = None
+    steps = torch.arange(key.shape[1], device=key.device)[None]
     if attention_mask is not None:
         keep = attention_mask.bool()
         key = key.masked_fill(~keep[..., None], -torch.inf)
         value = value.masked_fill(~keep[..., None], 0)
-        count = keep.sum(1)
-        rank = kept_rank(attention_mask)
-    next_position = position + count
-    if position_ids is not None:
-        last = position_ids if keep is None else torch.where(keep, position_ids, -1)
-        next_position = torch.maximum(position, last.amax(1) + 1)
+        steps = (keep.long().cumsum(1) - 1).clamp_min(0)
+    form = _full_form if position_bias is not None else _window_form
+    bias = position_bias if position_bias is not None else window_bias
+    bias = key.new_zeros(1, 1, 1) if bias is None else bias.to(dtype)
+    average, new_state = form(key, value, bias, causal, keep, position, steps, position_ids, state, return_state)
+    if return_state:
+        if position_ids is None:
+            next_position = position + (key.shape[1] if keep is None else keep.sum(1))
+        else:
+            last = position_ids if keep is None else position_ids.masked_fill(~keep, -1)
+            next_position = torch.maximum(position, last.amax(1) + 1)
+        stored = {"key": new_state.key.to(storage[0]), "value": new_state.value.to(storage[1])}
+        new_state = new_state._replace(position=next_position, **stored)
+    return average, new_state
 
-    if position_bias is not None:
-        rows_given = position_bias.dim() == 3
-        own_ids = position_ids
-        if position_ids is None and (state is not None or return_state or rows_given):
-            steps = torch.arange(key.shape[1], device=key.device) if keep is None else keep.long().cumsum(1) - 1
-            own_ids = (position[:, None] + steps).clamp_min(0)
-        use_ids = own_ids if state is not None or rows_given else position_ids
-        average = _full(key, value, position_bias.to(dtype), causal, rank, use_ids, state)
-        if keep is not None and use_ids is not None:
-            average = average.masked_fill(~keep[..., None], 0)
-        new_state = None
-        if return_state:
-            past = (state.key, state.value, state.key_position) if state is not None else ()
-            new = (key.to(storage), value.to(storage), own_ids)
-            new_state = AFTState(
-                next_position, *(torch.cat([p, t], 1) for p, t in zip(past, new, strict=True)) if past else new
-            )
-        return average, new_state
 
-    window_bias = key.new_zeros(1, 1, 1) if window_bias is None else window_bias.to(dtype)
-    left = window_bias.shape[-1] - 1 if causal else (window_bias.shape[-1] - 1) // 2
+def _full_form(key, value, bias, causal, keep, position, steps, position_ids, state, return_state):
+    """AFT-full: average and state; `steps` counts the kept tokens before each."""
+    shared = state is None and position_ids is None and bias.dim() == 2
+    if shared:
+        average = _full_shared(key, value, bias, causal, None if keep is None else kept_rank(keep))
+    key_positions = positions = position[:, None] + steps if position_ids is None else position_ids
+    if state is not None:
+        key, value = torch.cat([state.key.to(key.dtype), key], 1), torch.cat([state.value.to(key.dtype), value], 1)
+        key_positions = torch.cat([state.key_position, positions], 1)
+    if not shared:
+        average = _full_rows(key, value, bias, causal, keep, positions, key_positions)
+    return average, AFTState(position, key, value, key_positions) if return_state else None
+
+
+def _window_form(key, value, bias, causal, keep, position, steps, position_ids, state, return_state):
+    """AFT-local, AFT-conv, AFT-simple: average and state."""
+    left = bias.shape[-1] - 1 if causal else (bias.shape[-1] - 1) // 2
+    rank = None if keep is None else kept_rank(keep)
     if rank is not None:
-        key, value = compact(key, rank, -torch.inf), compact(value, rank, 0)
+        key, value = compact(key, rank, -torch.inf), compact(value, rank)
     if state is None:
         initial = _nothing(key, value)
         key, value = F.pad(key, (0, 0, left, 0), value=-torch.inf), F.pad(value, (0, 0, left, 0))
     else:
-        initial = tuple(t.to(dtype) for t in state[4:])
-        key, value = torch.cat([state.key.to(dtype), key], 1), torch.cat([state.value.to(dtype), value], 1)
-
-    rows = _bias_rows(window_bias, key.shape[1] - left, position, rank, position_ids, state is not None)
+        initial = tuple(t.to(key.dtype) for t in (state.maximum, state.normalizer, state.average))
+        key, value = torch.cat([state.key.to(key.dtype), key], 1), torch.cat([state.value.to(key.dtype), value], 1)
+    rows = _bias_rows(bias, key.shape[1] - left, position, rank, position_ids, state is not None)
     if causal and key.shape[1] - left == 1:
         average = _step(key, value, rows, initial)
     else:
         average = _windowed(key, value, rows, causal, initial)
     new_state = None
     if return_state:
-        new_state = _window_state(key, value, left, count if keep is not None else None, initial, storage)
-        new_state = new_state._replace(position=next_position)
-    return (expand(average, rank) if rank is not None else average), new_state
+        new_state = _window_state(key, value, left, None if keep is None else keep.sum(1), initial)
+    return (average if rank is None else expand(average, rank)), new_state
