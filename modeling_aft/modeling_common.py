@@ -142,9 +142,10 @@ class MixerModel(MixerPreTrainedModel):
         past_key_values = self._prepare_cache(past_key_values, use_cache)
         attention_mask = self._last_columns(attention_mask, inputs_embeds)
         positions = self._default_positions(inputs_embeds, attention_mask, past_key_values)
-        position_ids = self._unless_default(position_ids, positions, attention_mask)
         if position_ids is not None:
-            positions = position_ids
+            position_ids = position_ids.expand(len(inputs_embeds), -1)
+            position_ids = self._unless_default(position_ids, positions, attention_mask)
+            positions = positions if position_ids is None else position_ids
         self._check_positions(positions, attention_mask, past_key_values)
 
         hidden_states = inputs_embeds
@@ -216,9 +217,6 @@ class MixerModel(MixerPreTrainedModel):
     def _unless_default(position_ids, positions, attention_mask) -> torch.Tensor | None:
         """[B, T], or None if they are what the model counts by itself, as those that `generate` makes are: the mixers
         are faster where a batch shares its positions. A single token is not worth the comparison."""
-        if position_ids is None:
-            return None
-        position_ids = position_ids.expand(len(positions) if len(position_ids) == 1 else -1, -1)
         if attention_mask is not None:
             position_ids = position_ids.masked_fill(attention_mask == 0, 0)
             positions = positions.masked_fill(attention_mask == 0, 0)

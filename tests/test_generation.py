@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch._dynamo.testing
-from families import FIXED_STATE, VARIANTS, make_ids, make_model
+from families import AFT_VARIANTS, FIXED_STATE, VARIANTS, make_ids, make_model
 from transformers import AutoTokenizer, DynamicCache, StaticCache, TextStreamer
 
 from modeling_aft.ops import aft_attention
@@ -107,8 +107,10 @@ def test_prefill_in_chunks(variant, chunk):
     model, ids = make_model(variant), make_ids(20)
     mask = torch.ones_like(ids)
     mask[1, :6] = 0
-    options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    assert torch.equal(model.generate(ids, prefill_chunk_size=chunk, **options), model.generate(ids, **options))
+    options = {"attention_mask": mask, "max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    chunked, whole = (model.generate(ids, prefill_chunk_size=size, **options) for size in (chunk, None))
+    torch.testing.assert_close(torch.stack(chunked.logits), torch.stack(whole.logits))
 
 
 @variants
@@ -201,9 +203,43 @@ def test_the_operator_is_exact_after_100000_tokens(form):
 
 
 @variants
-def test_scoring_with_gradients_through_a_cache(variant):
+def test_repeated_positions_step_by_step(variant):
+    """Positions of the user's own, which start again in the middle of the text."""
+    model, ids = make_model(variant), make_ids(12)
+    positions = (torch.arange(12) % 5).expand(2, -1)
+    whole = model(ids, position_ids=positions, use_cache=False).logits
+    cache, parts = None, []
+    for t, part in zip(positions.split([4, 1, 1, 4, 1, 1], 1), ids.split([4, 1, 1, 4, 1, 1], 1), strict=True):
+        output = model(part, position_ids=t, past_key_values=cache, use_cache=True)
+        cache, parts = output.past_key_values, [*parts, output.logits]
+    torch.testing.assert_close(torch.cat(parts, 1), whole)
+
+
+@variants
+def test_a_cache_from_inference_mode_can_be_used_outside(variant):
+    model, ids = make_model(variant), make_ids(12)
+    with torch.inference_mode():
+        cache = model(ids[:, :9], use_cache=True).past_key_values
+    with torch.no_grad():
+        parts = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in (9, 10, 11)]
+    torch.testing.assert_close(torch.cat(parts, 1), model(ids, use_cache=False).logits[:, 9:])
+
+
+@pytest.mark.parametrize(
+    ("variant", "trained"),
+    [
+        *((variant, "") for variant in VARIANTS),
+        *((variant, "position_bias") for variant in AFT_VARIANTS if variant[:4] in ("full", "loca", "conv")),
+    ],
+)
+def test_scoring_with_gradients_through_a_cache(variant, trained):
     """A cache built with autograd on: the tensors that the backward pass needs are not overwritten."""
     model, ids = make_model(variant), make_ids(12)
+    parameters = {n: p for n, p in model.named_parameters() if trained in n}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in parameters)
+    if not parameters:  # the window of no taps
+        return
     grads = []
     for split in ([12], [4, 1, 7]):
         model.zero_grad()
@@ -212,7 +248,7 @@ def test_scoring_with_gradients_through_a_cache(variant):
             output = model(part, past_key_values=cache, use_cache=True)
             cache, parts = output.past_key_values, [*parts, output.logits]
         torch.cat(parts, 1).square().mean().backward()
-        grads.append([p.grad.clone() for p in model.parameters()])
+        grads.append([p.grad.clone() for p in parameters.values()])
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b)
 

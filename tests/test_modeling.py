@@ -8,7 +8,7 @@ from families import LIMIT, UNLIMITED, VARIANTS, make_config, make_ids, make_mod
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 
-from modeling_aft import AFTConfig, AFTModel
+from modeling_aft import AFTConfig, AFTForCausalLM, AFTModel, SynthesizerConfig
 
 
 variants = pytest.mark.parametrize("variant", VARIANTS)
@@ -19,6 +19,32 @@ def test_config_errors_are_collected_into_one():
         AFTConfig(aft_type="global", hidden_size=0, window_size=-1, hidden_act="gelo", hidden_dropout_prob=1.5)
     for expected in ("aft_type", "'global'", "full, local, simple, conv", "hidden_size", "window_size", "gelo", "1.5"):
         assert expected in str(error.value)
+
+
+@pytest.mark.parametrize("config_class", [AFTConfig, SynthesizerConfig])
+def test_fields_of_a_wrong_type_are_collected_too(config_class):
+    with pytest.raises(ValueError, match="hidden_size.*'64'.*num_hidden_layers.*2.5"):
+        config_class(hidden_size="64", num_hidden_layers=2.5)
+
+
+def test_a_causal_language_model_must_be_causal():
+    with pytest.raises(ValueError, match="is_decoder.*True.*False"):
+        AFTForCausalLM(make_config("simple", is_decoder=False))
+
+
+@variants
+def test_runs_on_the_meta_device(variant):
+    model = model_classes(variant)[1](make_config(variant)).to("meta")
+    assert model(make_ids(9).to("meta"), use_cache=False).logits.shape == (2, 9, 256)
+
+
+@variants
+def test_position_ids_may_have_one_row(variant):
+    model, ids = make_model(variant), make_ids(9)
+    shifted = torch.arange(3, 12)[None]
+    expected = model(ids, position_ids=shifted.expand(2, -1)).logits
+    torch.testing.assert_close(model(ids, position_ids=shifted).logits, expected)
+    torch.testing.assert_close(model(ids, position_ids=torch.arange(9)[None]).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from modeling_aft import AFTConfig, AFTModel, ops_panel, ops_torch
 from modeling_aft.ops import aft_attention
 
 
@@ -150,7 +152,7 @@ def test_padding_changes_nothing(backend, form, causal, kind):
     length = 19
     (query, key, value), bias = make_inputs(form, length), make_bias(form, length, causal)
     mask = make_mask(kind, length)
-    key[mask == 0], value[mask == 0] = 1e4, math.nan
+    key[mask == 0], value[mask == 0], query[mask == 0] = 1e4, math.nan, math.nan
     out = aft_attention(query, key, value, **bias, causal=causal, attention_mask=mask, backend=backend)
     assert (out[mask == 0] == 0).all()
     for b in range(BATCH):
@@ -331,10 +333,12 @@ def test_half_precision_inputs(form, dtype):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_autocast_does_not_reach_the_sums(form):
+    """Outputs and gradients are those of float32, also where the backward pass runs under autocast."""
     inputs, bias = [t.float() for t in make_inputs(form, 80)], make_bias(form, 80, dtype=torch.float32)
+    expected = run("torch", inputs, bias)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = aft_attention(*inputs, **bias)
-    assert torch.equal(inside, aft_attention(*inputs, **bias))
+        inside = run("torch", inputs, bias)
+    assert_agree(inside, expected, 1e-6, 1e-6)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -364,6 +368,48 @@ def _rows(bias, length):
     return {n: t[:length, :length] if n == "position_bias" else t for n, t in bias.items()}
 
 
+@pytest.mark.parametrize("kind", ["left", "interior", "everything"])
+@pytest.mark.parametrize("ids", ["shifted", "repeated", "descending"])
+@pytest.mark.parametrize("form", FORMS)
+def test_backends_agree_for_positions_masks_and_states_together(form, ids, kind):
+    length, bias, mask = 24, make_bias(form, 40), make_mask(kind, 24)
+    inputs = make_inputs(form, length)
+    places = torch.arange(length).expand(BATCH, -1)
+    positions = {"shifted": places + 9, "repeated": places % 7, "descending": length - places}[ids]
+    states = {"torch": None, "reference": None}
+    for rows in (slice(0, 9), slice(9, 10), slice(10, 13), slice(13, 24)):
+        part = [t[:, rows] for t in inputs]
+        options = {"attention_mask": mask[:, rows], "position_ids": positions[:, rows], "return_state": True}
+        results = []
+        for backend, state in states.items():
+            out, states[backend] = aft_attention(*part, **bias, **options, initial_state=state, backend=backend)
+            results.append([out, *(t for t in states[backend] if t is not None)])
+        assert_agree(*results)
+
+
+@pytest.mark.parametrize("form", ["full", "local", "conv"])
+def test_rows_chosen_by_the_caller(form):
+    """The bias of each query instead of the table: what a decoding step does."""
+    inputs, bias, mask = make_inputs(form, 20), make_bias(form, 20), make_mask("interior", 20)
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    table = next(iter(bias.values()))
+    if form == "full":
+        rows = {"position_bias": table[positions]}
+    else:
+        rows = {"window_bias": table[:, positions] if form == "local" else table[:, None].expand(-1, BATCH, 20, -1)}
+    options = {"attention_mask": mask, "return_state": True}
+    expected = aft_attention(*inputs, **bias, attention_mask=mask)
+    for backend in ("torch", "reference"):
+        torch.testing.assert_close(aft_attention(*inputs, **rows, **options, backend=backend)[0], expected)
+
+
+def test_the_state_keeps_the_dtypes_of_keys_and_values():
+    query, key, value = make_inputs("conv", 9)
+    bias = make_bias("conv", 9)
+    _, state = aft_attention(query, key.bfloat16(), value.float(), **bias, return_state=True)
+    assert (state.key.dtype, state.value.dtype) == (torch.bfloat16, torch.float32)
+
+
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize("form", FORMS)
 def test_compiles_without_a_graph_break(form, causal):
@@ -384,39 +430,101 @@ def test_compiles_without_a_graph_break(form, causal):
     )
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_one_compiled_graph_serves_many_lengths(form):
+    """More lengths than torch.compile would recompile for."""
+    torch._dynamo.reset()
+    bias = make_bias(form, 200, dtype=torch.float32)
+    compiled = torch.compile(lambda *i: aft_attention(*i, **bias), fullgraph=True, backend="eager")
+    for length in (65, 66, 70, 71, 75, 80, 81, 90, 100, 110, 120, 127, 130, 150):
+        inputs = [t.float() for t in make_inputs(form, length)]
+        torch.testing.assert_close(compiled(*inputs), aft_attention(*inputs, **bias))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_exports_with_a_dynamic_length(form):
+    bias = make_bias(form, 200, dtype=torch.float32)
+
+    class Mixer(torch.nn.Module):
+        def forward(self, query, key, value):
+            return aft_attention(query, key, value, **bias)
+
+    inputs = tuple(t.float() for t in make_inputs(form, 100))
+    length = {1: torch.export.Dim("length", min=65, max=127)}
+    exported = torch.export.export(Mixer(), inputs, dynamic_shapes=(length, length, length)).module()
+    others = [t.float() for t in make_inputs(form, 77)]
+    torch.testing.assert_close(exported(*others), aft_attention(*others, **bias))
+
+
 def test_operators_pass_opcheck():
     """torch.library's own checks: schema, fake kernels, autograd registration, aot dispatch."""
-    from modeling_aft.ops_panel import panel
-
     key, value = (torch.randn(2, 6, 3, 4, requires_grad=True) for _ in range(2))
     maximum, normalizer, average = (torch.rand(2, 1, 3, 4).add(1).requires_grad_() for _ in range(3))
     bias = torch.randn(2, 5, 7, requires_grad=True)
-    torch.library.opcheck(panel, (key, value, maximum, normalizer, average, bias, 0))
+    torch.library.opcheck(ops_panel.panel, (key, value, maximum, normalizer, average, bias, 0))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the largest tensor that is made while it is on."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes())
+        return out
+
+
+class PlainPanel(torch.autograd.Function):
+    """The panel without its registration as an operator, whose inside no dispatch mode sees."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        ctx.output, ctx.inputs = ops_panel.panel.plain(*inputs), inputs
+        return ctx.output
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        saved = (grad.contiguous(), *ctx.output, *ctx.inputs, ctx.needs_input_grad[5])
+        grads = ops_panel.panel_backward.plain(*saved)
+        return (*grads[:5], grads[5] if ctx.needs_input_grad[5] else None, None)
+
+
+@pytest.fixture
+def largest_tensor(monkeypatch):
+    monkeypatch.setattr(ops_torch, "panel", PlainPanel.apply)
+
+    def measure(function):
+        with LargestTensor() as mode:
+            function()
+        return mode.largest
+
+    return measure
 
 
 @pytest.mark.parametrize("form", WINDOWED)
-def test_memory_is_linear_in_length(form):
-    """No tensor of the fast path, forward or backward, grows faster than T: the largest is measured as it is made."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class LargestTensor(TorchDispatchMode):
-        largest = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            for tensor in out if isinstance(out, tuple | list) else [out]:
-                if isinstance(tensor, torch.Tensor):
-                    self.largest = max(self.largest, tensor.untyped_storage().nbytes())
-            return out
+def test_memory_is_linear_in_length(form, largest_tensor):
+    """No tensor of the fast path, forward or backward, grows faster than T."""
 
     def largest(length):
         inputs, bias = (
             make_inputs(form, length, torch.float32),
             make_bias(form, length, dtype=torch.float32, window=32),
         )
-        with LargestTensor() as mode:
-            run("torch", inputs, bias)
-        return mode.largest
+        return largest_tensor(lambda: run("torch", inputs, bias))
+
+    assert largest(4096) <= 4.2 * largest(1024)
+
+
+@pytest.mark.parametrize("aft_type", ["local", "simple", "conv"])
+def test_memory_of_a_model_is_linear_in_length(aft_type, largest_tensor):
+    def largest(length):
+        size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "position_bias_rank": 4}
+        model = AFTModel(AFTConfig(aft_type=aft_type, max_position_embeddings=length, **size))
+        ids = torch.zeros(1, length, dtype=torch.long)
+        return largest_tensor(lambda: model(ids, use_cache=False).last_hidden_state.sum().backward())
 
     assert largest(4096) <= 4.2 * largest(1024)
 
