@@ -16,6 +16,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from checkpointing import complete_checkpoints
+from generate import main as generate
 from pretrain_enwik8 import learning_rate, main, parameter_groups, seed_step
 from pretraining_arguments import check_arguments, parse_arguments
 from run_log import read_log
@@ -441,3 +442,20 @@ def test_length_free_model_is_evaluated_with_carried_state(inputs, tmp_path):
     test = events(tmp_path / "run", "evaluation")[-1]
     assert (test["protocol"], test["streams"]) == ("carried", 8)
     assert "carried" in (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("components", [["dense"], ["random", "dot_product"]], ids="+".join)
+def test_the_same_scripts_train_and_sample_a_synthesizer(inputs, tmp_path, capsys, components):
+    model = {name: MODEL[name] for name in ("hidden_size", "num_hidden_layers", "max_position_embeddings")}
+    model |= {"model_type": "synthesizer", "num_attention_heads": 4}
+    model |= {"synthesizer_type": "mixture", "mixture_components": components}
+    (tmp_path / "model.json").write_text(json.dumps(model))
+    folder = tmp_path / "run"
+    main(flags(inputs, folder, model_preset=tmp_path / "model.json"))
+    scores = [event["bits_per_byte"] for event in read_log(folder / "run.jsonl") if event["event"] == "train"]
+    assert scores[-1] < scores[0] - 1
+    capsys.readouterr()
+    generate(["--model", str(folder), "--prompt", "byte ", "--max_new_tokens", "8"])
+    out = capsys.readouterr().out
+    assert out.startswith("byte ") and len(out) > len("byte \n")
+    assert "synthesizer" in (folder / "README.md").read_text(encoding="utf-8")
