@@ -31,6 +31,9 @@ class AFTCacheLayer(CacheLayerMixin):
     def __init__(self, **kwargs):
         super().__init__()
         self.state: tuple | None = None
+        self.record_past = False
+        # (state before, mix, number of tokens) of each update since the last `crop`, while recording.
+        self.history: list[tuple[tuple | None, Callable, int]] = []
         self.device: torch.device | None = None
         # Tokens seen, padding included. A tensor, because a compiled step would be specialised on a number.
         self.cumulative_length = torch.tensor(0, dtype=torch.long)
@@ -44,27 +47,60 @@ class AFTCacheLayer(CacheLayerMixin):
         self,
         key_states: torch.Tensor,
         value_states: torch.Tensor,
-        mix: Callable[[tuple | None], tuple[torch.Tensor, tuple]],
+        mix: Callable[[tuple | None, int | None], tuple[torch.Tensor, tuple]],
     ) -> tuple[torch.Tensor, None]:
         """Runs `mix` on the state so far and keeps the state that it returns.
 
         Args:
             key_states (`Tensor` [B, T, D or H]): the new keys; only their device and length are read.
             value_states (`Tensor` [B, T, D]): the new values.
-            mix: takes the state before these tokens (None at the start); gives their output and the state after them.
+            mix: takes the state before these tokens (None at the start) and how many of them to read (None for all);
+                gives their output and the state after them.
 
         Returns:
             The output of `mix` and None.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        out, state = mix(self.state)
+        out, state = mix(self.state, None)
         if self._may_write(self.cumulative_length):
             self.cumulative_length.add_(key_states.shape[1])
         else:
             self.cumulative_length = self.cumulative_length + key_states.shape[1]
-        self._write(state)
+        if self.record_past:
+            self.history.append((self.state, mix, key_states.shape[1]))
+            self.state = state
+        else:
+            self._write(state)
         return out, None
+
+    def activate_past_recording(self) -> None:
+        """From now on, what is fed between one `crop` and the next can be taken back."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last `-tokens_to_remove` tokens, and that those before them could have been forgotten.
+
+        Args:
+            tokens_to_remove (`int`): 0 or negative.
+
+        Raises:
+            ValueError: if it is positive, or if that many tokens have not been recorded since the last call.
+        """
+        recorded = sum(length for _, _, length in self.history)
+        if not -recorded <= tokens_to_remove <= 0:
+            raise ValueError(
+                f"`tokens_to_remove` must be between {-recorded} and 0, got {tokens_to_remove}: a state can give "
+                "back only the tokens that were fed after `activate_past_recording()` and the last `crop`."
+            )
+        remaining = -tokens_to_remove
+        while remaining > 0:
+            state, mix, length = self.history.pop()
+            kept = max(length - remaining, 0)
+            remaining -= length - kept
+            self.cumulative_length = self.cumulative_length - (length - kept)
+            self.state = state if kept == 0 else mix(state, kept)[1]
+        self.history.clear()
 
     def _write(self, state: tuple) -> None:
         old = [] if self.state is None else [t for t in self.state if t is not None]
@@ -88,6 +124,7 @@ class AFTCacheLayer(CacheLayerMixin):
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self.state is not None:
             self.state = type(self.state)(*(None if t is None else function(t) for t in self.state))
+        self.history.clear()  # of other rows, or on another device
 
     def get_seq_length(self) -> int | torch.Tensor:
         """Number of tokens seen, padding included."""
@@ -103,6 +140,7 @@ class AFTCacheLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forgets every token."""
         self.state = None
+        self.history.clear()
         self.cumulative_length = torch.zeros_like(self.cumulative_length)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -110,6 +148,7 @@ class AFTCacheLayer(CacheLayerMixin):
         if self.state is not None:
             rows = (None if t is None else t.index_select(0, beam_idx.to(t.device)) for t in self.state)
             self._write(type(self.state)(*rows))
+        self.history.clear()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._map(lambda t: t.repeat_interleave(repeats, dim=0))

@@ -148,21 +148,23 @@ class AFTMixer(nn.Module):
         """hidden_states [B, T, D], attention_mask and position_ids [B, T] or None. Returns [B, T, D] and None."""
         query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
 
-        def mix(state):
+        def mix(state, length):
+            new = slice(length)
+            mask, positions = (None if t is None else t[:, new] for t in (attention_mask, position_ids))
             return aft_attention(
-                query,
-                key,
-                value,
-                **self._bias(key, attention_mask, position_ids, state),
+                query[:, new],
+                key[:, new],
+                value[:, new],
+                **self._bias(key[:, new], mask, positions, state),
                 causal=self.is_causal,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
+                attention_mask=mask,
+                position_ids=positions,
                 initial_state=state,
                 return_state=past_key_values is not None,
             )
 
         if past_key_values is None:
-            mixed = mix(None)
+            mixed = mix(None, None)
         else:
             mixed, _ = past_key_values.update(key, value, self.layer_idx, mix)
         return self.o_proj(mixed), None

@@ -60,7 +60,6 @@ class MixerPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]
     _supports_context_parallel = False
-    _is_stateful = True
     # Every Auto class that a saved folder serves, whichever class saved it.
     _auto_map: dict[str, str] = {}
 

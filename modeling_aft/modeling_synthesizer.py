@@ -187,8 +187,9 @@ class SynthesizerMixer(nn.Module):
             (out, weights), _ = self._mix(hidden_states, attention_mask, position_ids, None, False, output_attentions)
             return out, weights
 
-        def mix(state):
-            return self._mix(hidden_states, attention_mask, position_ids, state, True, output_attentions)
+        def mix(state, length):
+            new = (None if t is None else t[:, :length] for t in (hidden_states, attention_mask, position_ids))
+            return self._mix(*new, state, True, output_attentions)
 
         (out, weights), _ = past_key_values.update(hidden_states, hidden_states, self.layer_idx, mix)
         return out, weights

@@ -253,6 +253,56 @@ def test_scoring_with_gradients_through_a_cache(variant, trained):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("removed", [0, 1, 3, 6, 8])
+@variants
+def test_crop_takes_tokens_back(variant, removed):
+    """After a crop, everything is as if the removed tokens had never been fed, padded ones included."""
+    model = make_model(variant)
+    ids, mask = padded_batch()
+    mask[:, 21] = torch.tensor([1, 0, 1])
+    fed = 24
+    with torch.no_grad():
+        cache = model(ids[:, :16], attention_mask=mask[:, :16], use_cache=True).past_key_values
+        cache.activate_past_recording()
+        for start, stop in ((16, 20), (20, 21), (21, 24)):
+            model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache)
+        cache.crop(-removed)
+        assert int(cache.get_seq_length()) == fed - removed
+        kept = torch.cat([ids[:, : fed - removed], ids[:, fed:]], 1)
+        kept_mask = torch.cat([mask[:, : fed - removed], mask[:, fed:]], 1)
+        after = model(ids[:, fed:], attention_mask=kept_mask, past_key_values=cache).logits
+        torch.testing.assert_close(
+            after, model(kept, attention_mask=kept_mask, use_cache=False).logits[:, fed - removed :]
+        )
+
+
+def test_crop_gives_back_only_what_was_recorded():
+    model, ids = make_model("local"), make_ids(12)
+    cache = model(ids[:, :8], use_cache=True).past_key_values
+    cache.crop(0)
+    with pytest.raises(ValueError, match="tokens_to_remove.*between 0 and 0, got -1"):
+        cache.crop(-1)
+    cache.activate_past_recording()
+    model(ids[:, 8:], past_key_values=cache)
+    with pytest.raises(ValueError, match="between -4 and 0, got -5"):
+        cache.crop(-5)
+    with pytest.raises(ValueError, match="got 3"):
+        cache.crop(3)
+
+
+@pytest.mark.parametrize("help", ["itself", "another-model", "prompt-lookup"])
+@variants
+def test_assisted_decoding_gives_the_text_of_greedy_decoding(variant, help):
+    model, ids = make_model(variant), make_ids(6, batch=1).repeat(1, 2)
+    options = {"max_new_tokens": 14, "do_sample": False}
+    expected = model.generate(ids, **options)
+    if help == "prompt-lookup":
+        options["prompt_lookup_num_tokens"] = 3
+    else:
+        options["assistant_model"] = model if help == "itself" else make_model("conv")
+    assert torch.equal(model.generate(ids, **options), expected)
+
+
 def test_a_cache_of_another_model_is_refused():
     model = make_model("local")
     with pytest.raises(ValueError, match="DynamicCache.config=model.config."):
