@@ -100,12 +100,6 @@ class MixerModel(MixerPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def get_input_embeddings(self):
-        return self.embed_tokens
-
-    def set_input_embeddings(self, value):
-        self.embed_tokens = value
-
     @capture_outputs
     def forward(
         self,

@@ -232,6 +232,16 @@ def test_dropout_is_used():
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_token_embeddings_can_be_resized(tied):
+    model = make_model("conv", tie_word_embeddings=tied)
+    before = model(make_ids(9)).logits
+    model.resize_token_embeddings(300)
+    assert model.config.vocab_size == 300 and model(make_ids(9)).logits.shape[-1] == 300
+    torch.testing.assert_close(model(make_ids(9)).logits[..., :256], before)
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @variants
 def test_save_and_load_is_bit_exact(variant, tied, tmp_path):
     model = make_model(variant, dtype=torch.float32, tie_word_embeddings=tied)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from memory import LargestTensor
 
 from modeling_aft import AFTConfig, AFTModel, ops_panel, ops_torch
 from modeling_aft.ops import aft_attention
@@ -462,19 +462,6 @@ def test_operators_pass_opcheck():
     maximum, normalizer, average = (torch.rand(2, 1, 3, 4).add(1).requires_grad_() for _ in range(3))
     bias = torch.randn(2, 5, 7, requires_grad=True)
     torch.library.opcheck(ops_panel.panel, (key, value, maximum, normalizer, average, bias, 0))
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers the largest tensor that is made while it is on."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(tensor, torch.Tensor):
-                self.largest = max(self.largest, tensor.untyped_storage().nbytes())
-        return out
 
 
 class PlainPanel(torch.autograd.Function):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from families import LIMIT, SYNTHESIZER_VARIANTS, make_config, make_ids, make_model
-from torch.utils._python_dispatch import TorchDispatchMode
+from memory import LargestTensor
 
 from modeling_aft import SynthesizerConfig, SynthesizerForCausalLM
 from modeling_aft.modeling_synthesizer import SynthesizerMixer
@@ -187,17 +187,6 @@ def test_the_cache_holds_keys_only_for_dot_products(variant):
     for layer in cache.layers:
         assert layer.state.value.shape == (2, HEADS, 20, SIZE)
         assert (layer.state.key is None) == ("dot_product" not in model.config.components)
-
-
-class LargestTensor(TorchDispatchMode):
-    largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(tensor, torch.Tensor):
-                self.largest = max(self.largest, tensor.untyped_storage().nbytes())
-        return out
 
 
 def largest_tensor(variant, length, batch):
