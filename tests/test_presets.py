@@ -95,10 +95,12 @@ def test_accelerate_file(path):
     assert args.use_fsdp == (config.distributed_type == DistributedType.FSDP)
 
 
-def test_fsdp_wraps_a_class_of_the_model():
+@pytest.mark.parametrize("preset", ["aft-local-tiny", "synthesizer-dense-tiny"])
+def test_fsdp_wraps_the_blocks_of_the_model(preset):
     config = load_config_from_file(str(CONFIGURATION / "accelerate" / "fsdp.yaml")).fsdp_config
     assert config["fsdp_version"] == 2
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(SMALL_ENOUGH_TO_RUN[0]))
+    # Without this key, accelerate wraps what the model itself names.
+    assert "fsdp_transformer_layer_cls_to_wrap" not in config
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(CONFIGURATION / "models" / f"{preset}.json"))
     wrapped = [module for module in model.modules() if type(module).__name__ in set(model._no_split_modules)]
-    assert {type(module).__name__ for module in wrapped} == {config["fsdp_transformer_layer_cls_to_wrap"]}
-    assert len(wrapped) == model.config.num_hidden_layers
+    assert wrapped == list(model.model.layers)
