@@ -18,6 +18,7 @@ from transformers import initialization
 from .cache_aft import AFTCacheLayer, AFTFullCacheLayer  # noqa: F401  (registers the layer types of the config)
 from .configuration_aft import AFTConfig
 from .modeling_common import MixerBlock, MixerForCausalLM, MixerModel, MixerPreTrainedModel
+from .modeling_heads import MixerForMaskedLM, MixerForSequenceClassification, MixerForTokenClassification
 from .ops import aft_attention
 from .ops_reference import compute_dtype
 
@@ -192,7 +193,13 @@ class AFTPreTrainedModel(MixerPreTrainedModel):
     config_class = AFTConfig
     _no_split_modules = ["AFTBlock"]
     _can_record_outputs = {"hidden_states": AFTBlock}
-    _auto_map = {"AutoModel": "modeling_aft.AFTModel", "AutoModelForCausalLM": "modeling_aft.AFTForCausalLM"}
+    _auto_map = {
+        "AutoModel": "modeling_aft.AFTModel",
+        "AutoModelForCausalLM": "modeling_aft.AFTForCausalLM",
+        "AutoModelForMaskedLM": "modeling_aft.AFTForMaskedLM",
+        "AutoModelForSequenceClassification": "modeling_aft.AFTForSequenceClassification",
+        "AutoModelForTokenClassification": "modeling_aft.AFTForTokenClassification",
+    }
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -222,4 +229,29 @@ class AFTForCausalLM(AFTPreTrainedModel, MixerForCausalLM):
     model_class = AFTModel
 
 
-__all__ = ["AFTForCausalLM", "AFTModel", "AFTPreTrainedModel"]
+class AFTForMaskedLM(AFTPreTrainedModel, MixerForMaskedLM):
+    """The bidirectional Attention Free Transformer with a language-model head; needs `is_decoder=False`."""
+
+    model_class = AFTModel
+
+
+class AFTForSequenceClassification(AFTPreTrainedModel, MixerForSequenceClassification):
+    """The Attention Free Transformer with a classifier on the mean over the kept tokens."""
+
+    model_class = AFTModel
+
+
+class AFTForTokenClassification(AFTPreTrainedModel, MixerForTokenClassification):
+    """The Attention Free Transformer with a classifier on every token."""
+
+    model_class = AFTModel
+
+
+__all__ = [
+    "AFTForCausalLM",
+    "AFTForMaskedLM",
+    "AFTForSequenceClassification",
+    "AFTForTokenClassification",
+    "AFTModel",
+    "AFTPreTrainedModel",
+]

@@ -17,6 +17,7 @@ from transformers import initialization
 from .cache_aft import SynthesizerCacheLayer  # noqa: F401  (registers the layer type of the config)
 from .configuration_synthesizer import SynthesizerConfig
 from .modeling_common import MixerBlock, MixerForCausalLM, MixerModel, MixerPreTrainedModel
+from .modeling_heads import MixerForMaskedLM, MixerForSequenceClassification, MixerForTokenClassification
 from .ops_padding import compact, expand, kept_rank
 from .ops_synthesizer import Logits, SynthesizerState, attend, attend_fused, columns, outer
 
@@ -297,6 +298,9 @@ class SynthesizerPreTrainedModel(MixerPreTrainedModel):
     _auto_map = {
         "AutoModel": "modeling_synthesizer.SynthesizerModel",
         "AutoModelForCausalLM": "modeling_synthesizer.SynthesizerForCausalLM",
+        "AutoModelForMaskedLM": "modeling_synthesizer.SynthesizerForMaskedLM",
+        "AutoModelForSequenceClassification": "modeling_synthesizer.SynthesizerForSequenceClassification",
+        "AutoModelForTokenClassification": "modeling_synthesizer.SynthesizerForTokenClassification",
     }
 
     @torch.no_grad()
@@ -320,4 +324,29 @@ class SynthesizerForCausalLM(SynthesizerPreTrainedModel, MixerForCausalLM):
     model_class = SynthesizerModel
 
 
-__all__ = ["SynthesizerForCausalLM", "SynthesizerModel", "SynthesizerPreTrainedModel"]
+class SynthesizerForMaskedLM(SynthesizerPreTrainedModel, MixerForMaskedLM):
+    """The bidirectional Synthesizer with a language-model head; needs `is_decoder=False`."""
+
+    model_class = SynthesizerModel
+
+
+class SynthesizerForSequenceClassification(SynthesizerPreTrainedModel, MixerForSequenceClassification):
+    """The Synthesizer with a classifier on the mean over the kept tokens."""
+
+    model_class = SynthesizerModel
+
+
+class SynthesizerForTokenClassification(SynthesizerPreTrainedModel, MixerForTokenClassification):
+    """The Synthesizer with a classifier on every token."""
+
+    model_class = SynthesizerModel
+
+
+__all__ = [
+    "SynthesizerForCausalLM",
+    "SynthesizerForMaskedLM",
+    "SynthesizerForSequenceClassification",
+    "SynthesizerForTokenClassification",
+    "SynthesizerModel",
+    "SynthesizerPreTrainedModel",
+]

@@ -77,16 +77,19 @@ def test_is_refused_without_trust(tmp_path):
     assert result.returncode != 0 and "trust_remote_code=True" in result.stderr
 
 
-@pytest.mark.parametrize("head", [False, True], ids=["without-head", "with-head"])
+@pytest.mark.parametrize("with_head", [False, True], ids=["without-head", "with-head"])
 @pytest.mark.parametrize(
     ("variant", "family"), [("local", "AFT"), ("dense", "Synthesizer")], ids=["aft", "synthesizer"]
 )
-def test_every_auto_class_is_named_whichever_class_saved(variant, family, head, tmp_path):
-    make_model(variant, head).save_pretrained(tmp_path)
+def test_every_auto_class_is_named_whichever_class_saved(variant, family, with_head, tmp_path):
+    make_model(variant, with_head).save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == {
         "AutoConfig": f"configuration_{family.lower()}.{family}Config",
         "AutoModel": f"modeling_{family.lower()}.{family}Model",
-        "AutoModelForCausalLM": f"modeling_{family.lower()}.{family}ForCausalLM",
+        **{
+            f"AutoModelFor{head}": f"modeling_{family.lower()}.{family}For{head}"
+            for head in ("CausalLM", "MaskedLM", "SequenceClassification", "TokenClassification")
+        },
     }
 
 
