@@ -17,6 +17,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import urllib.error
 import urllib.request
 import zipfile
 import zlib
@@ -94,7 +95,10 @@ def known_file_bytes(known: KnownFile, path: str | None, url: str | None, cache_
     url = url or known.url
     target = Path(cache_dir) / Path(url).name
     if not target.exists():
-        download(url, target)
+        try:
+            download(url, target)
+        except urllib.error.URLError as error:
+            raise OSError(f"{url} cannot be read ({error}); --dataset_path takes a copy of the file") from error
     try:
         return verify(known, file_bytes(target), url)
     except ValueError:

@@ -246,3 +246,10 @@ def test_a_batch_depends_only_on_seed_and_step(step, parts):
 def test_short_train_split_is_refused():
     with pytest.raises(ValueError, match="sequence_length 16 needs .* 33 bytes or more, got 32"):
         training_windows(num_bytes=32, length=16)
+
+
+def test_an_address_that_does_not_answer_is_named(tmp_path):
+    known = KnownFile("tiny", "http://127.0.0.1:9/tiny.zip", 1, "", "")
+    with pytest.raises(OSError, match="127.0.0.1:9/tiny.zip.*--dataset_path"):
+        known_file_bytes(known, None, None, tmp_path)
+    assert list(tmp_path.iterdir()) == []
