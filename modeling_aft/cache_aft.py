@@ -121,9 +121,12 @@ class AFTCacheLayer(CacheLayerMixin):
             return True
         return torch.is_inference_mode_enabled() or not tensor.is_inference()
 
+    def _mapped(self, function: Callable[[torch.Tensor], torch.Tensor]) -> tuple:
+        return type(self.state)(*(None if t is None else function(t) for t in self.state))
+
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self.state is not None:
-            self.state = type(self.state)(*(None if t is None else function(t) for t in self.state))
+            self.state = self._mapped(function)
         self.history.clear()  # of other rows, or on another device
 
     def get_seq_length(self) -> int | torch.Tensor:
@@ -146,8 +149,7 @@ class AFTCacheLayer(CacheLayerMixin):
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row b becomes what row `beam_idx[b]` was."""
         if self.state is not None:
-            rows = (None if t is None else t.index_select(0, beam_idx.to(t.device)) for t in self.state)
-            self._write(type(self.state)(*rows))
+            self._write(self._mapped(lambda t: t.index_select(0, beam_idx.to(t.device))))
         self.history.clear()
 
     def batch_repeat_interleave(self, repeats: int) -> None:

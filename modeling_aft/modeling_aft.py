@@ -128,7 +128,6 @@ class AFTMixer(nn.Module):
         super().__init__()
         self.layer_idx = layer_idx
         self.is_causal = config.is_decoder
-        self.last_position = config.max_position_embeddings - 1
         width = config.hidden_size
         key_width = config.num_attention_heads if config.aft_type == "conv" else width
         self.q_proj = nn.Linear(width, width, bias=False)
@@ -146,7 +145,10 @@ class AFTMixer(nn.Module):
             self.position_bias = ConvPositionBias(config, left, right)
 
     def forward(self, hidden_states, attention_mask=None, position_ids=None, past_key_values=None):
-        """hidden_states [B, T, D], attention_mask and position_ids [B, T] or None. Returns [B, T, D] and None."""
+        """hidden_states [B, T, D], attention_mask [B, T] or None, position_ids [B, T], None only without a past.
+
+        Returns [B, T, D] and None.
+        """
         query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
 
         def mix(state, length):
@@ -156,7 +158,7 @@ class AFTMixer(nn.Module):
                 query[:, new],
                 key[:, new],
                 value[:, new],
-                **self._bias(key[:, new], mask, positions, state),
+                **self._bias(key[:, new], positions),
                 causal=self.is_causal,
                 attention_mask=mask,
                 position_ids=positions,
@@ -170,19 +172,13 @@ class AFTMixer(nn.Module):
             mixed, _ = past_key_values.update(key, value, self.layer_idx, mix)
         return self.o_proj(mixed), None
 
-    def _bias(self, key, attention_mask, position_ids, state) -> dict[str, torch.Tensor]:
+    def _bias(self, key, position_ids) -> dict[str, torch.Tensor]:
         if self.position_bias is None:
             return {}
-        length, positions = key.shape[1], position_ids
-        if positions is None and state is not None:
-            steps = torch.arange(length, device=key.device)[None]
-            if attention_mask is not None:
-                steps = (attention_mask.long().cumsum(1) - 1).clamp_min(0)
-            positions = (state.position[:, None] + steps).clamp_max(self.last_position)
         # The product of the factors goes into an exponential: half precision would not do.
         device = key.device.type
         with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
-            return self.position_bias(length, positions)
+            return self.position_bias(key.shape[1], position_ids)
 
 
 class AFTBlock(MixerBlock):

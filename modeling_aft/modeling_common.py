@@ -134,11 +134,14 @@ class MixerModel(MixerPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         past_key_values = self._prepare_cache(past_key_values, use_cache)
         attention_mask = self._last_columns(attention_mask, inputs_embeds)
-        positions = self._default_positions(inputs_embeds, attention_mask, past_key_values)
+        seen = self._seen_tokens(past_key_values)
+        positions = self._default_positions(inputs_embeds, attention_mask, seen)
         if position_ids is not None:
             position_ids = position_ids.expand(len(inputs_embeds), -1)
             position_ids = self._unless_default(position_ids, positions, attention_mask)
-            positions = positions if position_ids is None else position_ids
+        if position_ids is None and seen is not None:
+            position_ids = positions  # the mixers need not count again
+        positions = positions if position_ids is None else position_ids
         self._check_positions(positions, attention_mask, past_key_values)
 
         hidden_states = inputs_embeds
@@ -191,15 +194,6 @@ class MixerModel(MixerPreTrainedModel):
             return None
         return attention_mask
 
-    def _default_positions(self, inputs_embeds, attention_mask, past_key_values) -> torch.Tensor:
-        """[B or 1, T]: the number of kept tokens before each token, those of the cache included."""
-        if attention_mask is None:
-            positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
-        else:
-            positions = (attention_mask.long().cumsum(1) - 1).clamp_min(0)
-        seen = self._seen_tokens(past_key_values)
-        return positions if seen is None else positions + seen[:, None].to(positions.device)
-
     @staticmethod
     def _seen_tokens(past_key_values) -> torch.Tensor | None:
         """[B]: the number of kept tokens in the cache, or None if it is empty."""
@@ -207,12 +201,23 @@ class MixerModel(MixerPreTrainedModel):
         return None if state is None else state.position
 
     @staticmethod
+    def _default_positions(inputs_embeds, attention_mask, seen) -> torch.Tensor:
+        """[B or 1, T]: the number of kept tokens before each token, those of the cache included, and 0 for padding."""
+        if attention_mask is None:
+            positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
+        else:
+            positions = attention_mask.long().cumsum(1) - 1
+        if seen is not None:
+            positions = positions + seen[:, None].to(positions.device)
+        return positions if attention_mask is None else positions.masked_fill(attention_mask == 0, 0)
+
+    @staticmethod
     def _unless_default(position_ids, positions, attention_mask) -> torch.Tensor | None:
-        """[B, T], or None if they are what the model counts by itself, as those that `generate` makes are: the mixers
-        are faster where a batch shares its positions. A single token is not worth the comparison."""
+        """[B, T] with 0 for padding, or None if they are what the model counts by itself, as those that `generate`
+        makes are: the mixers are faster where a batch shares its positions. A single token is not worth the
+        comparison."""
         if attention_mask is not None:
             position_ids = position_ids.masked_fill(attention_mask == 0, 0)
-            positions = positions.masked_fill(attention_mask == 0, 0)
         if position_ids.shape[1] == 1 or torch.compiler.is_compiling() or position_ids.device.type == "meta":
             return position_ids
         return None if torch.equal(position_ids, positions.expand_as(position_ids)) else position_ids
@@ -226,8 +231,7 @@ class MixerModel(MixerPreTrainedModel):
         elif torch.compiler.is_compiling() or positions.device.type == "meta":
             return
         else:
-            kept = positions if attention_mask is None else positions.masked_fill(attention_mask == 0, 0)
-            last = int(kept.max())
+            last = int(positions.max())
         if last < limit:
             return
         raise ValueError(

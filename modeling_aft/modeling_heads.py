@@ -59,8 +59,8 @@ class MixerForMaskedLM(MixerPreTrainedModel):
         )
 
 
-class MixerForSequenceClassification(MixerPreTrainedModel):
-    """A mixer model with a linear layer on the mean over the kept tokens. Subclasses name the model."""
+class MixerClassifier(MixerPreTrainedModel):
+    """A mixer model with a linear layer to `config.num_labels`. Subclasses say what it is applied to."""
 
     model_class: type[MixerModel]
 
@@ -71,6 +71,14 @@ class MixerForSequenceClassification(MixerPreTrainedModel):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
+
+    def _encode(self, *inputs, **kwargs):
+        """The outputs of the model, which has nothing to cache here."""
+        return self.model(*inputs, **{**kwargs, "use_cache": False})
+
+
+class MixerForSequenceClassification(MixerClassifier):
+    """A mixer model with a linear layer on the mean over the kept tokens. Subclasses name the model."""
 
     @can_return_tuple
     def forward(
@@ -91,8 +99,7 @@ class MixerForSequenceClassification(MixerPreTrainedModel):
         Returns:
             `SequenceClassifierOutput` with `logits` [B, num_labels] and, if labels are given, `loss`.
         """
-        kwargs["use_cache"] = False
-        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
+        outputs = self._encode(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
         hidden_states = outputs.last_hidden_state
         if attention_mask is None:
             pooled = hidden_states.mean(1)
@@ -108,18 +115,8 @@ class MixerForSequenceClassification(MixerPreTrainedModel):
         )
 
 
-class MixerForTokenClassification(MixerPreTrainedModel):
+class MixerForTokenClassification(MixerClassifier):
     """A mixer model with a linear layer on every token. Subclasses name the model."""
-
-    model_class: type[MixerModel]
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.model = self.model_class(config)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
 
     @can_return_tuple
     def forward(
@@ -140,8 +137,7 @@ class MixerForTokenClassification(MixerPreTrainedModel):
         Returns:
             `TokenClassifierOutput` with `logits` [B, T, num_labels] and, if labels are given, `loss`.
         """
-        kwargs["use_cache"] = False
-        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
+        outputs = self._encode(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
         logits = self.score(self.dropout(outputs.last_hidden_state))
         loss = None
         if labels is not None:

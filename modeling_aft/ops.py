@@ -88,9 +88,8 @@ def aft_attention(
     if window_bias is not None and window_bias.shape[-1] == 0:
         window_bias = None
     if position_ids is not None and attention_mask is not None:
-        position_ids = position_ids.masked_fill(
-            attention_mask == 0, 0
-        )  # of padding: whatever it was, it has no meaning
+        # Those of padding have no meaning, and may lie anywhere.
+        position_ids = position_ids.masked_fill(attention_mask == 0, 0)
 
     arguments = (key, value, position_bias, window_bias, causal, attention_mask, position_ids, initial_state)
     if backend == "reference":

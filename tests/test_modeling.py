@@ -184,6 +184,18 @@ def test_positions_beyond_the_tables_are_refused_with_both_numbers(variant):
     )
 
 
+@variants
+def test_padding_fed_to_a_row_that_has_used_its_table_up(variant):
+    """One row of the batch is full and gets padding, the other, which began with padding, goes on."""
+    model, ids = make_model(variant), make_ids(LIMIT + 1)
+    mask = torch.ones_like(ids)
+    mask[1, :5], mask[0, LIMIT] = 0, 0
+    with torch.no_grad():
+        past = model(ids[:, :LIMIT], attention_mask=mask[:, :LIMIT], use_cache=True).past_key_values
+        logits = model(ids[:, LIMIT:], attention_mask=mask, past_key_values=past).logits
+        torch.testing.assert_close(logits[1], model(ids[1:, 5:], use_cache=False).logits[0, -1:])
+
+
 @pytest.mark.parametrize("variant", UNLIMITED)
 def test_models_without_tables_have_no_limit(variant):
     assert make_model(variant)(make_ids(5 * LIMIT)).logits.isfinite().all()
