@@ -10,6 +10,7 @@ from transformers import (
     AutoTokenizer,
 )
 
+from .cache_aft import load_cache, save_cache
 from .configuration_aft import AFTConfig
 from .configuration_synthesizer import SynthesizerConfig
 from .modeling_aft import (
@@ -79,4 +80,6 @@ __all__ = [
     "SynthesizerForSequenceClassification",
     "SynthesizerForTokenClassification",
     "SynthesizerModel",
+    "load_cache",
+    "save_cache",
 ]

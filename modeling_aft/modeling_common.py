@@ -60,6 +60,7 @@ class MixerPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]
     _supports_context_parallel = False
+    _can_compile_fullgraph = True
     # Every Auto class that a saved folder serves, whichever class saved it.
     _auto_map: dict[str, str] = {}
 
@@ -262,6 +263,13 @@ class MixerForCausalLM(MixerPreTrainedModel, GenerationMixin):
         self.post_init()
 
     create_masks_for_generate = staticmethod(MixerModel.create_masks_for_generate)
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Raises a ValueError, for `generate_batch` and all others that begin here."""
+        raise ValueError(
+            "Continuous batching keeps the keys and values of attention in pages, which these models do not have. "
+            "Use `generate` with a padded batch: the state of a row does not depend on its padding."
+        )
 
     @can_return_tuple
     def forward(
