@@ -13,7 +13,7 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import initialization
+from transformers import GenerationMixin, initialization
 
 from .cache_aft import AFTCacheLayer, AFTFullCacheLayer  # noqa: F401  (registers the layer types of the config)
 from .configuration_aft import AFTConfig
@@ -177,7 +177,7 @@ class AFTMixer(nn.Module):
             return {}
         # The product of the factors goes into an exponential: half precision would not do.
         device = key.device.type
-        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
             return self.position_bias(key.shape[1], position_ids)
 
 
@@ -219,7 +219,7 @@ class AFTModel(AFTPreTrainedModel, MixerModel):
     block_class = AFTBlock
 
 
-class AFTForCausalLM(AFTPreTrainedModel, MixerForCausalLM):
+class AFTForCausalLM(AFTPreTrainedModel, MixerForCausalLM, GenerationMixin):
     """The Attention Free Transformer with a language-model head."""
 
     model_class = AFTModel

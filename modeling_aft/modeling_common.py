@@ -10,7 +10,7 @@
 
 import torch
 from torch import nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel, initialization
+from transformers import DynamicCache, PreTrainedModel, initialization
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -136,6 +136,8 @@ class MixerModel(MixerPreTrainedModel):
         past_key_values = self._prepare_cache(past_key_values, use_cache)
         attention_mask = self._last_columns(attention_mask, inputs_embeds)
         seen = self._seen_tokens(past_key_values)
+        if seen is not None and len(seen) != len(inputs_embeds):
+            raise ValueError(f"`past_key_values` must hold a batch of {len(inputs_embeds)}, got {len(seen)}.")
         positions = self._default_positions(inputs_embeds, attention_mask, seen)
         if position_ids is not None:
             position_ids = position_ids.expand(len(inputs_embeds), -1)
@@ -244,11 +246,14 @@ class MixerModel(MixerPreTrainedModel):
     @staticmethod
     def create_masks_for_generate(attention_mask=None, inputs_embeds=None, **kwargs):
         """Keeps `generate` from making [T, T] masks: padding is all that a mixer needs to know of its input."""
-        return None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
+        if attention_mask is None:
+            return None
+        # A copy, because a compiled step is specialised on strides, and those of a slice change with every token.
+        return attention_mask[:, -inputs_embeds.shape[1] :].clone(memory_format=torch.contiguous_format)
 
 
-class MixerForCausalLM(MixerPreTrainedModel, GenerationMixin):
-    """A mixer model with a language-model head. Subclasses name the model."""
+class MixerForCausalLM(MixerPreTrainedModel):
+    """A mixer model with a language-model head. Subclasses name the model, and add GenerationMixin."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     model_class: type[MixerModel]

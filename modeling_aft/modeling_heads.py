@@ -110,6 +110,9 @@ class MixerForSequenceClassification(MixerClassifier):
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+            # Trainer gives the number of labels in all accumulated batches, of which this loss is the part of one.
+            if (num_items := kwargs.get("num_items_in_batch")) is not None:
+                loss = loss * (labels != -100).sum() / num_items
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -141,7 +144,7 @@ class MixerForTokenClassification(MixerClassifier):
         logits = self.score(self.dropout(outputs.last_hidden_state))
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits, labels, self.config)
+            loss = self.loss_function(logits, labels, self.config, **kwargs)
         return TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

@@ -12,7 +12,7 @@ import math
 
 import torch
 from torch import Tensor, nn
-from transformers import initialization
+from transformers import GenerationMixin, initialization
 
 from .cache_aft import SynthesizerCacheLayer  # noqa: F401  (registers the layer type of the config)
 from .configuration_synthesizer import SynthesizerConfig
@@ -29,7 +29,18 @@ def _rows(table: Tensor, positions: Tensor | None, length: int) -> Tensor:
     return table[:, positions.clamp_min(0)].transpose(0, 1)
 
 
-class DenseLogits(nn.Module):
+class ComponentLogits(nn.Module):
+    """The logits of one component, from the query [B, H, T, d] and the positions [B, T] (None for 0 to T - 1).
+
+    Both forms are had by calling the module: hooks on it, such as those that fetch offloaded weights, see only calls.
+    """
+
+    def forward(self, query: Tensor, positions: Tensor | None, by_parts: bool = False) -> Tensor | Logits:
+        """Logits over all N key positions, [1 or B, H, T, N], or with `by_parts` those over the T keys, by parts."""
+        return self.parts(query, positions) if by_parts else self.whole(query, positions)
+
+
+class DenseLogits(ComponentLogits):
     """relu(q) W2 + b2: every token gives one logit per position. W2 [H, d, N], b2 [H, N]."""
 
     def __init__(self, config):
@@ -42,8 +53,7 @@ class DenseLogits(nn.Module):
         initialization.normal_(self.weight, mean=0.0, std=std)
         initialization.zeros_(self.bias)
 
-    def forward(self, query: Tensor, positions: Tensor | None) -> Tensor:
-        """Logits over all N key positions, [B, H, T, N], from the query [B, H, T, d]."""
+    def whole(self, query: Tensor, positions: Tensor | None) -> Tensor:
         return query.relu() @ self.weight + self.bias[:, None]
 
     def parts(self, query: Tensor, positions: Tensor | None) -> Logits:
@@ -52,7 +62,7 @@ class DenseLogits(nn.Module):
         return Logits(query=torch.cat([query.relu(), ones], -1), key=_rows(table, positions, query.shape[2]))
 
 
-class RandomLogits(nn.Module):
+class RandomLogits(ComponentLogits):
     """R [H, N, N]: the logits of a pair of positions, whatever stands there."""
 
     trainable = True
@@ -69,12 +79,11 @@ class RandomLogits(nn.Module):
     def init_weights(self, std: float):
         initialization.normal_(self.table, mean=0.0, std=std)
 
-    def forward(self, query: Tensor, positions: Tensor | None) -> Tensor:
-        """Logits over all N key positions, [1 or B, H, T, N]."""
+    def whole(self, query: Tensor, positions: Tensor | None) -> Tensor:
         return _rows(self.table, positions, query.shape[2])
 
     def parts(self, query: Tensor, positions: Tensor | None) -> Logits:
-        return Logits(bias=columns(self(query, positions), positions, query.shape[2]))
+        return Logits(bias=columns(self.whole(query, positions), positions, query.shape[2]))
 
 
 class FixedRandomLogits(RandomLogits):
@@ -83,7 +92,7 @@ class FixedRandomLogits(RandomLogits):
     trainable = False
 
 
-class FactorizedRandomLogits(nn.Module):
+class FactorizedRandomLogits(ComponentLogits):
     """R1 R2^T with R1, R2 [H, N, k]."""
 
     def __init__(self, config):
@@ -98,8 +107,7 @@ class FactorizedRandomLogits(nn.Module):
         initialization.normal_(self.query_factors, mean=0.0, std=factor_std)
         initialization.normal_(self.key_factors, mean=0.0, std=factor_std)
 
-    def forward(self, query: Tensor, positions: Tensor | None) -> Tensor:
-        """Logits over all N key positions, [1 or B, H, T, N]."""
+    def whole(self, query: Tensor, positions: Tensor | None) -> Tensor:
         return _rows(self.query_factors, positions, query.shape[2]) @ self.key_factors.transpose(1, 2)
 
     def parts(self, query: Tensor, positions: Tensor | None) -> Logits:
@@ -109,7 +117,7 @@ class FactorizedRandomLogits(nn.Module):
         )
 
 
-class FactorizedDenseLogits(nn.Module):
+class FactorizedDenseLogits(ComponentLogits):
     """All N = a * b products of two dense rows, A repeated and B tiled: the logits are A[n // b] B[n % b]."""
 
     def __init__(self, config):
@@ -126,8 +134,7 @@ class FactorizedDenseLogits(nn.Module):
         initialization.ones_(self.bias_a)
         initialization.zeros_(self.bias_b)
 
-    def forward(self, query: Tensor, positions: Tensor | None) -> Tensor:
-        """Logits over all N key positions, [B, H, T, N], from the query [B, H, T, d]."""
+    def whole(self, query: Tensor, positions: Tensor | None) -> Tensor:
         return outer(*self._factors(query))
 
     def parts(self, query: Tensor, positions: Tensor | None) -> Logits:
@@ -184,18 +191,20 @@ class SynthesizerMixer(nn.Module):
         Returns:
             The output [B, T, D], and the attention weights [B, H, T, S] if `output_attentions`, else None.
         """
+        mixture = self.mixture_weights()  # here, as hooks that fetch offloaded weights do so for `forward` alone
         if past_key_values is None:
-            (out, weights), _ = self._mix(hidden_states, attention_mask, position_ids, None, False, output_attentions)
+            inputs = hidden_states, attention_mask, position_ids
+            (out, weights), _ = self._mix(mixture, *inputs, None, False, output_attentions)
             return out, weights
 
         def mix(state, length):
             new = (None if t is None else t[:, :length] for t in (hidden_states, attention_mask, position_ids))
-            return self._mix(*new, state, True, output_attentions)
+            return self._mix(mixture, *new, state, True, output_attentions)
 
         (out, weights), _ = past_key_values.update(hidden_states, hidden_states, self.layer_idx, mix)
         return out, weights
 
-    def _mix(self, hidden_states, attention_mask, position_ids, state, return_state, output_attentions):
+    def _mix(self, mixture, hidden_states, attention_mask, position_ids, state, return_state, output_attentions):
         batch, length, _ = hidden_states.shape
         explicit = state is not None or output_attentions
         rank = count = None
@@ -216,9 +225,9 @@ class SynthesizerMixer(nn.Module):
             new_state = self._state(key, value, attention_mask, count, position_ids, state)
         weights = None
         if explicit:
-            out, weights = self._explicit(query, new_state, length)
+            out, weights = self._explicit(mixture, query, new_state, length)
         else:
-            out = attend_fused(self._parts(query, key, position_ids), value, self.is_causal, count)
+            out = attend_fused(self._parts(mixture, query, key, position_ids), value, self.is_causal, count)
         out = out.transpose(1, 2).flatten(2)
         out = self.o_proj(expand(out, rank) if rank is not None else out)
         return (out, weights if output_attentions else None), new_state
@@ -243,11 +252,11 @@ class SynthesizerMixer(nn.Module):
             key_position = torch.cat([state.key_position, key_position], 1)
         return SynthesizerState(position, key, value, key_position)
 
-    def _explicit(self, query, state: SynthesizerState, length: int) -> tuple[Tensor, Tensor]:
+    def _explicit(self, mixture, query, state: SynthesizerState, length: int) -> tuple[Tensor, Tensor]:
         """The definition: logits over all positions, of which those of the present keys are taken."""
         positions = state.key_position[:, -length:]
         logits = 0
-        for name, alpha in self.mixture_weights().items():
+        for name, alpha in mixture.items():
             if name == "dot_product":
                 part = self.scaling * query @ state.key.transpose(2, 3)
             else:
@@ -259,14 +268,14 @@ class SynthesizerMixer(nn.Module):
             visible = visible & (places <= places[-length:, None])
         return attend(logits, state.value, visible.expand(-1, -1, length, -1))
 
-    def _parts(self, query, key, positions) -> Logits:
+    def _parts(self, mixture, query, key, positions) -> Logits:
         """The weighted sum of the components' logits, by parts."""
         queries, keys, biases, product = [], [], [], None
-        for name, alpha in self.mixture_weights().items():
+        for name, alpha in mixture.items():
             if name == "dot_product":
                 part = Logits(query=self.scaling * query, key=key)
             else:
-                part = self.logits[name].parts(query, positions)
+                part = self.logits[name](query, positions, by_parts=True)
             alpha = 1 if alpha is None else alpha
             if part.query is not None:
                 queries.append(alpha * part.query)
@@ -318,7 +327,7 @@ class SynthesizerModel(SynthesizerPreTrainedModel, MixerModel):
     block_class = SynthesizerBlock
 
 
-class SynthesizerForCausalLM(SynthesizerPreTrainedModel, MixerForCausalLM):
+class SynthesizerForCausalLM(SynthesizerPreTrainedModel, MixerForCausalLM, GenerationMixin):
     """The Synthesizer with a language-model head."""
 
     model_class = SynthesizerModel
