@@ -1,0 +1,240 @@
+"""What Hugging Face's tests ask of those who use them: small models with inputs, and an account of what is skipped."""
+
+import functools
+import inspect
+import tempfile
+import types
+import unittest
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import hf_pipelines
+import hf_sources
+import pytest
+import torch
+from families import make_config
+
+import modeling_aft
+
+
+hf = hf_sources.load()
+
+# The lists of the library that its tests consult, and the class of a family that would stand in each.
+LISTED = {
+    "MODEL_MAPPING_NAMES": "Model",
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": "ForCausalLM",
+    "MODEL_FOR_MASKED_LM_MAPPING_NAMES": "ForMaskedLM",
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES": "ForSequenceClassification",
+    "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES": "ForTokenClassification",
+}
+# Fields that every configuration shares, with values that are not the defaults.
+COMMON_FIELDS = {
+    "architectures": ["A"],
+    "chunk_size_feed_forward": 5,
+    "dtype": "float16",
+    "id2label": {0: "a"},
+    "label2id": {"a": 0},
+    "output_hidden_states": True,
+    "problem_type": "regression",
+    "return_dict": False,
+}
+if inspect.isclass(hf.configuration.config_common_kwargs):  # it stands in for a dict that is not in the sources
+    hf.configuration.config_common_kwargs = COMMON_FIELDS
+PIPELINES = {
+    "feature-extraction": ("Model", hf_pipelines.FeatureExtraction),
+    "fill-mask": ("ForMaskedLM", hf_pipelines.FillMask),
+    "text-generation": ("ForCausalLM", hf_pipelines.TextGeneration),
+    "text-classification": ("ForSequenceClassification", hf_pipelines.TextClassification),
+    "token-classification": ("ForTokenClassification", hf_pipelines.TokenClassification),
+    "zero-shot": ("ForSequenceClassification", hf_pipelines.ZeroShot),
+}
+if hf.causal_lm is None:  # a checkout has its own
+    for task, (_, checks) in PIPELINES.items():
+        entry = hf.pipelines.pipeline_test_mapping[task]
+        # Up to 5.17 the class itself.
+        entry["test"] = f"{checks.__module__}.{checks.__name__}" if isinstance(entry["test"], str) else checks
+
+
+class ModelTester:
+    """A small model of a variant, causal or bidirectional, under the names by which the mixins know it."""
+
+    batch_size, seq_length, vocab_size = 3, 7, 257  # the bytes and a token for masked places
+    hidden_size, num_hidden_layers, num_attention_heads = 32, 2, 4
+    is_training = True
+    type_sequence_label_size, num_labels = 2, 3
+
+    def __init__(self, parent, variant, is_decoder):
+        self.parent, self.variant, self.is_decoder = parent, variant, is_decoder
+        self.config_class = type(self.get_config())
+        self.base_model_class = self.model_class("Model")
+        self.causal_lm_class = self.model_class("ForCausalLM") if is_decoder else None
+        self.sequence_classification_class = self.model_class("ForSequenceClassification")
+        self.token_classification_class = self.model_class("ForTokenClassification")
+        self.all_model_classes = (
+            self.base_model_class,
+            self.causal_lm_class or self.model_class("ForMaskedLM"),
+            self.sequence_classification_class,
+            self.token_classification_class,
+        )
+
+    def model_class(self, suffix):
+        return getattr(modeling_aft, self.config_class.__name__.replace("Config", suffix))
+
+    def get_config(self):
+        return make_config(
+            self.variant,
+            is_decoder=self.is_decoder,
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            max_position_embeddings=64,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+
+    def prepare_config_and_inputs_for_common(self):
+        ids = hf.modeling.ids_tensor([self.batch_size, self.seq_length], self.vocab_size)
+        return self.get_config(), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def prepare_config_and_inputs(self):
+        """As the tests of causal language models take them: without labels."""
+        config, inputs = self.prepare_config_and_inputs_for_common()
+        return config, inputs["input_ids"], None, inputs["attention_mask"], None, None, None
+
+    def create_and_check_model(self, config, input_ids, token_type_ids, input_mask, *labels):
+        hidden = self.base_model_class(config).eval()(input_ids, attention_mask=input_mask).last_hidden_state
+        self.parent.assertEqual(hidden.shape, (self.batch_size, self.seq_length, self.hidden_size))
+
+
+@dataclass(frozen=True)
+class Skip:
+    """Tests that are skipped, by patterns of their names, in the classes whose names match, and why."""
+
+    reason: str
+    tests: tuple[str, ...]
+    classes: str = "*"
+    always: bool = True  # else only where something is missing that a machine may have
+
+    def covers(self, class_name: str, test: str) -> bool:
+        return fnmatchcase(class_name, self.classes) and any(fnmatchcase(test, pattern) for pattern in self.tests)
+
+
+class MixerTests:
+    """What the tests of all variants share; stands before the mixins among the bases of a test class."""
+
+    variant: str
+    is_decoder: bool
+    listed: list[Skip]
+    model_tester = None
+    model_tester_class = ModelTester
+
+    def setUp(self):
+        self.model_tester = ModelTester(self, self.variant, self.is_decoder)
+        self.config_tester = hf.configuration.ConfigTester(self, config_class=self.model_tester.config_class)
+        self.all_model_classes = self.model_tester.all_model_classes
+        self.has_attentions = "attentions" in self.model_tester.base_model_class._can_record_outputs
+        self.pipeline_model_mapping = {
+            task: model_class
+            for task, (suffix, _) in PIPELINES.items()
+            if (model_class := self.model_tester.model_class(suffix)) in self.all_model_classes
+        }
+        self.skips = []
+
+    def test_config(self):
+        self.config_tester.run_common_tests()
+
+    def run_task_tests(self, task, *args, **kwargs):
+        """With a model that is made here, where the mixin takes one from the Hub."""
+        model_classes = [model for name, model in self.pipeline_model_mapping.items() if name == task]
+        config = self.model_tester.get_config()
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            hf_pipelines.local_models(hf.pipelines, folder, model_classes, config),
+        ):
+            super().run_task_tests(task, *args, **kwargs)
+
+    def _check_past_key_values_for_generate(self, batch_size, past_key_values, seq_length, config):
+        """The mixin knows caches of keys and values of every token only; a state has other tensors."""
+        self.assertEqual([type(layer)._layer_type for layer in past_key_values.layers], config.layer_types)
+        self.assertEqual(past_key_values.get_seq_length(), seq_length)
+        for layer in past_key_values.layers:
+            self.assertEqual({len(t) for t in layer.state if t is not None}, {batch_size})
+
+    def _check_caches_are_equal(self, cache1, cache2):
+        """Likewise."""
+        self.assertEqual(len(cache1), len(cache2))
+        for one, other in zip(cache1.layers, cache2.layers, strict=True):
+            torch.testing.assert_close(one.state_dict(), other.state_dict())
+
+    if hasattr(hf.modeling.GenerationTesterMixin, "test_left_padding_compatibility"):
+
+        def test_left_padding_compatibility(self):
+            """The mixin believes that without attention maps there is no padding."""
+            self.has_attentions = True
+            super().test_left_padding_compatibility()
+
+    @contextmanager
+    def subTest(self, *args, **kwargs):
+        """Reports only failures: to report each of thousands that pass takes longer than to test them."""
+        try:
+            yield
+        except unittest.SkipTest:
+            pass  # is in self.skips
+        except Exception as error:
+            with super().subTest(*args, **kwargs):
+                raise error
+
+    def skip_listed(self) -> Skip | None:
+        matching = [skip for skip in self.listed if skip.covers(type(self).__name__, self._testMethodName)]
+        return matching[0] if matching else None
+
+    def skipTest(self, reason):
+        """Skips for the reason that is listed, and fails where none is."""
+        skip = self.skip_listed()
+        if skip is None:
+            self.fail(f"{type(self).__name__}.{self._testMethodName} is skipped, but not listed: {reason}")
+        self.skips.append(reason)
+        super().skipTest(f"{skip.reason} ({reason})")
+
+
+def accounted(test):
+    """A test that fails if it is skipped without being listed, or listed and not skipped."""
+    if test.__qualname__.startswith("is_flaky.<locals>"):  # @is_flaky without (): only returns the real test
+        test = inspect.getclosurevars(inspect.unwrap(test)).nonlocals["max_attempts"]
+    absent = getattr(test, "__unittest_skip_why__", None) if getattr(test, "__unittest_skip__", False) else None
+
+    @functools.wraps(test)
+    def run(self):
+        try:
+            if absent is not None:
+                self.skipTest(absent)
+            test(self)
+        except (unittest.SkipTest, pytest.skip.Exception) as skip:
+            if not self.skips:  # raised by other means than `skipTest`
+                self.skipTest(str(skip))
+            raise
+        if self.skips:  # in subtests
+            self.skipTest(self.skips[-1])
+        if (skip := self.skip_listed()) is not None and skip.always:
+            self.fail(f"{type(self).__name__}.{self._testMethodName} is listed as skipped ({skip.reason}), but it ran")
+
+    run.__unittest_skip__ = False
+    return run
+
+
+def make_test_class(class_name: str, variant: str, is_decoder: bool, listed: list[Skip]) -> type[unittest.TestCase]:
+    """The mixins that apply to the causal or to the bidirectional models of a variant."""
+    mixins = [hf.modeling.ModelTesterMixin, hf.pipelines.PipelineTesterMixin]
+    if is_decoder:
+        mixins = [hf.modeling.ModelTesterMixin, hf.modeling.GenerationTesterMixin, hf.pipelines.PipelineTesterMixin]
+        if hf.causal_lm is not None:
+            mixins = [hf.causal_lm.CausalLMModelTest]
+        mixins.append(hf.training.TrainingTesterMixin)
+    bases = (MixerTests, *mixins, unittest.TestCase)
+    fields = {"variant": variant, "is_decoder": is_decoder, "listed": listed}
+    test_class = types.new_class(class_name, bases, exec_body=lambda namespace: namespace.update(fields))
+    for name in dir(test_class):
+        if name.startswith("test_") and callable(test := getattr(test_class, name)):
+            setattr(test_class, name, accounted(test))
+    return test_class
