@@ -10,9 +10,21 @@
 
 import json
 import os
-import string
 from datetime import UTC, datetime
 from pathlib import Path
+
+import jinja2
+from huggingface_hub import EvalResult, ModelCardData
+
+
+HUB_DATASETS = {"enwik8": "LTCB/enwik8"}  # the data of a run that the Hub has
+PIPELINE_TAGS = {
+    "AutoModel": "feature-extraction",
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+}
 
 
 class RunLog:
@@ -93,16 +105,12 @@ def describe_protocol(evaluation: dict) -> str:
     return ", ".join([*parts, f"{evaluation['bytes_scored']} bytes", evaluation["dtype"]])
 
 
-def fill_model_card(template: str, events: list[dict]) -> str:
+def card_values(events: list[dict]) -> dict:
     """
-    The model card of a finished run, of which every number is from its log.
+    What a model card says of a finished run.
 
     Args:
-        template (`str`): text with `${name}` where a value belongs.
         events (`list[dict]`): the log, with one config event, one evaluation of the test split, and one final event.
-
-    Raises:
-        KeyError: the template asks for a value that the log does not have.
     """
     config = next(event for event in events if event["event"] == "config")
     final = next(event for event in reversed(events) if event["event"] == "final")
@@ -110,38 +118,76 @@ def fill_model_card(template: str, events: list[dict]) -> str:
         next(event for event in reversed(events) if event["event"] == "evaluation" and event["split"] == split)
         for split in ("test", "valid")
     )
-    arguments, model = config["arguments"], config["model_config"]
-    table = "\n".join(f"| {name} | `{value}` |" for name, value in sorted(arguments.items()) if value is not None)
-    fields = "\n".join(f"| {name} | `{value}` |" for name, value in sorted(model.items()) if value is not None)
-    versions = ", ".join(f"{name} {version}" for name, version in config["versions"].items())
-    return string.Template(template).substitute(
-        model_name=final["model_name"],
-        model_type=model["model_type"],
-        parameters=f"{config['parameters']:,}",
-        model_name_quoted=json.dumps(final["model_name"]),  # a JSON string is a YAML string, whatever it contains
-        dataset=config["data"],
-        dataset_quoted=json.dumps(config["data"]),
-        dataset_sha256=config["data_sha256"],
-        train_bytes=f"{config['train_bytes']:,}",
-        valid_bytes=f"{config['valid_bytes']:,}",
-        test_bytes=f"{config['test_bytes']:,}",
-        test_bpb=f"{test['bits_per_byte']:.4f}",
-        test_protocol=describe_protocol(test),
-        valid_bpb=f"{valid['bits_per_byte']:.4f}",
-        valid_protocol=describe_protocol(valid),
-        steps=f"{final['step']:,}",
-        tokens=f"{final['step'] * config['tokens_per_step']:,}",
-        minutes=f"{final['training_seconds'] / 60:,.1f}",
-        hardware=config["hardware"],
-        num_processes=config["num_processes"],
-        precision=config["precision"],
-        versions=versions,
-        date=config["date"],
-        command=config["command"],
-        sample="\n".join("    " + line for line in final["sample"].splitlines()),
-        arguments=table,
-        model_fields=fields,
+    model_type, model_class = config["model"].split(", ")
+    arguments, fields = (
+        "\n".join(f"| {name} | `{value}` |" for name, value in sorted(table.items()) if value is not None)
+        for table in (config["arguments"], config["model_config"])
     )
+    return {
+        "name": final["model_name"],
+        "model_type": model_type,
+        "model_class": model_class,
+        "auto_class": "AutoModelForCausalLM",
+        "parameters": config["parameters"],
+        "dataset": config["data"],
+        "dataset_sha256": config["data_sha256"],
+        **{f"{split}_bytes": f"{config[f'{split}_bytes']:,}" for split in ("train", "valid", "test")},
+        "test_bpb": f"{test['bits_per_byte']:.4f}",
+        "test_protocol": describe_protocol(test),
+        "valid_bpb": f"{valid['bits_per_byte']:.4f}",
+        "valid_protocol": describe_protocol(valid),
+        "steps": f"{final['step']:,}",
+        "tokens": f"{final['step'] * config['tokens_per_step']:,}",
+        "minutes": f"{final['training_seconds'] / 60:,.1f}",
+        **{name: config[name] for name in ("hardware", "num_processes", "precision", "date", "command")},
+        "versions": ", ".join(f"{name} {version}" for name, version in config["versions"].items()),
+        "sample": "\n".join("    " + line for line in final["sample"].splitlines()),
+        "arguments": arguments,
+        "model_fields": fields,
+    }
+
+
+def card_metadata(values: dict) -> ModelCardData:
+    """What the Hub reads of a model card: the values that its template gets."""
+    task = PIPELINE_TAGS[values["auto_class"]]
+    data = ModelCardData(
+        license="apache-2.0", library_name="transformers", pipeline_tag=task, tags=[values["model_type"]]
+    )
+    if values["run"]:
+        dataset = HUB_DATASETS.get(values["dataset"])
+        data.tags += ["byte-level", "causal-lm"]
+        data.datasets = [dataset] if dataset else None
+        data.metrics = ["bits_per_byte"]
+        data.model_name = values["name"]
+        result = EvalResult(
+            task_type=task,
+            dataset_type=dataset or "bytes",
+            dataset_name=values["dataset"],
+            dataset_split="test",
+            metric_type="bits_per_byte",
+            metric_name=f"bits per byte ({values['test_protocol']})",
+            metric_value=float(values["test_bpb"]),
+        )
+        data.eval_results = [result]
+    return data
+
+
+def fill_model_card(template: str, events: list[dict], **values) -> str:
+    """
+    A model card, of which every number of a run is from its log.
+
+    Args:
+        template (`str`): Jinja template.
+        events (`list[dict]`): the log of a finished run, empty if there is none.
+        values: `name`, `model_type`, `model_class`, `auto_class` and `parameters` (an int) of the model, needed if
+            there is no log, and `metrics`, a dict of what else it was evaluated by.
+
+    Raises:
+        jinja2.UndefinedError: the template asks for a value that there is not.
+    """
+    values = {"metrics": {}, **(card_values(events) if events else {}), **values, "run": bool(events)}
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    return environment.from_string(template).render(**values, metadata=card_metadata(values).to_yaml())
 
 
 def today() -> str:

@@ -1,0 +1,202 @@
+# Copyright 2026 The modeling_aft authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""
+Pushes a saved model to the Hub, in one commit: weights, configurations, code, tokenizer and model card.
+
+    python scripts/push_to_hub.py runs/tiny me/aft-tiny --dry_run
+    python scripts/push_to_hub.py runs/tiny me/aft-tiny --private
+
+The folder is one that pretrain_enwik8.py or `save_pretrained` of model and tokenizer wrote. Before anything is sent,
+its own code loads its weights. The card is made from the log of the run, run.jsonl; without one, or with --keep_card,
+README.md, if there is one, is pushed with the metadata that it lacks. Checkpoints, optimizer states and whatever else
+is in the folder stay there. Log in with `hf auth login`, or set HF_TOKEN.
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+import transformers
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub.utils import validate_repo_id
+from run_log import fill_model_card, read_log
+from transformers import AutoTokenizer
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+
+CARD_TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "template.md"
+# What a model consists of; run.jsonl and the curve are where the numbers on its card come from.
+PARTS = (
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "*.jinja",
+    "*.py",
+    "run.jsonl",
+    "training_curve.png",
+)
+
+TIMINGS = re.compile("runtime|per_second")  # in the results of Trainer
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """
+    The flags of this script.
+
+    Raises:
+        ValueError: one error that lists every value that is not allowed.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where the model was saved")
+    parser.add_argument("repo_id", help="where it goes: owner/name; made if it does not exist")
+    parser.add_argument("--revision", help="branch to push to, made if it does not exist (default: main)")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--create_pr", action="store_true", help="open a pull request instead of changing main")
+    parser.add_argument("--commit_message", help="message of the commit (default: Upload and the name of the class)")
+    parser.add_argument("--license", help="of the model, on its card (default: apache-2.0)")
+    parser.add_argument("--datasets", nargs="+", metavar="ID", help="data sets on the Hub, on the model's card")
+    parser.add_argument("--keep_card", action="store_true", help="push README.md, although there is a log")
+    parser.add_argument("--dry_run", action="store_true", help="check the folder and print what would be pushed")
+    args = parser.parse_args(argv)
+    problems = []
+    try:
+        validate_repo_id(args.repo_id)
+    except ValueError as error:
+        problems.append(f"repo_id: {error}")
+    if args.create_pr and args.revision is not None:
+        problems.append(f"--revision must be left out with --create_pr, got {args.revision!r}")
+    if args.commit_message is not None and not args.commit_message.strip():
+        problems.append(f"--commit_message must have at least one character, got {args.commit_message!r}")
+    if problems:
+        raise ValueError("push_to_hub.py: " + "; ".join(problems))
+    return args
+
+
+def check_files(folder: Path) -> dict:
+    """
+    The configuration of the model in `folder`, after a check that nothing is missing.
+
+    Raises:
+        ValueError: lists what is missing.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: no config.json; allowed: a folder that save_pretrained wrote")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    index = folder / "model.safetensors.index.json"
+    weights = {"model.safetensors"}
+    if index.is_file():
+        weights = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    needed = weights | {"tokenizer_config.json"}
+    needed |= {f"{reference.split('.')[0]}.py" for reference in config.get("auto_map", {}).values()}
+    problems = [f"no {name}" for name in sorted(needed) if not (folder / name).is_file()]
+    if index.is_file() and (folder / "model.safetensors").is_file():
+        problems.append("weights twice: model.safetensors and model.safetensors.index.json")
+    if not config.get("architectures"):
+        problems.append("config.json has no architectures")
+    if not config.get("auto_map"):
+        problems.append("config.json has no auto_map, so the code is not here (import modeling_aft before saving)")
+    if problems:
+        raise ValueError(f"{folder}: " + "; ".join(problems))
+    return config
+
+
+def check_model(folder: Path, config: dict) -> dict:
+    """
+    What a model card says of the model in `folder`, after its own code, also where the package is installed, has
+    loaded its weights and its tokenizer.
+
+    Raises:
+        ValueError: they do not load, or do not belong together.
+    """
+    model_class = config["architectures"][0]
+    auto_classes = {reference.split(".")[-1]: name for name, reference in config["auto_map"].items()}
+    if model_class not in auto_classes:
+        raise ValueError(f"{folder}: architectures is {model_class!r}; auto_map has {', '.join(sorted(auto_classes))}")
+    auto_class = auto_classes[model_class]
+    try:
+        loader = get_class_from_dynamic_module(config["auto_map"][auto_class], folder)
+        model, report = loader.from_pretrained(folder, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    except Exception as error:
+        raise ValueError(f"{folder} does not load: {type(error).__name__}: {error}") from error
+    problems = [f"{name.replace('_', ' ')}: {', '.join(map(str, found))}" for name, found in report.items() if found]
+    if len(tokenizer) > model.config.vocab_size:
+        problems.append(f"{len(tokenizer)} tokens of the tokenizer, but vocab_size {model.config.vocab_size}")
+    if problems:
+        raise ValueError(f"{folder}: " + "; ".join(problems))
+    return {
+        "model_type": config["model_type"],
+        "model_class": model_class,
+        "auto_class": auto_class,
+        "parameters": model.num_parameters(),
+    }
+
+
+def make_card(args: argparse.Namespace, values: dict) -> str:
+    """The README.md to push; `values` are those of `check_model`."""
+    log, results, readme = (args.folder / name for name in ("run.jsonl", "eval_results.json", "README.md"))
+    events = read_log(log) if log.is_file() else []
+    metrics = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
+    metrics = {name.removeprefix("eval_"): value for name, value in metrics.items() if not TIMINGS.search(name)}
+    template = CARD_TEMPLATE.read_text(encoding="utf-8")
+    card = made = ModelCard(fill_model_card(template, events, name=args.repo_id, metrics=metrics, **values))
+    if readme.is_file() and (args.keep_card or not events):
+        card = ModelCard(readme.read_text(encoding="utf-8"))
+        for name, value in vars(made.data).items():
+            if card.data.get(name) is None:
+                card.data[name] = value
+    for name in ("license", "datasets"):
+        if (value := getattr(args, name)) is not None:
+            card.data[name] = value
+    return str(card)
+
+
+def push(args: argparse.Namespace, files: list[Path], card: str, message: str) -> str:
+    """Commits `files` and the card, without the files of an earlier push that are not among them; returns the URL."""
+    api = HfApi()
+    repo_id = api.create_repo(args.repo_id, private=args.private or None, exist_ok=True).repo_id
+    if args.revision is not None:
+        api.create_branch(repo_id, branch=args.revision, exist_ok=True)
+    operations = [CommitOperationAdd(path.name, path) for path in files]
+    operations.append(CommitOperationAdd("README.md", card.encode()))
+    # Weights in one file would be loaded in place of newer ones in several.
+    pushed = {operation.path_in_repo for operation in operations}
+    for name in api.list_repo_files(repo_id, revision=args.revision):
+        if name not in pushed and any(Path(name).match(part) for part in PARTS) and "/" not in name:
+            operations.append(CommitOperationDelete(name))
+    # Not upload_folder, which may make several commits of them.
+    commit = api.create_commit(
+        repo_id, operations, commit_message=message, revision=args.revision, create_pr=args.create_pr
+    )
+    return commit.pr_url or commit.commit_url
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the program with the flags `argv`, those of the command line by default."""
+    args = parse_arguments(argv)
+    transformers.utils.logging.disable_progress_bar()
+    config = check_files(args.folder)
+    values = check_model(args.folder, config)
+    card = make_card(args, values)
+    files = sorted({path for part in PARTS for path in args.folder.glob(part)})
+    for name, size in [*((path.name, path.stat().st_size) for path in files), ("README.md", len(card.encode()))]:
+        print(f"{size:>13,} {name}")
+    if args.dry_run:
+        print(f"\n{card}\nNothing was pushed: --dry_run.")
+        return
+    message = args.commit_message or f"Upload {values['model_class']}"
+    print(f"pushed: {push(args, files, card, message)}")
+
+
+if __name__ == "__main__":
+    main()
