@@ -1,0 +1,148 @@
+# Copyright 2026 The modeling_aft authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""The command line of finetune.py: its flags, the checks on them, and the checkpoint that a run continues from."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from pretraining_arguments import flag
+from transformers import HfArgumentParser, TrainingArguments
+
+
+TRAINER_STATE = "trainer_state.json"
+
+
+@dataclass
+class InputArguments:
+    _argument_group_name = "model and data"
+
+    model: str | None = flag(None, "Folder of a saved model, or its name on the Hub.")
+    trust_remote_code: bool = flag(False, "Run the code that comes with a model of an unknown type.")
+    text_file: str | None = flag(None, "File to train a language model on; .zip and .gz are unpacked.")
+    labelled_file: str | None = flag(None, "Table (.csv, .jsonl) of texts and labels to train a classifier on.")
+    validation_file: str | None = flag(None, "File of the same kind to evaluate on, in place of a held-out share.")
+    validation_share: float = flag(0.1, "Share of the data that is held out without validation_file.")
+    split_seed: int = flag(0, "Seed of which rows of a table are held out.")
+    predict_file: str | None = flag(None, "Table of texts, with or without labels, to classify at the end.")
+    text_column: str = flag("text", "Column of the texts.")
+    label_column: str = flag("label", "Column of the labels.")
+    max_length: int | None = flag(
+        None,
+        "Tokens of a window, or at most of a row; None is max_position_embeddings, for rows only if it is a limit.",
+    )
+    truncation: str = flag("none", "Of rows that are too long: none (an error), right (drop the end) or left.")
+    cache_dir: str | None = flag(None, "Folder for the tables that `datasets` makes; None is its default.")
+
+
+@dataclass
+class FinetuningArguments(TrainingArguments):
+    _argument_group_name = "training"
+
+    output_dir: str = flag("runs/finetuning", "Folder of the results.")
+    eval_strategy: str = flag("epoch", "When to evaluate: no, steps or epoch.")
+    save_strategy: str = flag("epoch", "When to save a checkpoint: no, steps, epoch or best.")
+    save_total_limit: int | None = flag(2, "How many checkpoints to keep; the best is always among them.")
+    load_best_model_at_end: bool = flag(True, "End with the best checkpoint instead of the last one.")
+    restore_callback_states_from_checkpoint: bool = flag(True, "Resume with the patience that was left.")
+    resume_from_checkpoint: str | None = flag(
+        None, "true (newest checkpoint of output_dir), auto (the same if there is one, else start) or its path."
+    )
+    early_stopping_patience: int | None = flag(None, "Stop after so many evaluations in a row that are no better.")
+    early_stopping_threshold: float = flag(0.0, "By how much an evaluation must be better to count.")
+
+    def __post_init__(self):
+        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith("bits_per_byte"):
+            self.greater_is_better = False  # Trainer takes everything but a loss for a score
+        super().__post_init__()
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is anything to train, and not only to evaluate."""
+        return self.max_steps > 0 or self.num_train_epochs > 0
+
+
+def parse_arguments(argv: list[str] | None) -> tuple[InputArguments, FinetuningArguments]:
+    """
+    The flags of this script, checked as far as that goes without loading anything.
+
+    Raises:
+        ValueError: a flag is unknown or of the wrong type, or one error that lists every value that is not allowed.
+    """
+    parser = HfArgumentParser(
+        (InputArguments, FinetuningArguments),
+        allow_abbrev=False,
+        description="Fine-tune a language model on a text, or a classifier on a table of labelled texts.",
+        exit_on_error=False,
+    )
+    try:
+        inputs, args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    except Exception as error:  # of argparse for one value, of TrainingArguments for those that do not fit together
+        raise ValueError(f"finetune.py: {error}") from error
+    values, problems = {**vars(inputs), **vars(args)}, []
+
+    def check(ok: bool, name: str, allowed: str):
+        if not ok:
+            problems.append(f"--{name} must be {allowed}, got {values[name]!r}")
+
+    text_mode = inputs.text_file is not None
+    check(bool(inputs.model), "model", "given")
+    check(text_mode or inputs.labelled_file is not None, "text_file", "given, or else --labelled_file")
+    check(not text_mode or inputs.labelled_file is None, "labelled_file", "left out with --text_file")
+    check(not text_mode or inputs.predict_file is None, "predict_file", "left out with --text_file")
+    for name in ("text_file", "labelled_file", "validation_file", "predict_file"):
+        check(values[name] is None or Path(values[name]).is_file(), name, "a file")
+    check(inputs.label_column != inputs.text_column, "label_column", "another column than --text_column")
+    check(0 < inputs.validation_share < 1, "validation_share", "in (0, 1)")
+    check(inputs.max_length is None or inputs.max_length >= 2, "max_length", "at least 2")
+    check(inputs.truncation in ("none", "right", "left"), "truncation", "none, right or left")
+    if args.early_stopping_patience is not None:
+        check(args.early_stopping_patience >= 1, "early_stopping_patience", "at least 1")
+        check(args.load_best_model_at_end, "load_best_model_at_end", "true with --early_stopping_patience")
+    metrics = ("loss", "bits_per_byte") if text_mode else ("loss", "accuracy", "macro_f1")
+    best = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    check(best in metrics, "metric_for_best_model", "one of " + ", ".join(metrics))
+    check(
+        not args.dataloader_drop_last, "dataloader_drop_last", "false, because Trainer would drop rows to score, too"
+    )
+    # With smoothing, Trainer shifts the labels of those language models only that are part of transformers.
+    check(not text_mode or args.label_smoothing_factor == 0, "label_smoothing_factor", "0 with --text_file")
+    if problems:
+        raise ValueError("finetune.py: " + "; ".join(problems))
+    return inputs, args
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether this is a checkpoint that Trainer finished: the file of its own state is the last it writes."""
+    return re.fullmatch(r"checkpoint-\d+", checkpoint.name) is not None and (checkpoint / TRAINER_STATE).is_file()
+
+
+def find_checkpoint(args: FinetuningArguments) -> str | None:
+    """
+    The checkpoint that `--resume_from_checkpoint` means.
+
+    Raises:
+        ValueError: there is none, or the output folder holds a run that would be lost.
+    """
+    folder, resume = Path(args.output_dir), args.resume_from_checkpoint
+    found = filter(is_whole, folder.glob("checkpoint-*"))
+    newest = max(found, key=lambda path: int(path.name.partition("-")[2]), default=None)
+    checkpoint = newest if resume in (None, "auto", "true") else Path(resume)
+    if resume not in (None, "auto") and (checkpoint is None or not is_whole(checkpoint)):
+        raise ValueError(
+            f"--resume_from_checkpoint {resume}: no whole checkpoint; allowed: the path of a folder checkpoint-N with "
+            f"{TRAINER_STATE}, true if --output_dir {folder} has one, or auto"
+        )
+    resumed = None if resume is None else checkpoint
+    continues = resumed is not None and resumed.resolve().parent == folder.resolve()
+    if args.trains and not continues and (newest is not None or (folder / "config.json").exists()):
+        raise ValueError(
+            f"--output_dir {folder} holds a run; continue it with --resume_from_checkpoint auto, or choose another"
+        )
+    return None if resumed is None else str(resumed)
