@@ -1,6 +1,5 @@
 """What `generate` offers for any model, and files of caches."""
 
-import copy
 import threading
 
 import pytest
@@ -123,17 +122,6 @@ def test_prompts_given_as_vectors(variant):
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     text = model.generate(inputs_embeds=model.get_input_embeddings()(ids), **options)
     assert torch.equal(text, model.generate(ids, **options)[:, 8:])
-
-
-@variants
-def test_a_copied_cache_is_a_second_conversation(variant):
-    model, ids = make_model(variant), make_ids(12)
-    with torch.no_grad():
-        cache = model(ids[:, :8], use_cache=True).past_key_values
-        branch = copy.deepcopy(cache)
-        model(ids[:, :3], past_key_values=branch)
-        after, expected = model(ids[:, 8:], past_key_values=cache).logits, model(ids, use_cache=False).logits[:, 8:]
-    torch.testing.assert_close(after, expected)
 
 
 @pytest.mark.parametrize("kind", [DynamicCache, StaticCache])

@@ -25,6 +25,7 @@ def padded_batch():
 @pytest.mark.parametrize("padding", [False, True], ids=["unpadded", "padded"])
 @pytest.mark.parametrize("split", [[1] * LENGTH, [20] + [1] * 10, [13, 1, 16], [12, 5, 1, 1, 11], [29, 1]], ids=str)
 @variants
+@torch.no_grad()
 def test_step_logits_equal_the_full_forward(variant, split, padding):
     model = make_model(variant)
     ids, mask = padded_batch()
