@@ -1,7 +1,9 @@
 # make pretrain   train the tiny preset on a CPU and end with a score, a sample and a saved model in runs/tiny
 # make test       run all tests
+# make test-range run all tests twice: on the oldest versions that are supported, in .venv-oldest, and on the newest
+# make faults     put deliberate faults into copies of the package, and show which test catches each
 # make style      check lint and format
-# make clean      remove the environment and caches; runs/ stays
+# make clean      remove the environments and caches; runs/ stays
 # Each sets up .venv by itself. PYTHON chooses the interpreter, PIP_EXTRA_INDEX_URL another build of torch
 # (https://download.pytorch.org/whl/cpu is the small one, without CUDA).
 
@@ -9,8 +11,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+OLDEST := .venv-oldest
 
-.PHONY: pretrain test style clean
+.PHONY: pretrain test test-range faults style clean
 
 # --resume auto: a run that was interrupted continues where its last checkpoint left it.
 pretrain: $(INSTALLED)
@@ -20,19 +23,30 @@ pretrain: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto
 
+test-range: test $(OLDEST)/installed
+	$(OLDEST)/bin/python -m pytest -n auto
+
+faults: $(INSTALLED)
+	$(BIN)/python tests/faults.py
+
 style: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) build *.egg-info .pytest_cache .ruff_cache
 	find modeling_aft scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(INSTALLED): pyproject.toml constraints.txt
+# Torch first and by itself: the build that is there decides what the others bring along. The tests of Hugging Face
+# come with the source of transformers, which is fetched here, so that the tests themselves need no network.
+$(INSTALLED): CONSTRAINTS := constraints.txt
+$(OLDEST)/installed: CONSTRAINTS := constraints-oldest.txt
+$(INSTALLED) $(OLDEST)/installed: pyproject.toml constraints.txt constraints-oldest.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "Python 3.11 or newer is needed, but $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
 			"Choose another: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt torch
-	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -c $(CONSTRAINTS) torch
+	$(@D)/bin/python -m pip install -c $(CONSTRAINTS) -e ".[dev]"
+	$(@D)/bin/python tests/hf_sources.py
 	touch $@
