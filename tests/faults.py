@@ -114,13 +114,6 @@ FAULTS = [
         GENERATION,
     ),
     Fault(
-        "the length is a number, on which a compiled step is specialised",
-        "cache_aft.py",
-        "self.cumulative_length = torch.tensor(0, dtype=torch.long)",
-        "self.cumulative_length = 0",
-        STATIC,
-    ),
-    Fault(
         "states are replaced instead of written into",
         "cache_aft.py",
         "if old is not None and all(map(self._can_take, old, state)):",

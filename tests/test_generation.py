@@ -22,8 +22,17 @@ def padded_batch():
     return ids, mask
 
 
+SPLITS = {
+    "single-tokens": [1] * LENGTH,
+    "prompt-then-steps": [20] + [1] * 10,
+    "step-between": [13, 1, 16],
+    "uneven": [12, 5, 1, 1, 11],
+    "last-token": [29, 1],
+}
+
+
 @pytest.mark.parametrize("padding", [False, True], ids=["unpadded", "padded"])
-@pytest.mark.parametrize("split", [[1] * LENGTH, [20] + [1] * 10, [13, 1, 16], [12, 5, 1, 1, 11], [29, 1]], ids=str)
+@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
 @variants
 @torch.no_grad()
 def test_step_logits_equal_the_full_forward(variant, split, padding):
@@ -39,6 +48,20 @@ def test_step_logits_equal_the_full_forward(variant, split, padding):
         cache, parts = output.past_key_values, [*parts, output.logits]
         assert int(cache.get_seq_length()) == seen
     torch.testing.assert_close(torch.cat(parts, 1)[mask.bool()], whole[mask.bool()])
+
+
+@variants
+@torch.no_grad()
+def test_a_single_row_with_padding_before_and_after_its_cache(variant):
+    model, ids = make_model(variant), make_ids(16, batch=1)
+    mask = torch.ones_like(ids)
+    mask[:, [0, 1, 9, 10, 13]] = 0
+    cache, parts = None, []
+    for start, stop in ((0, 8), (8, 12), (12, 13), (13, 14), (14, 16)):
+        output = model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache, use_cache=True)
+        cache, parts = output.past_key_values, [*parts, output.logits]
+    alone = model(ids[:, mask[0].bool()], use_cache=False).logits
+    torch.testing.assert_close(torch.cat(parts, 1)[:, mask[0].bool()], alone)
 
 
 @variants

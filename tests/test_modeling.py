@@ -299,6 +299,21 @@ def test_bfloat16_and_autocast(variant):
     torch.testing.assert_close(half.float(), reference, rtol=0.1, atol=0.2 * reference.std().item())
 
 
+@pytest.mark.parametrize("variant", ["full", "local"])
+@torch.no_grad()
+def test_products_of_position_factors_are_exact_under_autocast(variant):
+    """In half precision a bias of some tens would be off by tenths, and its weight by as many tens of percent."""
+    mixer = make_model(variant, dtype=torch.float32).model.layers[0].mixer
+    mixer.k_proj.weight.zero_()  # the bias alone decides
+    for factors in (mixer.position_bias.query_factors, mixer.position_bias.key_factors):
+        factors.copy_(4 * torch.randn(factors.shape))
+    hidden_states = torch.randn(2, 20, 16)
+    expected, _ = mixer(hidden_states)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, _ = mixer(hidden_states)
+    torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02 * expected.std().item())
+
+
 @pytest.mark.parametrize(
     "variant", ["full", "local", "simple", "conv", "dense", "random", "factorized-dense", "random+dot_product"]
 )
