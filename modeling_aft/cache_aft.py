@@ -41,7 +41,7 @@ class AFTCacheLayer(CacheLayerMixin):
     def __init__(self, max_cache_len: int | None = None, **kwargs):
         super().__init__()
         self.max_cache_len = max_cache_len
-        self.state: tuple | None = None
+        self.tensors: dict[str, torch.Tensor | None] | None = None
         # Where the state stood before `reset`: the next one goes there, if it fits.
         self.spare: tuple | None = None
         self.record_past = False
@@ -50,6 +50,16 @@ class AFTCacheLayer(CacheLayerMixin):
         self.device: torch.device | None = None
         # Tokens seen, padding included. A tensor, because a compiled step would be specialised on a number.
         self.cumulative_length = torch.tensor(0, dtype=torch.long)
+
+    @property
+    def state(self) -> tuple | None:
+        """The state after the tokens so far, None at the start. It is kept as a dict, because what takes caches apart
+        and puts them together again (the exporters of transformers) cannot do that with a named tuple."""
+        return None if self.tensors is None else self._state_class(**self.tensors)
+
+    @state.setter
+    def state(self, state: tuple | None) -> None:
+        self.tensors = None if state is None else state._asdict()
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.device = key_states.device

@@ -20,6 +20,7 @@ from .configuration_aft import AFTConfig
 from .modeling_common import MixerBlock, MixerForCausalLM, MixerModel, MixerPreTrainedModel
 from .modeling_heads import MixerForMaskedLM, MixerForSequenceClassification, MixerForTokenClassification
 from .ops import aft_attention
+from .ops_padding import first
 from .ops_reference import compute_dtype
 
 
@@ -50,7 +51,8 @@ class FullPositionBias(TablePositionBias):
         """[T, T] for positions 0 to T - 1 (None), or the rows of the positions [B, T], [B, T, N]."""
         rows = slice(length) if positions is None else positions
         if self.table is not None:
-            return {"position_bias": self.table[rows] if positions is not None else self.table[rows, rows]}
+            bias = self.table[rows]
+            return {"position_bias": first(bias, 1, length) if positions is None else bias}
         keys = self.key_factors[:length] if positions is None else self.key_factors
         return {"position_bias": self.query_factors[rows] @ keys.T}
 
@@ -69,11 +71,12 @@ class LocalPositionBias(TablePositionBias):
         """[1, T, taps] for positions 0 to T - 1 (None), or the rows of the positions [B, T], [1, B, T, taps]."""
         if positions is not None and positions.shape[1] == 1 and self.table is None:
             return {"window_bias": self._single_rows(positions)[None]}
-        rows = slice(length if positions is None else None)
+        whole = positions is not None or torch.compiler.is_exporting()  # which must not depend on the length
+        rows = slice(None if whole else length)
         bias = self.table[rows] if self.table is not None else None
         if bias is None:
             bias = banded_product(self.query_factors[rows], self.key_factors[rows], self.left, self.right)
-        return {"window_bias": (bias if positions is None else bias[positions])[None]}
+        return {"window_bias": (bias[:length] if positions is None else bias[positions])[None]}
 
     def _single_rows(self, positions: torch.Tensor) -> torch.Tensor:
         """What a decoding step needs of `banded_product`, without the rest: positions [B, 1] to [B, 1, taps]."""
@@ -90,7 +93,7 @@ def banded_product(u: torch.Tensor, v: torch.Tensor, left: int, right: int) -> t
 
     Where t' lies outside [0, N) the entry is 0; no key stands there.
     """
-    length, taps = len(u), left + 1 + right
+    length, taps = u.shape[0], left + 1 + right
     block = max(taps, 32)
     blocks = -(-length // block)
     u = F.pad(u, (0, 0, 0, blocks * block - length)).unflatten(0, (blocks, block))

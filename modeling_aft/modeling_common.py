@@ -136,11 +136,11 @@ class MixerModel(MixerPreTrainedModel):
         past_key_values = self._prepare_cache(past_key_values, use_cache)
         attention_mask = self._last_columns(attention_mask, inputs_embeds)
         seen = self._seen_tokens(past_key_values)
-        if seen is not None and len(seen) != len(inputs_embeds):
+        if seen is not None and seen.shape[0] != inputs_embeds.shape[0]:
             raise ValueError(f"`past_key_values` must hold a batch of {len(inputs_embeds)}, got {len(seen)}.")
         positions = self._default_positions(inputs_embeds, attention_mask, seen)
         if position_ids is not None:
-            position_ids = position_ids.expand(len(inputs_embeds), -1)
+            position_ids = position_ids.expand(inputs_embeds.shape[0], -1)
             position_ids = self._unless_default(position_ids, positions, attention_mask)
         if position_ids is None and seen is not None:
             position_ids = positions  # the mixers need not count again

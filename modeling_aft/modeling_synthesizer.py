@@ -18,14 +18,14 @@ from .cache_aft import SynthesizerCacheLayer  # noqa: F401  (registers the layer
 from .configuration_synthesizer import SynthesizerConfig
 from .modeling_common import MixerBlock, MixerForCausalLM, MixerModel, MixerPreTrainedModel
 from .modeling_heads import MixerForMaskedLM, MixerForSequenceClassification, MixerForTokenClassification
-from .ops_padding import compact, expand, kept_rank
+from .ops_padding import compact, expand, first, kept_rank
 from .ops_synthesizer import Logits, SynthesizerState, attend, attend_fused, columns, outer
 
 
 def _rows(table: Tensor, positions: Tensor | None, length: int) -> Tensor:
     """Rows of table [H, N, .] at the positions [B, T], or the first `length` for None: [1 or B, H, T, .]."""
     if positions is None:
-        return table[None, :, :length]
+        return first(table, 1, length)[None]
     return table[:, positions.clamp_min(0)].transpose(0, 1)
 
 
@@ -292,7 +292,7 @@ def _concatenate(parts: list[Tensor]) -> Tensor | None:
     """Along the last dimension, with the batch dimension (1 or B) made equal; None of nothing."""
     if not parts:
         return None
-    batch = max(len(part) for part in parts)
+    batch = max(part.shape[0] for part in parts)
     return torch.cat([part.expand(batch, -1, -1, -1) for part in parts], -1)
 
 

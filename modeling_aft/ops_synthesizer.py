@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .ops_padding import first
+
 
 _BLOCK = 128  # queries per block, where neither factors nor one matrix for the batch will do
 
@@ -68,9 +70,9 @@ def outer(first: Tensor, second: Tensor) -> Tensor:
 def columns(logits: Tensor, key_position: Tensor | None, length: int) -> Tensor:
     """The columns of logits [1 or B, H, T, N] at the key positions [B, S], or the first `length` for None."""
     if key_position is None:
-        return logits[..., :length]
+        return first(logits, 3, length)
     index = key_position.clamp_min(0)[:, None, None]
-    return logits.expand(len(index), -1, -1, -1).gather(3, index.expand(-1, *logits.shape[1:3], -1))
+    return logits.expand(index.shape[0], -1, -1, -1).gather(3, index.expand(-1, *logits.shape[1:3], -1))
 
 
 def attend(logits: Tensor, value: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -91,7 +93,7 @@ def attend(logits: Tensor, value: Tensor, visible: Tensor | None) -> tuple[Tenso
     if visible is not None:
         weights = weights.masked_fill(~visible, 0)
     weights = weights.to(value.dtype)
-    if len(weights) < len(value):  # one product for the batch: a broadcast one would copy the weights
+    if weights.shape[0] < value.shape[0]:  # one product for the batch: a broadcast one would copy the weights
         columns = value.permute(1, 2, 0, 3)  # [H, S, B, d]
         out = (weights[0] @ columns.flatten(2)).unflatten(2, columns.shape[2:])
         return out.permute(2, 0, 1, 3), weights
@@ -114,7 +116,7 @@ def attend_fused(logits: Logits, value: Tensor, causal: bool, count: Tensor | No
         count = count.clamp_min(1)  # a row without any token sees its first place, so that no softmax is over nothing
     if logits.bias is None and logits.product is None:
         return _attend_factors(logits, value, causal, count)
-    if logits.query is None and logits.product is None and len(logits.bias) == 1 and count is None:
+    if logits.query is None and logits.product is None and logits.bias.shape[0] == 1 and count is None:
         return attend(logits.bias, value, _visible(slice(0, value.shape[2]), value, causal, None))[0]
     return _attend_in_blocks(logits, value, causal, count)
 
@@ -139,6 +141,8 @@ def _attend_factors(logits: Logits, value: Tensor, causal: bool, count: Tensor |
 
 def _attend_in_blocks(logits: Logits, value: Tensor, causal: bool, count: Tensor | None) -> Tensor:
     out, length = [], value.shape[2]
+    if torch.compiler.is_exporting():  # a number of blocks would be fixed by the example
+        return _attend_block(logits, value, _visible(slice(0, length), value, causal, count))
     for start in range(0, length, _BLOCK):
         rows = slice(start, min(start + _BLOCK, length))
         keys = rows.stop if causal else length

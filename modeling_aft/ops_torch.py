@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .ops_padding import compact, expand, kept_rank
-from .ops_panel import finite, panel, spread
+from .ops_panel import finite, panel, panel_for_export, spread
 from .ops_reference import AFTState, compute_dtype
 
 
@@ -76,6 +76,11 @@ def _nothing(key: Tensor, value: Tensor):
     return key.new_full(size, -torch.inf), key.new_zeros(size), value.new_zeros(value.shape[0], value.shape[2])
 
 
+def _average(*arguments) -> Tensor:
+    """The average that a panel gives; an exported program must not depend on this package's operators."""
+    return panel_for_export(*arguments) if torch.compiler.is_exporting() else panel(*arguments)[0]
+
+
 def _full_shared(key, value, position_bias, causal, rank):
     """Average [B, T, V] of the full form where all rows of the batch have the positions 0, 1, ...: one bias."""
     length = key.shape[1]
@@ -105,7 +110,7 @@ def _full_panel(key, value, bias, causal, past):
         bias = bias.masked_fill(torch.arange(bias.shape[2], device=key.device) > query_index, -torch.inf)
     no_key, no_value = (t.new_empty(t.shape[0], 0, *t.shape[2:]) for t in (key, value))
     visible = past + 1 if causal else 0
-    return panel(key.contiguous(), value.contiguous(), no_key, no_key, no_value, bias.contiguous(), visible)[0]
+    return _average(key.contiguous(), value.contiguous(), no_key, no_key, no_value, bias.contiguous(), visible)
 
 
 def _windowed(key, value, rows, causal, initial):
@@ -119,8 +124,11 @@ def _windowed(key, value, rows, causal, initial):
     left = taps - 1 if causal else (taps - 1) // 2
     right = 0 if causal else left
     batch, length = key.shape[0], key.shape[1] - left
-    chunk = max(left + right, min(_CHUNK, length))
-    chunks = -(-length // chunk)
+    if torch.compiler.is_exporting():  # one panel for a text of any length: the example must not fix their number
+        chunk, chunks = length + left + right, 1
+    else:
+        chunk = max(left + right, min(_CHUNK, length))
+        chunks = -(-length // chunk)
 
     # Chunks of keys [B, chunks + 1, C, .]; the panel of chunk i has keys i C to i C + left + C + right.
     pad = (chunks + 1) * chunk - left - length
@@ -134,7 +142,7 @@ def _windowed(key, value, rows, causal, initial):
 
     bias = _panel_bias(rows, length, chunk, chunks, left, right, causal)  # [heads, 1 or B, 1 or chunks, C, Z + S]
     layout = _panel_layout(bias)
-    average, _ = panel(*(_to_panel(t, heads, layout) for t in (key, value, *sums)), bias.flatten(0, 2), 0)
+    average = _average(*(_to_panel(t, heads, layout) for t in (key, value, *sums)), bias.flatten(0, 2), 0)
     return _from_panel(average, heads, batch, chunks, layout)[:, :length]
 
 
