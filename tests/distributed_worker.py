@@ -1,0 +1,133 @@
+"""What each of the processes of test_distributed.py runs: `torchrun distributed_worker.py FOLDER [ARGUMENTS]`.
+
+ARGUMENTS are those of scripts/pretrain_enwik8.py. The first process writes what it finds to FOLDER.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState
+from families import VARIANTS, make_ids, make_model
+from pretrain_enwik8 import main as pretrain
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import Trainer, TrainingArguments
+
+
+STEPS, BATCH, LENGTH = 4, 4, 12
+
+
+def train_steps(model, optimizer, steps, rank=0, size=1):
+    """The mean loss of every step, on this process's rows of its batch."""
+    losses = []
+    for step in steps:
+        ids = make_ids(LENGTH, BATCH, seed=step).chunk(size)[rank]
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+def new_optimizer(model):
+    return torch.optim.AdamW(model.parameters(), lr=0.01)
+
+
+def train_with_trainer(model, folder, per_process):
+    """The weights after an epoch of two steps of the Trainer."""
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=per_process,
+        num_train_epochs=1,
+        learning_rate=0.01,
+        lr_scheduler_type="constant",
+        ddp_find_unused_parameters=False,
+        use_cpu=True,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    rows = [{"input_ids": row, "labels": row} for row in make_ids(LENGTH, 2 * BATCH)]
+    Trainer(model, arguments, train_dataset=rows).train()
+    return model.state_dict()
+
+
+def sharded(variant):
+    """A model whose blocks, and the rest of it, are sharded over the processes, and its optimizer."""
+    model = make_model(variant).train()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model, new_optimizer(model)
+
+
+def whole_weights(model):
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def train_sharded(variant, folder):
+    """Losses and weights of a sharded run, and the weights of one that went on from its checkpoint."""
+    where = {"rank": dist.get_rank(), "size": dist.get_world_size()}
+    model, optimizer = sharded(variant)
+    losses = train_steps(model, optimizer, range(STEPS // 2), **where)
+    weights, state = get_state_dict(model, optimizer)
+    dcp.save({"weights": weights, "optimizer": state}, checkpoint_id=folder / "checkpoint")
+    losses = torch.cat([losses, train_steps(model, optimizer, range(STEPS // 2, STEPS), **where)])
+    dist.all_reduce(losses)
+    found = {"losses": losses / where["size"], "weights": whole_weights(model)}
+    if where["rank"] == 0:
+        model.save_pretrained(folder, state_dict=dict(found["weights"]))  # of which it lets go, one by one
+
+    model, optimizer = sharded(variant)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    weights, state = get_state_dict(model, optimizer)
+    state = {"weights": weights, "optimizer": state}
+    dcp.load(state, checkpoint_id=folder / "checkpoint")
+    set_state_dict(model, optimizer, model_state_dict=state["weights"], optim_state_dict=state["optimizer"])
+    train_steps(model, optimizer, range(STEPS // 2, STEPS), **where)
+    return {**found, "resumed": whole_weights(model)}
+
+
+def join(folder, name):
+    """Starts a process group, which the file `name` brings together: a run of the script ends the one that it uses."""
+    size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    dist.init_process_group("gloo", init_method=f"file://{folder / name}", world_size=size, rank=rank)
+
+
+def main(folder, arguments):
+    torch.set_num_threads(1)
+    join(folder, "first")
+    found = {
+        variant: {
+            **train_sharded(variant, folder / variant),
+            "trainer": train_with_trainer(make_model(variant).train(), folder / "trainer", BATCH // 2),
+        }
+        for variant in VARIANTS
+    }
+    if dist.get_rank() == 0:
+        torch.save(found, folder / "found.pt")
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # as it is in a new process
+    pretrain([*arguments, "--output_dir", str(folder / "whole")])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    join(folder, "second")
+    checkpoint = folder / "whole" / "checkpoints" / "step-2"
+    pretrain([*arguments, "--output_dir", str(folder / "resumed"), "--resume", str(checkpoint)])
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
