@@ -365,12 +365,6 @@ def test_accuracy_and_macro_f1(predicted, true, accuracy, macro_f1):
 
 
 LOAD_CLASSIFIER = """
-import sys
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "modeling_aft":
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Block())
 import torch
 from transformers import pipeline
 classify = pipeline("text-classification", sys.argv[1], trust_remote_code=True, top_k=None)

@@ -13,13 +13,15 @@ from modeling_aft import ByteTokenizer
 
 
 # The package is made impossible to import, also where it is installed.
-LOAD = """
+WITHOUT_PACKAGE = """
 import sys
 class Block:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "modeling_aft":
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Block())
+"""
+LOAD = """
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 folder, out = sys.argv[1:]
@@ -42,7 +44,7 @@ torch.save(dict(logits=model.eval()(ids).logits, hidden=base(ids).last_hidden_st
 def run_without_package(folder, out, script=LOAD):
     environment = {**os.environ, "HF_HOME": str(out / "home"), "HF_MODULES_CACHE": str(out / "modules")}
     return subprocess.run(
-        [sys.executable, "-I", "-c", script, str(folder), str(out)],
+        [sys.executable, "-I", "-c", WITHOUT_PACKAGE + script, str(folder), str(out)],
         cwd=out,
         env=environment,
         capture_output=True,

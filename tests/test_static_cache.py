@@ -138,3 +138,15 @@ def test_generates_the_same_text_with_generated_code(variant):
     expected = model.generate(**inputs, **GREEDY)
     torch._dynamo.reset()
     assert torch.equal(model.generate(**inputs, **compiled("inductor"), **GREEDY), expected)
+
+
+@pytest.mark.gpu
+@variants
+def test_generates_the_same_text_with_cuda_graphs(variant):
+    """As `generate` compiles by itself on a GPU."""
+    model = make_model(variant, dtype=torch.float32).cuda()
+    inputs = {name: tensor.cuda() for name, tensor in left_padded().items()}
+    expected = model.generate(**inputs, **GREEDY)
+    torch._dynamo.reset()
+    for _ in range(2):
+        assert torch.equal(model.generate(**inputs, cache_implementation="static", **GREEDY), expected)
