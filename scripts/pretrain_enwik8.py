@@ -303,6 +303,11 @@ def main(argv: list[str] | None = None) -> dict:
     """Runs the program with the flags `argv`, those of the command line by default; returns the log's final event."""
     argv = sys.argv[1:] if argv is None else argv
     args = parse_arguments(argv)
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError(
+            "pretrain_enwik8.py: distributed_type of the launch file must not be DEEPSPEED, whose engine steps after "
+            "every micro-batch; configuration/accelerate/fsdp.yaml shards the state of this script"
+        )
     # Before Accelerator, so that a wrong precision is one of the problems that are listed together.
     processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     config = check_arguments(args, processes.num_processes)

@@ -119,6 +119,13 @@ def test_wrong_flag_is_refused(argv):
         parse_arguments(argv)
 
 
+def test_deepspeed_is_refused(inputs, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # as the launch file sets it
+    with pytest.raises(ValueError, match="distributed_type .* must not be DEEPSPEED.*fsdp.yaml"):
+        main(flags(inputs, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_all_problems_are_in_one_error(inputs, tmp_path):
     wrong = {"batch_size": 6, "micro_batch_size": 4, "lr_decay": "steep", "adam_beta1": 1.5, "sequence_length": 64}
     with pytest.raises(ValueError) as caught:
