@@ -20,7 +20,7 @@ from .configuration_aft import AFTConfig
 from .modeling_common import MixerBlock, MixerForCausalLM, MixerModel, MixerPreTrainedModel
 from .modeling_heads import MixerForMaskedLM, MixerForSequenceClassification, MixerForTokenClassification
 from .ops import aft_attention
-from .ops_padding import first
+from .ops_export import first, is_exporting
 from .ops_reference import compute_dtype
 
 
@@ -71,7 +71,7 @@ class LocalPositionBias(TablePositionBias):
         """[1, T, taps] for positions 0 to T - 1 (None), or the rows of the positions [B, T], [1, B, T, taps]."""
         if positions is not None and positions.shape[1] == 1 and self.table is None:
             return {"window_bias": self._single_rows(positions)[None]}
-        whole = positions is not None or torch.compiler.is_exporting()  # which must not depend on the length
+        whole = positions is not None or is_exporting()  # which must not depend on the length
         rows = slice(None if whole else length)
         bias = self.table[rows] if self.table is not None else None
         if bias is None:

@@ -18,7 +18,8 @@ from .cache_aft import SynthesizerCacheLayer  # noqa: F401  (registers the layer
 from .configuration_synthesizer import SynthesizerConfig
 from .modeling_common import MixerBlock, MixerForCausalLM, MixerModel, MixerPreTrainedModel
 from .modeling_heads import MixerForMaskedLM, MixerForSequenceClassification, MixerForTokenClassification
-from .ops_padding import compact, expand, first, kept_rank
+from .ops_export import first
+from .ops_padding import compact, expand, kept_rank
 from .ops_synthesizer import Logits, SynthesizerState, attend, attend_fused, columns, outer
 
 

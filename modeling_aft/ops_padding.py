@@ -19,14 +19,6 @@ def kept_rank(attention_mask: Tensor) -> Tensor:
     return torch.where(keep, keep.long().cumsum(1) - 1, keep.shape[1])
 
 
-def first(table: Tensor, dim: int, length: int) -> Tensor:
-    """The first `length` places of `table` along `dim`: a view, or in an exported program a copy, because the strides
-    of a view would depend on whether all of the table is used."""
-    if torch.compiler.is_exporting():
-        return table.index_select(dim, torch.arange(length, device=table.device))
-    return table[(slice(None),) * dim + (slice(length),)]
-
-
 def compact(tensor: Tensor, rank: Tensor, fill: float = 0.0) -> Tensor:
     """Moves the kept tokens of [B, T, .] to the front, in order, with `fill` behind them."""
     out = tensor.new_full((tensor.shape[0], tensor.shape[1] + 1, tensor.shape[2]), fill)

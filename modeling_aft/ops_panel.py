@@ -21,7 +21,6 @@ from functools import wraps
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 
 # Remote code may load this file under several module names in one process: each gets its own operators.
@@ -74,7 +73,7 @@ def _row_blocks(queries: int, keys: int, visible: int):
     return [(slice(t, min(t + _FULL_ROWS, queries)), min(visible + t + _FULL_ROWS - 1, keys)) for t in starts]
 
 
-def _underflown_rows(total: Tensor, bias: Tensor) -> Tensor:
+def underflown_rows(total: Tensor, bias: Tensor) -> Tensor:
     """[R, 3]: the places (g, c, p) of the rows to compute in log space."""
     sees_something = bias.amax(-1) > -torch.inf  # [G, C]; other rows are 0
     return ((total < _TINY[total.dtype]).any(-1) & sees_something[..., None]).nonzero()
@@ -82,12 +81,12 @@ def _underflown_rows(total: Tensor, bias: Tensor) -> Tensor:
 
 def _exact_rows(total: Tensor, bias: Tensor, channels: int):
     """Indices (g, c, p) of the rows to compute in log space, in groups of bounded memory."""
-    rows = _underflown_rows(total, bias)
+    rows = underflown_rows(total, bias)
     group = max(1, _EXACT_ELEMENTS // (bias.shape[2] * channels))
     return [index.unbind(1) for index in rows.split(group)] if len(rows) else []
 
 
-def _exact_weights(index, key, maximum, normalizer, bias):
+def exact_weights(index, key, maximum, normalizer, bias):
     """Normalised weights [R, Z+S, K] of the rows `index`; all zero where a row sees nothing."""
     g, c, p = index
     logits = torch.cat([maximum[g, :, p], key[g, :, p]], 1) + bias[g, c][..., None]
@@ -136,28 +135,10 @@ def panel(
     out /= spread(torch.where(total == 0, torch.ones_like(total), total), out)
     for index in _exact_rows(total, bias, value.shape[3]):
         g, c, p = index
-        weights = _exact_weights(index, key, maximum, normalizer, bias)
+        weights = exact_weights(index, key, maximum, normalizer, bias)
         values = torch.cat([average[g, :, p], value[g, :, p]], 1)
         out[g, c, p] = (spread(weights, values) * values).sum(1)
     return out, total
-
-
-def panel_for_export(
-    key: Tensor, value: Tensor, maximum: Tensor, normalizer: Tensor, average: Tensor, bias: Tensor, visible: int
-) -> Tensor:
-    """The average of `panel` for torch.export: no operator of our own, and no size that decides what is done."""
-    count = torch.cat([normalizer, torch.ones_like(key)], 1)
-    logits, values = torch.cat([maximum, key], 1), torch.cat([average, value], 1)
-    weight = (logits - finite(logits.amax(1, keepdim=True))).exp() * count
-    pair_weight = (bias - finite(bias.amax(-1, keepdim=True))).exp()
-    total = (pair_weight @ weight.flatten(2)).unflatten(2, key.shape[2:])
-    out = (pair_weight @ (spread(weight, values) * values).flatten(2)).unflatten(2, value.shape[2:])
-    out = out / spread(torch.where(total == 0, torch.ones_like(total), total), out)
-    # And the first row in any case: some runtimes cannot do with tensors of no row at all.
-    index = g, c, p = F.pad(_underflown_rows(total, bias), (0, 0, 1, 0)).unbind(1)
-    weights = _exact_weights(index, key, maximum, normalizer, bias)
-    values = values[g, :, p]
-    return out.index_put(index, (spread(weights, values) * values).sum(1))
 
 
 @panel.register_fake
@@ -209,7 +190,7 @@ def panel_backward(
     d_normalizer = torch.where(counted, d_maximum / normalizer, torch.zeros_like(normalizer))
     for index in _exact_rows(total, bias, value.shape[3]):
         g, c, p = index
-        weights = _exact_weights(index, key, maximum, normalizer, bias)
+        weights = exact_weights(index, key, maximum, normalizer, bias)
         values = torch.cat([average[g, :, p], value[g, :, p]], 1)
         grads = grad[g, c, p][:, None]  # [R, 1, V]
         d_values = spread(weights, values) * grads

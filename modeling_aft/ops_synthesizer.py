@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .ops_padding import first
+from .ops_export import first, is_exporting
 
 
 _BLOCK = 128  # queries per block, where neither factors nor one matrix for the batch will do
@@ -141,7 +141,7 @@ def _attend_factors(logits: Logits, value: Tensor, causal: bool, count: Tensor |
 
 def _attend_in_blocks(logits: Logits, value: Tensor, causal: bool, count: Tensor | None) -> Tensor:
     out, length = [], value.shape[2]
-    if torch.compiler.is_exporting():  # a number of blocks would be fixed by the example
+    if is_exporting():  # a number of blocks would be fixed by the example
         return _attend_block(logits, value, _visible(slice(0, length), value, causal, count))
     for start in range(0, length, _BLOCK):
         rows = slice(start, min(start + _BLOCK, length))

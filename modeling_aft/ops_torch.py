@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .ops_export import is_exporting, panel_for_export
 from .ops_padding import compact, expand, kept_rank
-from .ops_panel import finite, panel, panel_for_export, spread
+from .ops_panel import finite, panel, spread
 from .ops_reference import AFTState, compute_dtype
 
 
@@ -78,7 +79,7 @@ def _nothing(key: Tensor, value: Tensor):
 
 def _average(*arguments) -> Tensor:
     """The average that a panel gives; an exported program must not depend on this package's operators."""
-    return panel_for_export(*arguments) if torch.compiler.is_exporting() else panel(*arguments)[0]
+    return panel_for_export(*arguments) if is_exporting() else panel(*arguments)[0]
 
 
 def _full_shared(key, value, position_bias, causal, rank):
@@ -124,7 +125,7 @@ def _windowed(key, value, rows, causal, initial):
     left = taps - 1 if causal else (taps - 1) // 2
     right = 0 if causal else left
     batch, length = key.shape[0], key.shape[1] - left
-    if torch.compiler.is_exporting():  # one panel for a text of any length: the example must not fix their number
+    if is_exporting():  # one panel for a text of any length: the example must not fix their number
         chunk, chunks = length + left + right, 1
     else:
         chunk = max(left + right, min(_CHUNK, length))

@@ -32,8 +32,7 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, state: dict, keep: i
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    # Pickles keep weights shared, where safetensors drops one name of a tied pair and then misses it on loading.
-    accelerator.save_state(str(temporary), safe_serialization=False)
+    accelerator.save_state(str(temporary))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (temporary / STATE_FILE).write_text(json.dumps(state, indent=2), encoding="utf-8")

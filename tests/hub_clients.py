@@ -55,6 +55,8 @@ def process(hub: HubServer, home: Path, with_package: bool, **more: str):
 def prepare(with_package: bool) -> None:
     """Once in each process."""
     time.sleep = lambda seconds: None  # the client waits between its attempts, up to 23 seconds in all
+    # A new process inherits the search path, and with it the folder of remote code of the process that starts it.
+    sys.path[:] = [folder for folder in sys.path if not Path(folder, "transformers_modules").is_dir()]
     if with_package:
         import modeling_aft  # noqa: F401
     else:
