@@ -213,7 +213,10 @@ class AFTCacheLayer(CacheLayerMixin):
         """Forgets every token, but not where the state stood."""
         self.spare, self.state = self.state or self.spare, None
         self.history.clear()
-        self.cumulative_length = torch.zeros_like(self.cumulative_length)
+        if self._may_write(self.cumulative_length):
+            self.cumulative_length.zero_()
+        else:
+            self.cumulative_length = torch.zeros_like(self.cumulative_length)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row b becomes what row `beam_idx[b]` was."""

@@ -151,8 +151,8 @@ FAULTS = [
     Fault(
         "a reset keeps the length",
         "cache_aft.py",
-        "        self.cumulative_length = torch.zeros_like(self.cumulative_length)\n",
-        "",
+        "            self.cumulative_length.zero_()\n",
+        "            pass\n",
         STATIC,
     ),
     Fault(
