@@ -60,15 +60,7 @@ def prepare(with_package: bool) -> None:
     if with_package:
         import modeling_aft  # noqa: F401
     else:
-        sys.meta_path.insert(0, NoPackage())
-
-
-class NoPackage:
-    """Makes the package impossible to import, also where it is installed."""
-
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "modeling_aft":
-            raise ModuleNotFoundError(name)
+        sys.modules["modeling_aft"] = None  # importing it now fails, also where it is installed
 
 
 def contents(model) -> dict:

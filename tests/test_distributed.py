@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import torch
 from distributed_worker import BATCH, STEPS, new_optimizer, train_steps, train_with_trainer
 from families import VARIANTS, make_config, make_ids, make_model
+from launching import free_port
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -31,10 +31,7 @@ def folder(tmp_path_factory) -> Path:
     arguments = {name: folder / path for name, path in arguments.items()}
     arguments |= {"batch_size": 4, "max_steps": 4, "save_every": 2, "log_every": 1, "warmup_steps": 1}
     arguments |= {"eval_every": 0, "sample_bytes": 0}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
     launch += [str(TESTS / "distributed_worker.py"), str(folder)]
     paths = [str(TESTS.parent), str(TESTS.parent / "scripts")]
     result = subprocess.run(

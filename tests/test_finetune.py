@@ -6,9 +6,6 @@ import json
 import math
 import os
 import random
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +17,7 @@ from accelerate.state import AcceleratorState
 from byte_data import pydoc_bytes
 from families import LIMIT, make_config, model_classes
 from finetune import CLASSIFICATION, TokenWindows, main, split_text
+from launching import run_on_two_processes
 from safetensors.torch import load_file
 from test_remote_code import run_without_package
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -479,15 +477,7 @@ def test_two_processes_equal_one(bases, rows, tmp_path):
     one = finetune(tmp_path / "one", **values, per_device_train_batch_size=4)
 
     def launch(flags):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(port)]
-        command += ["--config_file", str(ROOT / "configuration" / "accelerate" / "cpu-2-processes.yaml")]
-        command += [str(ROOT / "scripts" / "finetune.py"), *flags]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-        assert result.returncode == 0, result.stderr[-3000:]
+        run_on_two_processes(ROOT / "scripts" / "finetune.py", flags, ACCELERATE_USE_CPU="true")
         return json.loads((tmp_path / "two" / "all_results.json").read_text())
 
     two = finetune(tmp_path / "two", launch, **values, per_device_train_batch_size=2)

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from checkpointing import complete_checkpoints
 from generate import main as generate
+from launching import run_on_two_processes
 from pretrain_enwik8 import learning_rate, main, parameter_groups, seed_step
 from pretraining_arguments import check_arguments, parse_arguments
 from run_log import read_log
@@ -418,16 +418,7 @@ def test_compiled_run_saves_and_resumes(inputs, without_dropout, tmp_path, monke
 def test_two_processes_equal_one(inputs, without_dropout, tmp_path):
     changes, one = without_dropout
     two = tmp_path / "two"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(port)]
-    launch += ["--config_file", str(ROOT / "configuration" / "accelerate" / "cpu-2-processes.yaml"), str(SCRIPT)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        [*launch, *flags(inputs, two, **changes)], env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    result = run_on_two_processes(SCRIPT, flags(inputs, two, **changes))
     assert events(two, "config")[0]["num_processes"] == 2
     assert result.stdout.count("test: ") == 1  # one process prints
     torch.testing.assert_close(weights(two), weights(one), rtol=0, atol=1e-4)

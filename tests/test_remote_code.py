@@ -12,14 +12,9 @@ from families import VARIANTS, make_ids, make_model, model_classes
 from modeling_aft import ByteTokenizer
 
 
-# The package is made impossible to import, also where it is installed.
 WITHOUT_PACKAGE = """
 import sys
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "modeling_aft":
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Block())
+sys.modules["modeling_aft"] = None  # importing it now fails, also where it is installed
 """
 LOAD = """
 import torch
