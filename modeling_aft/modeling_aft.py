@@ -17,7 +17,7 @@ from transformers import GenerationMixin, initialization
 
 from .cache_aft import AFTCacheLayer, AFTFullCacheLayer  # noqa: F401  (registers the layer types of the config)
 from .configuration_aft import AFTConfig
-from .modeling_common import MixerBlock, MixerForCausalLM, MixerModel, MixerPreTrainedModel
+from .modeling_common import Linear, MixerBlock, MixerForCausalLM, MixerModel, MixerPreTrainedModel
 from .modeling_heads import MixerForMaskedLM, MixerForSequenceClassification, MixerForTokenClassification
 from .ops import aft_attention
 from .ops_export import first, is_exporting
@@ -81,11 +81,10 @@ class LocalPositionBias(TablePositionBias):
     def _single_rows(self, positions: torch.Tensor) -> torch.Tensor:
         """What a decoding step needs of `banded_product`, without the rest: positions [B, 1] to [B, 1, taps]."""
         offsets = torch.arange(-self.right, self.left + 1, device=positions.device)
-        keys = positions[..., None] - offsets
-        exists = (keys >= 0) & (keys < len(self.key_factors))
-        factors = self.key_factors[torch.where(exists, keys, 0)]  # [B, 1, taps, d']
-        bias = (self.query_factors[positions][:, :, None] * factors).sum(-1)
-        return bias.masked_fill(~exists, 0)
+        keys = positions - offsets
+        existing = keys.clamp(0, len(self.key_factors) - 1)
+        bias = F.embedding(existing, self.key_factors) @ F.embedding(positions, self.query_factors).mT
+        return bias.squeeze(-1).masked_fill(existing != keys, 0)[:, None]
 
 
 def banded_product(u: torch.Tensor, v: torch.Tensor, left: int, right: int) -> torch.Tensor:
@@ -133,10 +132,9 @@ class AFTMixer(nn.Module):
         self.is_causal = config.is_decoder
         width = config.hidden_size
         key_width = config.num_attention_heads if config.aft_type == "conv" else width
-        self.q_proj = nn.Linear(width, width, bias=False)
-        self.k_proj = nn.Linear(width, key_width, bias=False)
-        self.v_proj = nn.Linear(width, width, bias=False)
-        self.o_proj = nn.Linear(width, width)
+        self.widths = [width, key_width, width]
+        self.qkv_proj = Linear(width, sum(self.widths), bias=False)
+        self.o_proj = Linear(width, width)
         left = config.window_size - 1
         right = 0 if config.is_decoder else left
         self.position_bias = None
@@ -152,16 +150,16 @@ class AFTMixer(nn.Module):
 
         Returns [B, T, D] and None.
         """
-        query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        query, key, value = self.qkv_proj(hidden_states).split(self.widths, -1)
 
         def mix(state, length):
-            new = slice(length)
-            mask, positions = (None if t is None else t[:, new] for t in (attention_mask, position_ids))
+            new = query, key, value, attention_mask, position_ids
+            if length is not None:
+                new = (None if t is None else t[:, :length] for t in new)
+            *inputs, mask, positions = new
             return aft_attention(
-                query[:, new],
-                key[:, new],
-                value[:, new],
-                **self._bias(key[:, new], positions),
+                *inputs,
+                **self._bias(inputs[1], positions),
                 causal=self.is_causal,
                 attention_mask=mask,
                 position_ids=positions,
@@ -180,7 +178,8 @@ class AFTMixer(nn.Module):
             return {}
         # The product of the factors goes into an exponential: half precision would not do.
         device = key.device.type
-        with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
+        under_autocast = device != "meta" and torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if under_autocast else nullcontext():
             return self.position_bias(key.shape[1], position_ids)
 
 

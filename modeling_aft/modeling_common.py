@@ -18,6 +18,26 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+from .ops_export import is_exporting
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear`, which is bound by reading its weight for a single vector on a CPU, and often does so with one
+    thread: this one uses all."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() or is_exporting() or not self._is_product_with_vector(hidden_states):
+            return super().forward(hidden_states)
+        out = torch.linalg.vecdot(self.weight, hidden_states.reshape(-1))
+        out = out if self.bias is None else out + self.bias
+        return out.view(*hidden_states.shape[:-1], -1)
+
+    def _is_product_with_vector(self, hidden_states: torch.Tensor) -> bool:
+        weight = self.weight  # of another type where it is quantized or sharded
+        plain = type(weight) is nn.Parameter and weight.dtype in (torch.float32, torch.float64)
+        single = hidden_states.numel() == self.in_features and hidden_states.dtype == weight.dtype
+        return plain and single and weight.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+
 
 class FeedForward(nn.Module):
     """Two linear layers with an activation between them, `intermediate_size` wide."""
@@ -25,9 +45,9 @@ class FeedForward(nn.Module):
     def __init__(self, config):
         super().__init__()
         intermediate_size = config.intermediate_size or 4 * config.hidden_size
-        self.up_proj = nn.Linear(config.hidden_size, intermediate_size)
+        self.up_proj = Linear(config.hidden_size, intermediate_size)
         self.act_fn = ACT2FN[config.hidden_act]
-        self.down_proj = nn.Linear(intermediate_size, config.hidden_size)
+        self.down_proj = Linear(intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
@@ -264,7 +284,7 @@ class MixerForCausalLM(MixerPreTrainedModel):
             raise ValueError("`is_decoder` must be True for a causal language model, got False.")
         self.model = self.model_class(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     create_masks_for_generate = staticmethod(MixerModel.create_masks_for_generate)

@@ -16,7 +16,7 @@ from transformers import GenerationMixin, initialization
 
 from .cache_aft import SynthesizerCacheLayer  # noqa: F401  (registers the layer type of the config)
 from .configuration_synthesizer import SynthesizerConfig
-from .modeling_common import MixerBlock, MixerForCausalLM, MixerModel, MixerPreTrainedModel
+from .modeling_common import Linear, MixerBlock, MixerForCausalLM, MixerModel, MixerPreTrainedModel
 from .modeling_heads import MixerForMaskedLM, MixerForSequenceClassification, MixerForTokenClassification
 from .ops_export import first
 from .ops_padding import compact, expand, kept_rank
@@ -168,11 +168,10 @@ class SynthesizerMixer(nn.Module):
         width = config.hidden_size
         self.scaling = (width // self.heads) ** -0.5
         # The query is the dot product's, and the first layer of the dense types.
-        needs_query = {"dense", "factorized_dense", "dot_product"} & set(self.names)
-        self.q_proj = nn.Linear(width, width, bias=False) if needs_query else None
-        self.k_proj = nn.Linear(width, width, bias=False) if "dot_product" in self.names else None
-        self.v_proj = nn.Linear(width, width, bias=False)
-        self.o_proj = nn.Linear(width, width)
+        self.has_query = bool({"dense", "factorized_dense", "dot_product"} & set(self.names))
+        self.has_key = "dot_product" in self.names
+        self.qkv_proj = Linear(width, (self.has_query + self.has_key + 1) * width, bias=False)
+        self.o_proj = Linear(width, width)
         self.logits = nn.ModuleDict({name: LOGITS[name](config) for name in self.names if name in LOGITS})
         self.mixture_logits = None
         if len(self.names) > 1:
@@ -215,12 +214,12 @@ class SynthesizerMixer(nn.Module):
             hidden_states, rank = compact(hidden_states, rank)[:, : self.limit], rank.clamp_max(self.limit or length)
             if position_ids is not None:
                 position_ids = compact(position_ids[..., None], rank, -1).squeeze(-1)[:, : self.limit]
-        query, key, value = (
-            None if projection is None else projection(hidden_states).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        *others, value = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for part in self.qkv_proj(hidden_states).split(hidden_states.shape[-1], -1)
         )
-        if query is None:
-            query = value  # only its length is read
+        query = others[0] if self.has_query else value  # of which only the length is read
+        key = others[-1] if self.has_key else None
         new_state = None
         if return_state or explicit:
             new_state = self._state(key, value, attention_mask, count, position_ids, state)

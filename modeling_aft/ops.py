@@ -8,15 +8,20 @@
 # specific language governing permissions and limitations under the License.
 """The operator of the Attention Free Transformer (arXiv 2105.14103), one function for its four forms."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from .ops_reference import AFTState, aft_attention_reference
+from .ops_chunks import windowed_chunks
+from .ops_cpu import windowed_cpu
+from .ops_export import is_exporting
+from .ops_reference import QUERY_ACTIVATIONS, AFTState, aft_attention_reference, gated
 from .ops_torch import aft_attention_torch
+from .ops_triton import triton_can_run, windowed_triton
 
 
-BACKENDS = ("auto", "reference", "torch")
-QUERY_ACTIVATIONS = {"sigmoid": torch.sigmoid, "tanh": torch.tanh, "relu": torch.relu, "identity": lambda query: query}
+BACKENDS = ("auto", "reference", "torch", "triton")
 
 
 def aft_attention(
@@ -65,7 +70,9 @@ def aft_attention(
         return_state (`bool`): whether to return the state after the last token as well.
         query_activation (`str`): `"sigmoid"` (the paper's), `"tanh"`, `"relu"` or `"identity"`.
         backend (`str`):
-            `"reference"` is the formula in plain loops, `"torch"` the fast path, `"auto"` the fastest that can run.
+            `"reference"` is the formula in plain loops, `"torch"` runs on every device, and `"triton"` has kernels for
+            several queries of the causal forms with a window or without bias, on CUDA; the rest of it is `"torch"`.
+            `"auto"` is `"triton"` where that can run and helps, else `"torch"`.
 
     Returns:
         `Tensor` [B, T, D] in the dtype of `query`, or with `return_state` that tensor and an [`AFTState`]. The state
@@ -94,13 +101,26 @@ def aft_attention(
     arguments = (key, value, position_bias, window_bias, causal, attention_mask, position_ids, initial_state)
     if backend == "reference":
         average, state = aft_attention_reference(*arguments)
+        out = gated(query, average, query_activation)
     else:
-        average, state = aft_attention_torch(*arguments, return_state)
-    out = QUERY_ACTIVATIONS[query_activation](query.to(average.dtype)) * average
+        windowed = _windowed(backend, value)
+        out, state = aft_attention_torch(query, *arguments, return_state, query_activation, windowed)
     if attention_mask is not None:
         out = out.masked_fill((attention_mask == 0)[..., None], 0)
-    out = out.to(query.dtype)
     return (out, state) if return_state else out
+
+
+def _windowed(backend: str, value: Tensor) -> Callable:
+    """The operator for several queries of the causal windowed forms; all have the signature of `windowed_chunks`."""
+    if is_exporting():
+        return windowed_chunks
+    if backend == "triton" and not triton_can_run(value.device):
+        raise _refuse("backend", "one that can run: 'triton' needs the package triton and a CUDA device", backend)
+    # In float64 matrix products on a GPU have no tensor cores to gain from.
+    helps = backend == "auto" and value.device.type == "cuda" and value.dtype != torch.float64
+    if backend == "triton" or (helps and triton_can_run(value.device)):
+        return windowed_triton
+    return windowed_cpu if value.device.type == "cpu" else windowed_chunks
 
 
 def _refuse(name: str, allowed: str, got) -> ValueError:

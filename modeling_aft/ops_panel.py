@@ -32,7 +32,8 @@ _EXACT_ELEMENTS = 2**22  # elements of the largest tensor when rows are computed
 
 def spread(per_key_channel: Tensor, values: Tensor) -> Tensor:
     """Repeats [..., K] over the value channels that share each key channel: [..., V]."""
-    return per_key_channel.repeat_interleave(values.shape[-1] // per_key_channel.shape[-1], dim=-1)
+    shared = values.shape[-1] // per_key_channel.shape[-1]
+    return per_key_channel if shared == 1 else per_key_channel.repeat_interleave(shared, dim=-1)
 
 
 def gather(per_value_channel: Tensor, keys: Tensor) -> Tensor:
@@ -97,8 +98,9 @@ def exact_weights(index, key, maximum, normalizer, bias):
     return weights.div_(torch.where(total == 0, torch.ones_like(total), total))
 
 
-def _operator(name: str):
-    """Registers a function; it runs in full precision under autocast, and outside of CUDA graphs, as it reads data."""
+def operator(name: str):
+    """Registers a function as an operator. It runs in full precision under autocast, and, as it reads data, outside of
+    CUDA graphs."""
 
     def register(function):
         @wraps(function)
@@ -106,16 +108,16 @@ def _operator(name: str):
             with torch.autocast(args[0].device.type, enabled=False):
                 return function(*args, **kwargs)
 
-        operator = torch.library.custom_op(
+        registered = torch.library.custom_op(
             f"{_NAMESPACE}::{name}", in_full_precision, mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
         )
-        operator.plain = function
-        return operator
+        registered.plain = function
+        return registered
 
     return register
 
 
-@_operator("panel")
+@operator("panel")
 def panel(
     key: Tensor, value: Tensor, maximum: Tensor, normalizer: Tensor, average: Tensor, bias: Tensor, visible: int
 ) -> tuple[Tensor, Tensor]:
@@ -147,7 +149,7 @@ def _(key, value, maximum, normalizer, average, bias, visible):
     return value.new_empty((*size, value.shape[3])), key.new_empty((*size, key.shape[3]))
 
 
-@_operator("panel_backward")
+@operator("panel_backward")
 def panel_backward(
     grad: Tensor,
     out: Tensor,

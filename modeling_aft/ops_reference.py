@@ -46,6 +46,14 @@ def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+QUERY_ACTIVATIONS = {"sigmoid": torch.sigmoid, "tanh": torch.tanh, "relu": torch.relu, "identity": lambda query: query}
+
+
+def gated(query: torch.Tensor, average: torch.Tensor, activation: str) -> torch.Tensor:
+    """activation(query) times the average, in the dtype of the query."""
+    return (QUERY_ACTIVATIONS[activation](query.to(average.dtype)) * average).to(query.dtype)
+
+
 def _tap_bias(row: torch.Tensor, offset: torch.Tensor, causal: bool) -> torch.Tensor:
     """Bias [J, heads] at the offsets [J] for the query whose window bias is `row` [heads, n]; 0 outside the window."""
     taps = row.shape[-1]

@@ -131,8 +131,9 @@ def _visible(rows: slice, value: Tensor, causal: bool, count: Tensor | None) -> 
 
 def _attend_factors(logits: Logits, value: Tensor, causal: bool, count: Tensor | None) -> Tensor:
     batch, width = value.shape[0], value.shape[-1]
-    # Fused kernels want one head size for all three, a multiple of 8.
-    size = -(-max(logits.query.shape[-1], width) // 8) * 8
+    # Fused kernels want one head size for all three, and those of GPUs a multiple of 8.
+    size = max(logits.query.shape[-1], width)
+    size = size if value.device.type == "cpu" else -(-size // 8) * 8
     query, key, value = (F.pad(t, (0, size - t.shape[-1])) for t in (logits.query, logits.key, value))
     query, key = (t.expand(batch, -1, -1, -1) for t in (query, key))
     mask = None if causal else _visible(slice(None), value, causal, count)

@@ -173,8 +173,8 @@ FAULTS = [
     Fault(
         "the sum of old tokens is dropped in a step",
         "ops_torch.py",
-        "older = (maximum - reference).exp() * normalizer",
-        "older = 0 * (maximum - reference).exp() * normalizer",
+        "older = (maximum + normalizer.log())[:, None]",
+        "older = (maximum + normalizer.log())[:, None] - torch.inf",
         GENERATION,
     ),
     Fault(
@@ -186,10 +186,10 @@ FAULTS = [
     ),
     Fault(
         "the sums leak the future within a chunk",
-        "ops_torch.py",
+        "ops_chunks.py",
         "sums = tuple(torch.cat([i[:, None], t[:, :-1]], 1) for i, t in zip(initial, sums, strict=True))",
-        "sums = _merge(tuple(i[:, None] for i in initial), sums)",
-        MODELING,
+        "sums = merge(tuple(i[:, None] for i in initial), sums)",
+        OPS,
     ),
     Fault(
         "AFT-full sees one token of the future",
@@ -200,10 +200,52 @@ FAULTS = [
     ),
     Fault(
         "the window sees one token of the future",
-        "ops_torch.py",
+        "ops_chunks.py",
         "bias = bias.masked_fill(tap < 0, -torch.inf)",
         "bias = bias.masked_fill(tap < -1, -torch.inf)",
+        OPS,
+    ),
+    Fault(
+        "the sums of the CPU's chunks leak the future",
+        "ops_cpu.py",
+        "    return sums[:, :-1], sums[:, -1]",
+        "    return sums[:, 1:], sums[:, -1]",
         MODELING,
+    ),
+    Fault(
+        "the CPU's window is turned around",
+        "ops_cpu.py",
+        "unflatten(2, (chunks, chunk)).flip(-1))",
+        "unflatten(2, (chunks, chunk)))",
+        OPS,
+    ),
+    Fault(
+        "what is older than a block is lost on the CPU",
+        "ops_cpu.py",
+        "older, carry[batch] = _older(",
+        "older, _ = _older(",
+        OPS,
+    ),
+    Fault(
+        "what is newer than a block gives no gradient on the CPU",
+        "ops_cpu.py",
+        "newer, carry[batch] = _newer(",
+        "newer, _ = _newer(",
+        OPS,
+    ),
+    Fault(
+        "the CPU takes any exponential as it is",
+        "ops_cpu.py",
+        "    return below and bool(rows.amin() >= -_LARGEST_EXPONENT) and bool(value.amin() >= -_LARGEST_VALUE)",
+        "    return True",
+        OPS,
+    ),
+    Fault(
+        "the CPU trusts sums that have vanished",
+        "ops_cpu.py",
+        "_SMALLEST_TOTAL = 1e-20",
+        "_SMALLEST_TOTAL = 0.0",
+        OPS,
     ),
     Fault(
         "padding enters the keys",
@@ -228,8 +270,8 @@ FAULTS = [
     ),
     Fault(
         "a chunk after the first starts from nothing",
-        "ops_torch.py",
-        "    while step < sums[0].shape[1]:\n        sums = _merge(_shift(sums, step), sums)\n        step *= 2\n",
+        "ops_chunks.py",
+        "    while step < sums[0].shape[1]:\n        sums = merge(_shift(sums, step), sums)\n        step *= 2\n",
         "",
         OPS,
     ),
@@ -250,15 +292,15 @@ FAULTS = [
     Fault(
         "position biases in the dtype of autocast",
         "modeling_aft.py",
-        'with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):',
+        "with torch.autocast(device, enabled=False) if under_autocast else nullcontext():",
         "with nullcontext():",
         MODELING,
     ),
     Fault(
         "a step reads the bias of the wrong offset",
         "modeling_aft.py",
-        "keys = positions[..., None] - offsets",
-        "keys = positions[..., None] - offsets - 1",
+        "keys = positions - offsets",
+        "keys = positions - offsets - 1",
         GENERATION,
     ),
     # the Synthesizer

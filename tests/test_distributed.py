@@ -73,8 +73,9 @@ def test_weights_of_a_sharded_run_load_with_from_pretrained(found, folder):
         loaded = AutoModelForCausalLM.from_pretrained(folder / variant, dtype=torch.float64)
         trained = make_model(variant)
         trained.load_state_dict(found[variant]["weights"])
-        ids = make_ids(20)
-        assert_equal(variant, loaded(ids).logits, trained(ids).logits, rtol=0, atol=0)
+        assert_equal(variant, loaded.state_dict(), trained.state_dict(), rtol=0, atol=0)
+        # The last bits of a product depend on how its operands lie in memory.
+        assert_equal(variant, loaded(make_ids(20)).logits, trained(make_ids(20)).logits, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("variant", ["local", "full-dense", "dense+random+factorized_dense+dot_product"])

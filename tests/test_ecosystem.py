@@ -55,7 +55,7 @@ HEADS = {
     "CAUSAL_LM": (AutoModelForCausalLM, {}, IDS),
     "SEQ_CLS": (AutoModelForSequenceClassification, {"num_labels": 3}, torch.tensor([0, 2])),
 }
-TARGETS = {"names": ["q_proj", "k_proj", "v_proj", "up_proj"], "all-linear": "all-linear"}
+TARGETS = {"names": ["qkv_proj", "up_proj"], "all-linear": "all-linear"}
 
 
 def with_lora(model, task="CAUSAL_LM", targets="all-linear", **changes):
@@ -177,7 +177,7 @@ def test_blocks_on_the_disk(variant, tmp_path):
         device_map=placement(plain, ["cpu", "disk"]),
         offload_folder=tmp_path / "offload",
     )
-    assert model.model.layers[1].mixer.v_proj.weight.is_meta
+    assert model.model.layers[1].mixer.qkv_proj.weight.is_meta
     assert_same(model, plain)
     assert_same(model, plain, num_beams=3)
     # Rolling back computes a state anew, outside of the forward that made it.
@@ -218,7 +218,7 @@ OFFLOADS = {
 def test_accelerate_offloads_a_model_in_memory(variant, offload, tmp_path):
     plain = make_float(variant)
     model = offload(copy.deepcopy(plain), tmp_path)
-    assert model.model.layers[0].mixer.v_proj.weight.is_meta
+    assert model.model.layers[0].mixer.qkv_proj.weight.is_meta
     assert_same(model, plain)
 
 
@@ -251,7 +251,7 @@ def test_int8_weights_differ_by_their_rounding_alone(variant, quantized, tmp_pat
             exact.weight = torch.nn.Parameter(found)
             count += "layers" in name
     linear = [m for m in plain.model.layers.modules() if isinstance(m, torch.nn.Linear)]
-    assert count == len(linear) >= 10
+    assert count == len(linear) >= 8
     torch.testing.assert_close(model(IDS).logits, rounded(IDS).logits, rtol=1e-4, atol=1e-4)
     # Half a step is at most 0.4 % of the largest weight of a row; a dozen such matrices follow on each other.
     assert 0 < relative_error(model(IDS).logits, plain(IDS).logits) < 0.03
@@ -267,7 +267,7 @@ def test_int8_weights_are_saved_as_safetensors_and_load(variant, tmp_path):
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("int8", "plain")]
     assert sizes[0] < sizes[1]
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "int8")
-    assert type(loaded.model.layers[0].mixer.v_proj.weight) is type(model.model.layers[0].mixer.v_proj.weight)
+    assert type(loaded.model.layers[0].mixer.qkv_proj.weight) is type(model.model.layers[0].mixer.qkv_proj.weight)
     torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, rtol=0, atol=0)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from memory import LargestTensor
 
-from modeling_aft import AFTConfig, AFTModel, ops_panel, ops_torch
+from modeling_aft import AFTConfig, AFTModel, ops, ops_chunks, ops_cpu, ops_panel
 from modeling_aft.ops import aft_attention
 
 
@@ -94,6 +94,13 @@ def assert_agree(actual, expected, rtol=1e-9, atol=1e-9):
         torch.testing.assert_close(a.to(e.dtype), e, rtol=rtol, atol=atol)
 
 
+@pytest.fixture(params=["cpu", "chunks"])
+def way(request, monkeypatch):
+    """Both ways of the causal windowed forms, each by itself: that of the CPU, and that of all devices."""
+    if request.param == "chunks":
+        monkeypatch.setattr(ops, "windowed_cpu", ops_chunks.windowed_chunks)
+
+
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("backend", ["reference", "torch"])
@@ -104,6 +111,7 @@ def test_matches_the_formula_of_the_paper(backend, form, causal):
     )
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("length", [1, 2, 7, 63, 150])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize("form", FORMS)
@@ -121,6 +129,36 @@ def test_torch_matches_reference_at_length_1000(form):
     )
 
 
+@pytest.mark.parametrize("heads", [1, HEADS], ids=["one-head", "heads"])
+@pytest.mark.parametrize("rows", [64, 128, 512])
+@pytest.mark.parametrize("form", WINDOWED)
+def test_blocks_of_time_and_batch_fit_together(form, rows, heads, monkeypatch):
+    """On the CPU: blocks of one or more chunks, and of one or more rows of the batch, that end within a chunk."""
+    monkeypatch.setattr(ops_cpu, "_ROWS", rows)
+    inputs, bias = make_inputs(form, 150, batch=5), make_bias(form, 150, heads=heads)
+    assert_agree(run("torch", inputs, bias, return_state=True), run("reference", inputs, bias, return_state=True))
+    by_row = {"window_bias": torch.randn(heads if form == "conv" else 1, 5, 150, WINDOW, dtype=torch.float64)}
+    assert_agree(run("torch", inputs, by_row), run("reference", inputs, by_row))
+
+
+def test_ordinary_inputs_go_the_fast_way_and_others_the_exact_one(monkeypatch):
+    taken = []
+    monkeypatch.setattr(
+        ops_cpu, "windowed_chunks", lambda *inputs: taken.append(1) or ops_chunks.windowed_chunks(*inputs)
+    )
+    query, key, value = make_inputs("local", 100)
+    for scale in (1, 5):
+        run("torch", (query, scale * key, value), make_bias("local", 100))
+    assert not taken
+    wide = torch.zeros(100, 1, dtype=key.dtype)
+    wide[50:] = 70  # a range that no plain exponential covers, around 0 or not
+    for others in ((query, 100 * key, value), (query, key + wide - 60, value), (query, key, 1e12 * value)):
+        taken.clear()
+        run("torch", others, make_bias("local", 100))
+        assert len(taken) == 2  # forward and backward
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("window", [1, 2, 64, 65, 100, 200])
 @pytest.mark.parametrize("form", ["local", "conv"])
 def test_any_window(form, window):
@@ -167,6 +205,7 @@ def _cut(bias, length):
     return {name: t[:length, :length] if name == "position_bias" else t for name, t in bias.items()}
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("kind", ["left", "right", "interior", "everything"])
 @pytest.mark.parametrize("form", FORMS)
 def test_padded_gradients_and_states_match_reference(form, kind):
@@ -198,6 +237,7 @@ def test_continuing_from_a_state_equals_one_call(form, splits):
             assert_agree([t for t in state if t is not None], [t for t in whole_state if t is not None])
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("length", [1, 30])
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_through_the_initial_state(form, length):
@@ -276,6 +316,7 @@ def hard_keys(kind, length, width):
 HARD_KEYS = ["scaled-1e4", "jumps-200", "rising-jump", "falling-jump", "all-equal", "all-very-low"]
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("bias_kind", ["small", "low-1e4", "high-1e4", "mixed-200"])
 @pytest.mark.parametrize("key_kind", [*HARD_KEYS, "plain"])
 @pytest.mark.parametrize("form", FORMS)
@@ -462,6 +503,11 @@ def test_operators_pass_opcheck():
     maximum, normalizer, average = (torch.rand(2, 1, 3, 4).add(1).requires_grad_() for _ in range(3))
     bias = torch.randn(2, 5, 7, requires_grad=True)
     torch.library.opcheck(ops_panel.panel, (key, value, maximum, normalizer, average, bias, 0))
+    query, value = (torch.randn(2, 40, 8, requires_grad=True) for _ in range(2))
+    key, rows = torch.randn(2, 40, 4, requires_grad=True), torch.randn(4, 1, 1, 3, requires_grad=True)
+    maximum, normalizer = (torch.rand(2, 4).add(1).requires_grad_() for _ in range(2))
+    average = torch.randn(2, 8, requires_grad=True)
+    torch.library.opcheck(ops_cpu.windowed, (query, key, value, rows, maximum, normalizer, average, "tanh"))
 
 
 class PlainPanel(torch.autograd.Function):
@@ -479,9 +525,25 @@ class PlainPanel(torch.autograd.Function):
         return (*grads[:5], grads[5] if ctx.needs_input_grad[5] else None, None)
 
 
+class PlainWindowed(torch.autograd.Function):
+    """The same of the operator of the CPU."""
+
+    operator = ops_cpu.windowed
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        ctx.output, ctx.inputs = PlainWindowed.operator.plain(*inputs), inputs
+        return ctx.output
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        return *ops_cpu.windowed_backward.plain(grad, ctx.output[1], *ctx.inputs, True), None
+
+
 @pytest.fixture
-def largest_tensor(monkeypatch):
-    monkeypatch.setattr(ops_torch, "panel", PlainPanel.apply)
+def largest_tensor(monkeypatch, way):
+    monkeypatch.setattr(ops_chunks, "panel", PlainPanel.apply)
+    monkeypatch.setattr(ops_cpu, "windowed", PlainWindowed.apply)
 
     def measure(function):
         with LargestTensor() as mode:

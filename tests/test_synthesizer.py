@@ -19,19 +19,25 @@ def make_mixer(variant, **changes) -> SynthesizerMixer:
     return make_model(variant, head=False, **changes).layers[0].mixer
 
 
+def projections(mixer) -> dict[str, torch.Tensor]:
+    """The weights [D, D] of the query, key and value, where there are any."""
+    names = ["query"] * mixer.has_query + ["key"] * mixer.has_key + ["value"]
+    return dict(zip(names, mixer.qkv_proj.weight.split(HEADS * SIZE), strict=True))
+
+
 def equation(mixer, name, hidden, head):
     """The [T, T] logits of one component, head and sequence, as the paper defines them; hidden [T, D]."""
     length = len(hidden)
     part = slice(head * SIZE, (head + 1) * SIZE)
     if name == "dot_product":
-        query, key = hidden @ mixer.q_proj.weight[part].T, hidden @ mixer.k_proj.weight[part].T
+        query, key = (hidden @ projections(mixer)[which][part].T for which in ("query", "key"))
         return query @ key.T / math.sqrt(SIZE)
     module = mixer.logits[name]
     if name in ("random", "fixed_random"):
         return module.table[head, :length, :length]
     if name == "factorized_random":
         return (module.query_factors[head] @ module.key_factors[head].T)[:length, :length]
-    first = torch.relu(hidden @ mixer.q_proj.weight[part].T)
+    first = torch.relu(hidden @ projections(mixer)["query"][part].T)
     if name == "dense":
         return (first @ module.weight[head] + module.bias[head])[:, :length]
     a, b = (first @ w[head] + c[head] for w, c in ((module.weight_a, module.bias_a), (module.weight_b, module.bias_b)))
@@ -50,7 +56,7 @@ def definition(mixer, hidden):
             logits = sum(alpha * equation(mixer, n, x, h) for alpha, n in zip(alphas, mixer.names, strict=True))
             weights[b, h] = logits.masked_fill(future, -math.inf).softmax(-1)
             part = slice(h * SIZE, (h + 1) * SIZE)
-            out[b, :, part] = weights[b, h] @ (x @ mixer.v_proj.weight[part].T)
+            out[b, :, part] = weights[b, h] @ (x @ projections(mixer)["value"][part].T)
     return mixer.o_proj(out), weights
 
 
@@ -173,9 +179,7 @@ def test_mixture_weights_are_a_softmax_per_head_and_mix_logits():
 
 def test_dot_product_alone_is_the_vanilla_transformer():
     mixer, hidden = make_mixer("dot_product"), torch.randn(2, 20, 16, dtype=torch.float64)
-    split = (
-        p(hidden).unflatten(-1, (HEADS, SIZE)).transpose(1, 2) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj)
-    )
+    split = ((hidden @ p.T).unflatten(-1, (HEADS, SIZE)).transpose(1, 2) for p in projections(mixer).values())
     expected = torch.nn.functional.scaled_dot_product_attention(*split, is_causal=True)
     torch.testing.assert_close(mixer(hidden)[0], mixer.o_proj(expected.transpose(1, 2).flatten(2)))
 

@@ -1,0 +1,262 @@
+"""The Triton kernels against the plain formula, on a GPU, or without one under Triton's interpreter.
+
+Triton decides between the two when it is imported, for the whole process: the interpreter gets a process of its own,
+started by `test_under_the_interpreter`, which runs the tests of this file in it.
+"""
+
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from modeling_aft.ops import aft_attention
+from modeling_aft.ops_reference import AFTState
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+RUNS_HERE = DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+FORMS = ["simple", "local", "conv"]
+BATCH, WIDTH, HEADS = 2, 8, 4
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("needs the package triton", allow_module_level=True)
+if RUNS_HERE:
+    from modeling_aft import ops_triton
+
+
+@pytest.mark.skipif(RUNS_HERE, reason="the kernels run in this process")
+def test_under_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    root = Path(__file__).resolve().parent.parent
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{root}:{os.environ.get('PYTHONPATH', '')}"}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout and " failed" not in result.stdout
+
+
+def make_tensors(form, length, window=5, heads=HEADS, keys=None, width=WIDTH, past=False):
+    """query, key, value, rows, past key and value, maximum, normalizer, average: in float64, None where there is none.
+
+    Of the past of the second sequence there is only the later half of the window, and nothing before it.
+    """
+    draw = lambda *size: torch.randn(*size, dtype=torch.float64)  # noqa: E731
+    keys = keys or (heads if form == "conv" else width)
+    query, value, key = draw(BATCH, length, width), draw(BATCH, length, width), draw(BATCH, length, keys)
+    rows = {
+        "simple": lambda: None,
+        "local": lambda: draw(1, 1, length, window),
+        "conv": lambda: draw(heads, 1, 1, window),
+        "rows": lambda: draw(heads, BATCH, length, window),
+    }[form]()
+    state = [None] * 5
+    if past:
+        before = 0 if rows is None else window - 1
+        state = [draw(BATCH, before, keys), draw(BATCH, before, width)]
+        state += [draw(BATCH, keys), 1 + draw(BATCH, keys).abs(), draw(BATCH, width)]
+        state[0][1, : (before + 1) // 2] = -math.inf
+        for tensor, nothing in zip(state[2:], (-math.inf, 0, 0), strict=True):
+            tensor[1] = nothing
+    return [query, key, value, rows, *state]
+
+
+def leaves(tensors, dtype=torch.float64, device="cpu"):
+    """Copies that take gradients: inputs in `dtype`, biases and sums in at least float32."""
+    kinds = [dtype] * 3 + [torch.promote_types(dtype, torch.float32)] + [dtype] * 2
+    kinds += [torch.promote_types(dtype, torch.float32)] * 3
+    return [
+        None if t is None else t.to(device, kind, copy=True).requires_grad_()
+        for t, kind in zip(tensors, kinds, strict=True)
+    ]
+
+
+def by_reference(tensors, activation="sigmoid", mask=None):
+    query, key, value, rows, past_key, past_value, *sums = tensors
+    state = None
+    if past_key is not None:
+        state = AFTState(torch.zeros(BATCH, dtype=torch.long), past_key, past_value, None, *sums)
+    if rows is not None and rows.shape[1] == 1:
+        rows = rows[:, 0]
+    return aft_attention(
+        query, key, value, window_bias=rows, initial_state=state, query_activation=activation, attention_mask=mask,
+        backend="reference",
+    )  # fmt: skip
+
+
+def by_triton(tensors, activation="sigmoid", mask=None):
+    query, key, value, rows, past_key, past_value, *sums = tensors
+    if mask is not None:
+        absent = mask.to(key.device)[..., None] == 0
+        key, value = key.masked_fill(absent, -math.inf), value.masked_fill(absent, 0)
+    past = None if past_key is None else (past_key, past_value)
+    return ops_triton.windowed_triton(query, key, value, rows, past, None if past is None else tuple(sums), activation)
+
+
+def results(function, tensors, mask=None, **options):
+    """The output and the gradients of a random function of it, zero where there is none."""
+    out = function(tensors, mask=mask, **options)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    if mask is not None:
+        weight = weight * mask[..., None]
+        out = out * mask[..., None].to(out.device)
+    given = [t for t in tensors if t is not None]
+    grads = torch.autograd.grad((out.double() * weight.to(out.device)).sum(), given, allow_unused=True)
+    return [out.detach(), *(torch.zeros_like(t) if g is None else g for g, t in zip(grads, given, strict=True))]
+
+
+def assert_agree(tensors, dtype=torch.float64, **options):
+    """The kernels on `dtype` copies against the reference on float64 copies of the same numbers."""
+    tensors = [None if t is None else t.to(dtype).double() for t in tensors]
+    actual = results(by_triton, leaves(tensors, dtype, DEVICE), **options)
+    expected = results(by_reference, leaves(tensors), **options)
+    assert actual[0].dtype == dtype
+    assert expected[0].abs().max() > 0
+    for a, e in zip(actual, expected, strict=True):
+        scale = max(1.0, e.abs().max().item() if e.numel() else 0.0)
+        tolerance = TOLERANCE[dtype]
+        torch.testing.assert_close(a.cpu().double(), e, rtol=tolerance, atol=tolerance * scale)
+
+
+class TestKernels:
+    __test__ = RUNS_HERE
+
+    @pytest.mark.parametrize("length", [1, 2, 7, 63, 64, 65, 150])
+    @pytest.mark.parametrize("form", FORMS)
+    def test_match_the_reference(self, form, length):
+        assert_agree(make_tensors(form, length))
+
+    @pytest.mark.parametrize("window", [1, 2, 32, 33, 64, 100])
+    @pytest.mark.parametrize("form", ["local", "conv"])
+    def test_any_window(self, form, window):
+        assert_agree(make_tensors(form, 150, window=window))
+
+    @pytest.mark.parametrize("length", [1, 20])
+    def test_a_window_longer_than_the_text(self, length):
+        assert_agree(make_tensors("local", length, window=100))
+        assert_agree(make_tensors("conv", length, window=100, past=True))
+
+    @pytest.mark.parametrize(
+        ("heads", "keys", "width"),
+        [(1, 1, 5), (1, 3, 9), (2, 4, 12), (4, 4, 4), (1, 70, 70), (1, 2, 140), (2, 2, 400)],
+        ids=lambda size: str(size),
+    )
+    def test_shared_keys_and_heads_of_the_bias(self, heads, keys, width):
+        assert_agree(make_tensors("rows", 70, window=3, heads=heads, keys=keys, width=width))
+        if width < 100:
+            assert_agree(make_tensors("simple", 70, keys=keys, width=width))
+
+    @pytest.mark.parametrize("length", [1, 70])
+    @pytest.mark.parametrize(
+        ("form", "window"), [("simple", 1), ("conv", 5), ("rows", 5), ("rows", 70)], ids=lambda value: str(value)
+    )
+    def test_past_keys_and_the_sum_before_them(self, form, window, length):
+        assert_agree(make_tensors(form, length, window=window, past=True))
+
+    @pytest.mark.parametrize("form", [*FORMS, "rows"])
+    def test_absent_keys_at_the_end(self, form):
+        mask = torch.ones(BATCH, 140, dtype=torch.long)
+        mask[0, 60:], mask[1, 129:] = 0, 0
+        assert_agree(make_tensors(form, 140), mask=mask)
+
+    @pytest.mark.parametrize("form", FORMS)
+    def test_a_query_that_sees_nothing_gives_0(self, form):
+        tensors = leaves(make_tensors(form, 10), device=DEVICE)
+        mask = torch.ones(BATCH, 10)
+        mask[0] = 0
+        out = by_triton(tensors, mask=mask)
+        assert (out[0] == 0).all() and (out[1] != 0).any()
+        for grad in torch.autograd.grad(out.sum(), [t for t in tensors if t is not None]):
+            assert grad.isfinite().all()
+            assert grad.shape[0] != BATCH or (grad[0] == 0).all()
+
+    @pytest.mark.parametrize("kind", ["scaled", "jump up", "jump down", "largest sum off both maxima"])
+    @pytest.mark.parametrize("form", FORMS)
+    def test_extreme_keys(self, form, kind):
+        tensors = make_tensors(form, 20, heads=1, past=kind == "jump up")
+        key, rows = tensors[1], tensors[3]
+        if kind == "scaled":
+            key *= 1e4
+        elif kind == "jump up":
+            key[:, 10:] += 200
+            key[:, -3] += 200
+        elif kind == "jump down":
+            key[:, 10:] -= 200
+        else:
+            key[:, 10], key[:, 12] = 200, -100
+            if rows is not None:
+                rows[..., 1:3], rows[..., 3] = -400, 100
+        denominators = (key - key.amax(1, keepdim=True)).exp().cumsum(1)
+        assert denominators.min() < 1e-38 or kind == "jump down"  # the usual formula divides 0 by 0 in float32
+        dtype = torch.float64 if kind == "scaled" else torch.float32
+        assert_agree(tensors, dtype)
+
+    def test_log_space_in_a_later_tile(self):
+        tensors = make_tensors("local", 70, window=32)
+        tensors[1][:, 68:] += 200
+        assert_agree(tensors, torch.float32)
+
+    @pytest.mark.parametrize("activation", ["sigmoid", "tanh", "relu", "identity"])
+    def test_activations(self, activation):
+        tensors = make_tensors("local", 20)
+        tensors[0][0, 0] = torch.tensor([1e3, -1e3, 1e-4, -1e-4, 30.0, -30.0, 2.0, -2.0])
+        assert_agree(tensors, activation=activation)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+    @pytest.mark.parametrize("form", FORMS)
+    def test_dtypes(self, form, dtype):
+        assert_agree(make_tensors(form, 150, window=32, past=True), dtype)
+
+    @pytest.mark.parametrize(
+        ("form", "window"), [("simple", 1), ("local", 32), ("conv", 5), ("rows", 150)], ids=lambda value: str(value)
+    )
+    def test_chunks_side_by_side_equal_one_after_the_other(self, form, window, monkeypatch):
+        tensors = make_tensors(form, 300, window=window, past=True)
+        tensors[1][:, 200:] += 50  # the sums of the chunks have maxima of their own
+        wholes = results(by_triton, leaves(tensors, device=DEVICE))
+        calls = []
+        monkeypatch.setattr(ops_triton, "_chunks", lambda programs, tiles, device: calls.append(tiles) or 3)
+        for chunked, whole in zip(results(by_triton, leaves(tensors, device=DEVICE)), wholes, strict=True):
+            torch.testing.assert_close(chunked, whole, rtol=1e-9, atol=1e-9)
+        assert calls == [5, 5]
+
+    def test_slices_of_one_projection(self):
+        fused = torch.randn(BATCH, 70, 3 * WIDTH, dtype=torch.float64, device=DEVICE, requires_grad=True)
+        parts = fused.split(WIDTH, -1)
+        copies = [t.detach().clone().requires_grad_() for t in parts]
+        slices, whole = (ops_triton.windowed_triton(*t, None, None, None, "sigmoid") for t in (parts, copies))
+        assert torch.equal(slices, whole)
+        grad = torch.randn_like(whole).transpose(0, 1).contiguous().transpose(0, 1)
+        grads = torch.cat(torch.autograd.grad(whole, copies, grad), -1)
+        assert torch.equal(torch.autograd.grad(slices, fused, grad)[0], grads)
+
+    @pytest.mark.parametrize("form", FORMS)
+    def test_the_same_in_every_run_and_under_autocast(self, form):
+        tensors = make_tensors(form, 140)
+        once = results(by_triton, leaves(tensors, torch.float32, DEVICE))
+        for a, b in zip(once, results(by_triton, leaves(tensors, torch.float32, DEVICE)), strict=True):
+            assert torch.equal(a, b)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            for a, b in zip(once, results(by_triton, leaves(tensors, torch.float32, DEVICE)), strict=True):
+                assert torch.equal(a, b)
+
+    @pytest.mark.parametrize("form", FORMS)
+    def test_compiles_as_one_graph(self, form):
+        torch._dynamo.reset()
+        tensors = make_tensors(form, 20, past=True)
+        compiled = torch.compile(by_triton, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
+        actual = results(compiled, leaves(tensors, device=DEVICE))
+        for a, e in zip(actual, results(by_triton, leaves(tensors, device=DEVICE)), strict=True):
+            torch.testing.assert_close(a, e)
+
+    @pytest.mark.parametrize("form", FORMS)
+    def test_operators_are_registered_soundly(self, form):
+        query, key, value, rows, *_ = leaves(make_tensors(form, 5, heads=1), device=DEVICE)
+        initial = 1 + torch.rand(BATCH, 3, WIDTH, dtype=torch.float64, device=DEVICE)
+        initial = None if form == "conv" else initial.requires_grad_()
+        torch.library.opcheck(ops_triton._windowed, (query, key, value, rows, initial, "sigmoid"))
