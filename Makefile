@@ -2,6 +2,7 @@
 # make test       run all tests
 # make test-range run all tests twice: on the oldest versions that are supported, in .venv-oldest, and on the newest
 # make faults     put deliberate faults into copies of the package, and show which test catches each
+# make bench      measure on this machine what benchmarks/ holds, and draw it; takes hours on a CPU
 # make style      check lint and format
 # make clean      remove the environments and caches; runs/ stays
 # Each sets up .venv by itself. PYTHON chooses the interpreter, PIP_EXTRA_INDEX_URL another build of torch
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 OLDEST := .venv-oldest
 
-.PHONY: pretrain test test-range faults style clean
+.PHONY: pretrain test test-range faults bench style clean
 
 # --resume auto: a run that was interrupted continues where its last checkpoint left it.
 pretrain: $(INSTALLED)
@@ -28,6 +29,15 @@ test-range: test $(OLDEST)/installed
 
 faults: $(INSTALLED)
 	$(BIN)/python tests/faults.py
+
+bench: $(INSTALLED)
+	$(BIN)/python scripts/benchmark.py ceiling
+	$(BIN)/python scripts/benchmark.py operator
+	$(BIN)/python scripts/benchmark.py dense
+	$(BIN)/python scripts/benchmark.py train
+	$(BIN)/python scripts/benchmark.py decode --compile
+	$(BIN)/python scripts/benchmark.py memory
+	$(BIN)/python scripts/benchmark.py pictures
 
 style: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -7,15 +7,23 @@
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
 """
-Measures side by side, and writes a row per contestant and length to benchmarks/.
+Measures side by side, and writes a row per contestant and length to benchmarks/<suite>-<device>.csv.
 
     python scripts/benchmark.py operator     # forward and backward pass of AFT's operators, and of attention
     python scripts/benchmark.py dense        # the same of the dense Synthesizer, ours and with [T, T] logits
-    python scripts/benchmark.py train        # training steps of whole models
+    python scripts/benchmark.py train        # training steps of whole models, ours and those of transformers
+    python scripts/benchmark.py decode       # decoding steps of whole models after a context of T tokens
+    python scripts/benchmark.py memory       # the most memory that two training steps hold, weights included
+    python scripts/benchmark.py ceiling      # what the processor can do: copies, exp, matrix products
+    python scripts/benchmark.py pictures     # draws what the others have written
 
 Every length is one round-robin: each contestant takes its turn in each repeat, so that what else the machine does
-meets all of them alike. A row has p20, p50 and p80 of the seconds of a turn, the most memory that a turn held beyond
-what was there before it, and what they were measured on.
+meets all of them alike. A row has p20, p50 and p80 of the seconds of a call, the speed at p50, the most memory that a
+call held beyond what was there before it, and what they were measured on. In the suite memory, each contestant trains
+in a process of its own, and has no times.
+
+The file is written after each length. A row replaces the one of the same contestant, length, batch, dtype, layers and
+width; the others stay.
 """
 
 import argparse
@@ -26,98 +34,105 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from datetime import date
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM
+from benchmark_contestants import (
+    WARM_UPS,
+    Contestant,
+    ceiling_contestants,
+    decode_contestants,
+    dense_contestants,
+    model_names,
+    operator_contestants,
+    train_contestants,
+)
 
 import modeling_aft
-from modeling_aft import SynthesizerConfig, SynthesizerModel
-from modeling_aft.ops import aft_attention
 
 
-def plain_aft(query, key, value, position_bias):
-    """AFT-full as it is usually written: exp of a masked [T, T] bias times exp(key), with a maximum over all keys."""
-    length = key.shape[1]
-    future = torch.ones(length, length, dtype=torch.bool, device=key.device).triu(1)
-    weight = (position_bias.masked_fill(future, -torch.inf) - position_bias.amax(-1, keepdim=True)).exp()
-    exp_key = (key - key.amax(1, keepdim=True)).exp()
-    numerator = torch.einsum("ts,bsd->btd", weight, exp_key * value)
-    return torch.sigmoid(query) * numerator / torch.einsum("ts,bsd->btd", weight, exp_key)
+SUITES = {
+    "operator": operator_contestants,
+    "dense": dense_contestants,
+    "train": train_contestants,
+    "decode": decode_contestants,
+    "memory": train_contestants,
+    "ceiling": ceiling_contestants,
+}
+OF_MODELS = ("train", "decode", "memory")
+ONE_SEQUENCE = ("decode", "memory", "ceiling")  # the batch where --batch_size is not given
+LENGTHS = {
+    "decode": [64, 256, 1024, 4096, 16384, 65536],
+    "ceiling": [2**26],
+}
+# The longest T of those with [T, T] tables, and of those that are a Python loop over the tokens without their kernels.
+# Compiled, RWKV's loop is unrolled.
+LONGEST = {
+    "aft-full": 16384,
+    "plain-aft-full": 16384,
+    "dense-plain": 4096,
+    "synthesizer-dense": 16384,
+    "mamba": 1024,
+    "rwkv": 1024,
+    "rwkv-compiled": 64,
+}
+KEY = ("contestant", "length", "batch_size", "dtype", "layers", "width")
+COLUMNS = (
+    *("suite", "contestant", "length", "turns", "p20", "p50", "p80", "rate", "unit", "peak_bytes"),
+    *("layers", "width", "parameters", "device", "processor", "threads", "dtype", "batch_size"),
+    *("modeling_aft", "torch", "transformers", "date"),
+)
 
 
-def operator_contestants(args, length: int, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
-    """Name and one forward and backward pass of each operator, on tensors of its own."""
-    batch, width, heads, window = args.batch_size, args.width, args.heads, args.window
-
-    def leaf(*shape):
-        return torch.randn(*shape, device=args.device, dtype=dtype).requires_grad_()
-
-    query, key, value = (leaf(batch, length, width) for _ in range(3))
-    head_key = leaf(batch, length, heads)
-    row_bias, head_bias = leaf(1, length, window), leaf(heads, 1, window)
-    seed = torch.randn(batch, length, width, device=args.device, dtype=dtype)
-
-    def attention():
-        split = (t.view(batch, length, heads, -1).transpose(1, 2) for t in (query, key, value))
-        return F.scaled_dot_product_attention(*split, is_causal=True).transpose(1, 2).reshape(batch, length, width)
-
-    forwards = {
-        f"sdpa-h{heads}": attention,
-        "aft-simple": lambda: aft_attention(query, key, value),
-        f"aft-local-{window}": lambda: aft_attention(query, key, value, window_bias=row_bias),
-        f"aft-conv-{heads}-{window}": lambda: aft_attention(query, head_key, value, window_bias=head_bias),
-    }
-    if length <= args.longest_table:
-        position_bias = leaf(length, length)
-        forwards["aft-full"] = lambda: aft_attention(query, key, value, position_bias)
-        forwards["plain-aft-full"] = lambda: plain_aft(query, key, value, position_bias)
-    inputs = [query, key, value, head_key, row_bias, head_bias]
-
-    def forward_backward(forward):
-        forward().backward(seed)
-        for tensor in inputs:
-            tensor.grad = None
-        if length <= args.longest_table:
-            position_bias.grad = None
-        if args.device == "cuda":
-            torch.cuda.synchronize()
-
-    return {name: lambda forward=forward: forward_backward(forward) for name, forward in forwards.items()}
+def take_turn(contestant: Contestant, device: str) -> float:
+    """Seconds of one call, the mean over those of a turn."""
+    begin = time.perf_counter()
+    for _ in range(contestant.calls):
+        contestant.run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - begin) / contestant.calls
 
 
-def measure(contestants: dict[str, Callable[[], None]], seconds: float, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each turn; at least one each, at most `repeats`."""
+def measure(contestants: dict[str, Contestant], seconds: float, repeats: int, device: str) -> dict[str, list[float]]:
+    """Seconds of a call in each turn; at least one turn each, at most `repeats`."""
     times = {name: [] for name in contestants}
     started = time.perf_counter()
     for repeat in range(repeats):
         if repeat > 0 and time.perf_counter() - started > seconds:
             break
-        for name, turn in contestants.items():
-            begin = time.perf_counter()
-            turn()
-            times[name].append(time.perf_counter() - begin)
+        for name, contestant in contestants.items():
+            times[name].append(take_turn(contestant, device))
     return times
 
 
-def peak_bytes(turn: Callable[[], None], device: str) -> int | None:
-    """The most memory that a turn holds beyond what is there before it; None where the system does not tell."""
+def settle_allocator() -> None:
+    """Makes glibc keep what it has, instead of fetching it from the system again in every call: it does so by itself
+    once a process has freed a block of nearly 32 MiB, as any training run of some size has."""
+    torch.empty(31 * 2**20, dtype=torch.uint8)
+
+
+def peak_bytes(run: Callable, device: str) -> int | None:
+    """The most memory that a call holds beyond what is there before it; None where the system does not tell."""
+    gc.collect()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        turn()
+        run()
         return torch.cuda.max_memory_allocated() - before
     if not Path("/proc/self/clear_refs").exists():
         return None
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # else a turn would find memory that an earlier one left
+    ctypes.CDLL(None).malloc_trim(0)  # else a call would find memory that an earlier one left
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark is now what is resident
     before = resident_kib("VmHWM")
-    turn()
+    run()
     return (resident_kib("VmHWM") - before) * 1024
 
 
@@ -133,131 +148,229 @@ def processor_name(device: str) -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
-def write_rows(path: Path, rows: list[dict]) -> None:
-    """Replaces the file when all rows are there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(temporary, path)
+def training_peak(args, name: str, batch: int, length: int) -> tuple[int | None, dict]:
+    """The most memory that a model, its optimizer and two training steps hold, and the columns about the model."""
+
+    def train(length):
+        contestant = SUITES["memory"](args, batch, length)[name]()
+        contestant.run()
+        contestant.run()
+        return contestant.about
+
+    torch.manual_seed(0)
+    train(min(length, max(64, args.window)))  # libraries load, and workspaces are made
+    about = {}
+    return peak_bytes(lambda: about.update(train(length)), args.device), about
 
 
-def dense_contestants(args, length: int, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
-    """One forward and backward pass of a dense Synthesizer mixer, by factors and with its [T, T] logits."""
-    config = SynthesizerConfig(
-        synthesizer_type="dense",
-        hidden_size=args.width,
-        num_attention_heads=args.heads,
-        max_position_embeddings=length,
-    )
-    mixer = SynthesizerModel(config).layers[0].mixer.to(args.device, dtype)
-    hidden = torch.randn(args.batch_size, length, args.width, device=args.device, dtype=dtype, requires_grad=True)
-
-    def turn(plain):
-        mixer(hidden, output_attentions=plain)[0].sum().backward()
-        mixer.zero_grad()
-        hidden.grad = None
-        if args.device == "cuda":
-            torch.cuda.synchronize()
-
-    return {"dense-plain": lambda: turn(True), "dense": lambda: turn(False)}
+def in_own_process(function: Callable, *inputs):
+    """Its result, from a process that does nothing else, so that nothing is left there by others."""
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *inputs).result()
 
 
-def train_contestants(args, length: int, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
-    """Name and one training step (forward, loss, backward, AdamW) of the model of each preset."""
-    contestants = {}
-    for preset in args.models:
-        config = AutoConfig.from_pretrained(preset)
-        config.max_position_embeddings = max(config.max_position_embeddings, length)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(args.device).train()
-        optimizer = torch.optim.AdamW(model.parameters())
-        ids = torch.randint(config.vocab_size, (args.batch_size, length), device=args.device)
-
-        def step(model=model, optimizer=optimizer, ids=ids):
-            model(ids, labels=ids, use_cache=False).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            if args.device == "cuda":
-                torch.cuda.synchronize()
-
-        contestants[Path(preset).stem] = step
-    return contestants
+def measure_memory(args, names: list[str], batch: int, length: int) -> list[dict]:
+    """A row per contestant, without times."""
+    rows = []
+    for name in names:
+        try:
+            peak, about = in_own_process(training_peak, args, name, batch, length)
+        except (torch.OutOfMemoryError, BrokenProcessPool):  # the latter if the system has ended it
+            print(f"T={length:6d}  left out for want of memory: {name}")
+            continue
+        rows.append({"contestant": name, "turns": 1, "peak_bytes": peak, **about})
+    return rows
 
 
-SUITES = {"operator": operator_contestants, "dense": dense_contestants, "train": train_contestants}
+def those_that_fit(functions: dict[str, Callable], length: int) -> dict:
+    """The result of each function that does not run out of the memory of the device."""
+    results = {}
+    for name, function in functions.items():
+        try:
+            results[name] = function()
+        except torch.OutOfMemoryError:
+            print(f"T={length:6d}  left out for want of memory: {name}")
+    return results
 
 
-def run_suite(args) -> list[dict]:
-    dtype = getattr(torch, args.dtype)
+def measure_time(args, makers: dict[str, Callable], batch: int, length: int) -> list[dict]:
+    """A row per contestant."""
+    torch._dynamo.reset()
+    contestants = those_that_fit(makers, length)
+    # To compile, allocate and warm up; what is compiled may be compiled again once others have loaded their code.
+    for _ in range(WARM_UPS):
+        turns = {name: partial(take_turn, contestant, args.device) for name, contestant in contestants.items()}
+        contestants = {name: contestants[name] for name in those_that_fit(turns, length)}
+    peaks = {name: peak_bytes(contestant.run, args.device) for name, contestant in contestants.items()}
+    rows = []
+    for name, values in measure(contestants, args.seconds, args.repeats, args.device).items():
+        contestant, figures = contestants[name], np.percentile(values, [20, 50, 80])
+        seconds = {column: f"{value:.4g}" for column, value in zip(("p20", "p50", "p80"), figures, strict=True)}
+        rate = {"rate": f"{contestant.work / figures[1]:.4g}", "unit": contestant.unit}
+        row = {"contestant": name, "turns": len(values), **seconds, **rate, "peak_bytes": peaks[name]}
+        rows.append({**row, "width": args.width, **contestant.about})
+    return rows
+
+
+def measure_length(args, length: int) -> list[dict]:
+    """The rows of one length."""
+    batch = args.batch_size or (1 if args.suite in ONE_SEQUENCE else max(1, args.tokens // length))
+    makers = SUITES[args.suite](args, batch, length)
+    if unknown := args.longest.keys() - makers.keys():
+        allowed = ", ".join(makers)
+        raise ValueError(f"--longest must name contestants of {args.suite} ({allowed}), got {', '.join(unknown)}")
+    too_long = [name for name in makers if length > longest(args, name)]
+    if too_long:
+        print(f"T={length:6d}  left out by --longest: {', '.join(too_long)}")
+    makers = {name: make for name, make in makers.items() if name not in too_long}
     conditions = {
+        "suite": args.suite,
+        "length": length,
         "device": args.device,
         "processor": processor_name(args.device),
         "threads": torch.get_num_threads(),
         "dtype": args.dtype,
-        "batch_size": args.batch_size,
+        "batch_size": batch,
         "modeling_aft": modeling_aft.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "date": date.today().isoformat(),
     }
-    rows = []
-    for length in args.lengths:
-        contestants = SUITES[args.suite](args, length, dtype)
-        for turn in contestants.values():  # compile, allocate, warm up
-            turn()
-        peaks = {name: peak_bytes(turn, args.device) for name, turn in contestants.items()}
-        times = measure(contestants, args.seconds, args.repeats)
-        first = np.median(next(iter(times.values())))
-        for name, values in times.items():
-            figures = dict(zip(("p20", "p50", "p80"), np.percentile(values, [20, 50, 80]), strict=True))
-            seconds = {percentile: f"{value:.6f}" for percentile, value in figures.items()}
-            row = {"contestant": name, "length": length, "turns": len(values), **seconds, "peak_bytes": peaks[name]}
-            rows.append({**row, **conditions})
-            median, speed = figures["p50"], args.batch_size * length / figures["p50"]
-            speeds = f"{median * 1e3:10.2f} ms {speed:11,.0f} tokens/s {first / median:6.2f} x"
-            print(f"T={length:6d}  {name:36s} {speeds} {(peaks[name] or 0) / 2**20:9.1f} MiB")
-    return rows
+    if args.suite == "memory":
+        rows = measure_memory(args, list(makers), batch, length)
+    else:
+        rows = measure_time(args, makers, batch, length)
+    return [{**conditions, **row} for row in rows]
+
+
+def longest(args, name: str) -> float:
+    """The longest T at which a contestant takes part; a compiled one without a limit has that of the other."""
+    limits = {**LONGEST, **args.longest}
+    return limits.get(name, limits.get(name.removesuffix("-compiled"), float("inf")))
+
+
+def print_row(row: dict) -> None:
+    time = f"{float(row['p50']) * 1e3:10.3f} ms {float(row['rate']):12,.1f} {row['unit']}" if row.get("p50") else ""
+    print(f"T={row['length']:6d}  {row['contestant']:28s} {time:36s} {(row['peak_bytes'] or 0) / 2**20:9.1f} MiB")
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a file, none if there is no such file.
+
+    Raises:
+        ValueError: if it has other columns than those that are written now.
+    """
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise ValueError(f"{path} must have the columns {', '.join(COLUMNS)}, got {reader.fieldnames}: remove it.")
+        return list(reader)
+
+
+def add_rows(path: Path, rows: list[dict]) -> None:
+    """Puts rows in the place of those of the same key, by length; the file is replaced when all of it is there."""
+
+    def key(row):
+        return tuple(str(row.get(column, "")) for column in KEY)
+
+    new = {key(row) for row in rows}
+    rows = sorted([row for row in read_rows(path) if key(row) not in new] + rows, key=lambda row: int(row["length"]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(temporary, path)
+
+
+def length_of_name(text: str) -> tuple[str, int]:
+    """NAME=LENGTH, the value of --longest."""
+    name, _, length = text.rpartition("=")
+    if not name or not length.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be NAME=LENGTH, got {text}")
+    return name, int(length)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suite", choices=list(SUITES), help="what to measure")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096, 16384], help="values of T")
-    presets = sorted(map(str, Path(__file__).parent.parent.glob("configuration/models/*-small.json")))
-    parser.add_argument("--models", nargs="+", default=presets, help="model presets of the suite train")
-    parser.add_argument("--longest_table", type=int, default=16384, help="longest T for the forms with a [T, T] bias")
-    parser.add_argument("--batch_size", type=int, default=2, help="sequences")
+    parser.add_argument("suite", choices=[*SUITES, "pictures"], help="what to measure")
+    parser.add_argument("--lengths", type=int, nargs="+", help="values of T; of ceiling: elements of the large copy")
+    parser.add_argument("--models", nargs="+", help="models of train, decode and memory: names, or files of presets")
+    defaults = ", ".join(f"{name}={length}" for name, length in LONGEST.items())
+    parser.add_argument(
+        "--longest",
+        type=length_of_name,
+        nargs="+",
+        default=[],
+        metavar="NAME=LENGTH",
+        help=f"contestants that are left out beyond a length; unless given here, {defaults}",
+    )
+    parser.add_argument("--batch_size", type=int, help="sequences; else by --tokens, 1 in decode and memory")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens of a batch, at least one sequence")
+    parser.add_argument("--layers", type=int, default=6, help="blocks of a model")
     parser.add_argument("--width", type=int, default=256, help="channels D")
-    parser.add_argument("--heads", type=int, default=8, help="heads of SDPA and of AFT-conv")
+    parser.add_argument("--heads", type=int, default=8, help="heads of attention and of the Synthesizer")
+    parser.add_argument("--conv_heads", type=int, default=32, help="heads of AFT-conv")
     parser.add_argument("--window", type=int, default=32, help="window size s of AFT-local and AFT-conv")
+    parser.add_argument("--rank", type=int, default=64, help="rank of the position biases of AFT-local and AFT-full")
+    parser.add_argument("--steps", type=int, default=8, help="decoding steps in a turn")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of all tensors")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument(
+        "--compile", action="store_true", help="train and memory: compiled models; decode: compiled ones as well"
+    )
     parser.add_argument("--seconds", type=float, default=20.0, help="time per length, if repeats do not end it before")
     parser.add_argument("--repeats", type=int, default=50, help="most turns of each contestant at a length")
-    parser.add_argument("--output_dir", type=Path, default=Path("benchmarks"), help="folder of the csv file")
+    parser.add_argument("--output_dir", type=Path, default=Path("benchmarks"), help="folder of csv files and pictures")
     args = parser.parse_args(argv)
-    problems = [
-        f"--{name} must be at least 1, got {value}"
-        for name in ("batch_size", "width", "heads", "window", "repeats")
-        if (value := getattr(args, name)) < 1
-    ]
+    args.lengths = args.lengths or LENGTHS.get(args.suite, [256, 1024, 4096, 16384])
+    args.longest = dict(args.longest)
+    sizes = ("tokens", "layers", "width", "heads", "conv_heads", "window", "rank", "steps", "repeats")
+    problems = [f"--{name} must be at least 1, got {getattr(args, name)}" for name in sizes if getattr(args, name) < 1]
+    if args.batch_size is not None and args.batch_size < 1:
+        problems.append(f"--batch_size must be at least 1, got {args.batch_size}")
     problems += [f"--lengths must be at least 1, got {length}" for length in args.lengths if length < 1]
-    if args.width % max(args.heads, 1):
-        problems.append(f"--heads must divide --width {args.width}, got {args.heads}")
+    for name in ("heads", "conv_heads"):
+        if args.width % max(getattr(args, name), 1):
+            problems.append(f"--{name} must divide --width {args.width}, got {getattr(args, name)}")
+    if args.compile and (args.suite not in OF_MODELS or (args.suite, args.device) == ("memory", "cpu")):
+        # On a CPU, the memory of the compiler cannot be told from that of the model.
+        problems.append(f"--compile must go with train, decode, or memory on cuda, got {args.suite} on {args.device}")
+    if args.models and args.suite not in OF_MODELS:
+        problems.append(f"--models must go with {', '.join(OF_MODELS)}, got {args.suite}")
+    if not problems:
+        names = model_names(args)
+        args.models = args.models or names
+        unknown = [name for name in args.models if name not in names and not Path(name).is_file()]
+        if unknown:
+            problems.append(f"--models must be files or of {', '.join(names)}, got {', '.join(unknown)}")
     if problems:
         raise ValueError("; ".join(problems))
     return args
 
 
-def main(argv: list[str] | None = None) -> Path:
+def main(argv: list[str] | None = None) -> list[Path]:
+    """Runs a suite, or draws; returns the files that were written."""
     args = parse_arguments(argv)
-    torch.manual_seed(0)
+    if args.suite == "pictures":
+        from benchmark_pictures import draw_pictures  # matplotlib comes with the extra `train`
+
+        return draw_pictures(args.output_dir)
     path = args.output_dir / f"{args.suite}-{args.device}.csv"
-    write_rows(path, run_suite(args))
+    read_rows(path)  # refused before the work
+    torch._dynamo.config.recompile_limit = 64  # one per contestant: those of a class share their code
+    torch.manual_seed(0)
+    settle_allocator()
+    for length in args.lengths:
+        rows = measure_length(args, length)
+        for row in rows:
+            print_row(row)
+        add_rows(path, rows)
     print(f"wrote {path}")
-    return path
+    return [path]
 
 
 if __name__ == "__main__":

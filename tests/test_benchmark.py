@@ -1,60 +1,252 @@
-"""The benchmark script: it runs, writes whole rows, and its plain form is the same function as ours."""
+"""The benchmark script: each suite writes whole rows, keeps earlier ones, and measures the same work on both sides."""
 
 import csv
+import os
+from xml.etree import ElementTree
 
 import benchmark
+import benchmark_contestants
 import pytest
 import torch
+from transformers import DynamicCache, StaticCache
 
 from modeling_aft.ops import aft_attention
 
 
-def test_operator_suite_writes_a_row_per_contestant_and_length(tmp_path):
-    flags = ["--lengths", "8", "16", "--width", "8", "--heads", "2", "--window", "3", "--repeats", "2"]
-    flags += ["--longest_table", "8", "--device", "cpu", "--output_dir", str(tmp_path)]
-    path = benchmark.main(["operator", *flags])
-    rows = list(csv.DictReader(path.open()))
-    names = ["sdpa-h2", "aft-simple", "aft-local-3", "aft-conv-2-3"]
-    assert [r["contestant"] for r in rows] == [*names, "aft-full", "plain-aft-full", *names]
-    assert all(float(r["p20"]) <= float(r["p50"]) <= float(r["p80"]) for r in rows)
-    assert {r["torch"] for r in rows} == {torch.__version__}
+TINY = ["--device=cpu", "--layers=2", "--width=16", "--heads=2", "--conv_heads=4", "--window=3", "--rank=2"]
+TINY += ["--repeats=2", "--steps=2"]
+AFT = ["aft-simple", "aft-local-3", "aft-conv-4-3", "aft-full"]
+PEERS = ["gpt2", "llama", "mamba", "rwkv"]
+
+
+def arguments(suite, *flags):
+    return benchmark.parse_arguments([suite, *TINY, *flags])
+
+
+def rows_of(folder, suite, *flags):
+    [path] = benchmark.main([suite, *TINY, "--output_dir", str(folder), *flags])
+    assert path == folder / f"{suite}-cpu.csv"
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def names(rows, length):
+    return [row["contestant"] for row in rows if row["length"] == str(length)]
+
+
+def check_whole(rows, suite, unit):
+    for row in rows:
+        assert set(row) == set(benchmark.COLUMNS) and row["suite"] == suite
+        assert 0 < float(row["p20"]) <= float(row["p50"]) <= float(row["p80"])
+        assert row["turns"] == "2" and row["unit"] == unit and float(row["rate"]) > 0
+        assert row["torch"] == torch.__version__ and row["dtype"] == "float32"
+
+
+def test_operator_suite_writes_a_row_per_contestant_and_length(tmp_path, capsys):
+    limits = ["--longest", "aft-full=8", "plain-aft-full=8"]
+    rows = rows_of(tmp_path, "operator", "--lengths", "8", "16", "--tokens", "32", *limits)
+    check_whole(rows, "operator", "tokens/s")
+    assert names(rows, 8) == ["sdpa-h2", *AFT, "plain-aft-full"]
+    assert names(rows, 16) == ["sdpa-h2", *AFT[:3]]
+    assert [(row["length"], row["batch_size"]) for row in rows] == [("8", "4")] * 6 + [("16", "2")] * 4
+    assert "T=    16  left out by --longest: aft-full, plain-aft-full" in capsys.readouterr().out
 
 
 def test_dense_suite_measures_time_and_memory(tmp_path):
-    flags = ["--lengths", "512", "--width", "16", "--heads", "4", "--repeats", "1", "--output_dir", str(tmp_path)]
-    rows = {r["contestant"]: r for r in csv.DictReader(benchmark.main(["dense", *flags, "--device=cpu"]).open())}
+    rows = rows_of(tmp_path, "dense", "--lengths", "512", "--heads", "4", "--batch_size", "2", "--repeats", "1")
+    peaks = {row["contestant"]: int(row["peak_bytes"]) for row in rows}
     # The logits alone are 2 x 4 x 512 x 512 numbers of 4 bytes.
-    assert int(rows["dense-plain"]["peak_bytes"]) > 8 * 2**20 > int(rows["dense"]["peak_bytes"])
+    assert peaks["dense-plain"] > 8 * 2**20 > peaks["dense"]
 
 
-def test_train_suite_measures_the_presets(tmp_path):
+def test_train_suite_measures_models_of_equal_size(tmp_path):
+    limits = ["--longest", "mamba=8", "rwkv=8"]
+    rows = rows_of(tmp_path, "train", "--lengths", "8", "16", "--batch_size", "1", "--width", "256", *limits)
+    check_whole(rows, "train", "tokens/s")
+    ours = [*AFT, "synthesizer-dense", "transformer"]
+    assert names(rows, 8) == [*ours, *PEERS]
+    assert names(rows, 16) == [*ours, *PEERS[:2]]
+    assert {row["layers"] for row in rows if row["contestant"] != "mamba"} == {"2"}
+    parameters = {row["contestant"]: int(row["parameters"]) for row in rows if row["length"] == "8"}
+    for name, count in parameters.items():
+        assert count == pytest.approx(parameters["gpt2"], rel=0.15), name
+
+
+def test_train_suite_measures_presets(tmp_path):
     presets = [f"configuration/models/aft-{name}-tiny.json" for name in ("simple", "conv")]
-    flags = [
-        "--lengths",
-        "16",
-        "--batch_size",
-        "1",
-        "--repeats",
-        "1",
-        "--device",
-        "cpu",
-        "--output_dir",
-        str(tmp_path),
-    ]
-    rows = list(csv.DictReader(benchmark.main(["train", "--models", *presets, *flags]).open()))
-    assert [r["contestant"] for r in rows] == ["aft-simple-tiny", "aft-conv-tiny"]
+    rows = rows_of(tmp_path, "train", "--models", *presets, "gpt2", "--lengths", "16", "--batch_size", "1")
+    assert names(rows, 16) == ["aft-simple-tiny", "aft-conv-tiny", "gpt2"]
+    assert [row["width"] for row in rows] == ["128", "128", "16"]
+
+
+def test_decode_suite_measures_a_step_after_each_context(tmp_path):
+    rows = rows_of(tmp_path, "decode", "--lengths", "5", "1030")
+    check_whole(rows, "decode", "tokens/s")
+    assert names(rows, 5) == names(rows, 1030) == [*AFT, "gpt2", "llama"]
+    assert {row["batch_size"] for row in rows} == {"1"}
+
+
+def test_memory_suite_measures_each_model_in_its_own_process(tmp_path):
+    flags = ["--models", "aft-simple", "gpt2", "--longest", "gpt2=1024", "--width", "64"]
+    [row] = rows_of(tmp_path, "memory", "--lengths", "2048", *flags)
+    assert (row["contestant"], row["length"], row["p50"], row["rate"]) == ("aft-simple", "2048", "", "")
+    # Weights, gradients and two averages of AdamW; the feed-forward layers alone keep 2 x 2 x T x 4D numbers.
+    assert int(row["peak_bytes"]) > 4 * 4 * int(row["parameters"]) + 4 * 4 * 2048 * 4 * 64
+
+
+def test_a_process_of_its_own_is_another_one():
+    assert benchmark.in_own_process(os.getpid) != os.getpid()
+
+
+def test_ceiling_suite_measures_copies_exp_and_products(tmp_path):
+    rows = rows_of(tmp_path, "ceiling", "--lengths", "100000")
+    units = {row["contestant"]: row["unit"] for row in rows}
+    assert set(units.values()) == {"GB/s", "Gexp/s", "GFLOP/s"}
+    assert {"copy", "copy-in-cache", "exp-in-cache", "matmul-1024"} < set(units)
+    [copy] = [row for row in rows if row["contestant"] == "copy"]
+    assert copy["length"] == "100000"
+    assert float(copy["rate"]) == pytest.approx(2 * 4 * 1e5 / 1e9 / float(copy["p50"]), rel=1e-2)
+
+
+def test_a_row_replaces_its_predecessor_and_leaves_the_others(tmp_path):
+    rows_of(tmp_path, "operator", "--lengths", "4", "8", "--batch_size", "1", "--repeats", "1")
+    before = rows_of(tmp_path, "operator", "--lengths", "4", "--batch_size", "3", "--repeats", "1")
+    after = rows_of(tmp_path, "operator", "--lengths", "4", "--batch_size", "1", "--longest", "aft-full=2")
+    assert len(before) == len(after) == 18
+    again = [r for r in after if r["turns"] == "2"]
+    assert {(r["contestant"], r["length"], r["batch_size"]) for r in again} == {
+        (name, "4", "1") for name in ("sdpa-h2", *AFT[:3], "plain-aft-full")
+    }
+    kept = [r for r in before if (r["length"], r["batch_size"]) != ("4", "1") or r["contestant"] == "aft-full"]
+    assert [r for r in after if r["turns"] == "1"] == kept
+    assert [int(r["length"]) for r in after] == sorted(int(r["length"]) for r in after)
+
+
+def test_what_was_measured_survives_a_failure(tmp_path, monkeypatch):
+    measure_time = benchmark.measure_time
+
+    def failing(args, makers, batch, length):
+        if length == 8:
+            raise KeyboardInterrupt
+        return measure_time(args, makers, batch, length)
+
+    monkeypatch.setattr(benchmark, "measure_time", failing)
+    with pytest.raises(KeyboardInterrupt):
+        rows_of(tmp_path, "operator", "--lengths", "4", "8")
+    monkeypatch.undo()
+    assert len(benchmark.read_rows(tmp_path / "operator-cpu.csv")) == 6
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_those_that_need_too_much_memory_are_named(capsys):
+    def too_large():
+        raise torch.OutOfMemoryError("no")
+
+    assert benchmark.those_that_fit({"large": too_large, "small": lambda: 3}, 16) == {"small": 3}
+    assert "T=    16  left out for want of memory: large" in capsys.readouterr().out
+
+
+def test_pictures_show_every_contestant(tmp_path):
+    rows_of(tmp_path, "operator", "--lengths", "4", "8")
+    rows_of(tmp_path, "decode", "--lengths", "4", "--models", "aft-simple", "gpt2")
+    rows_of(tmp_path, "ceiling", "--lengths", "100")
+    paths = benchmark.main(["pictures", "--output_dir", str(tmp_path)])
+    assert [path.name for path in paths] == ["decode-cpu.svg", "operator-cpu.svg"]
+    for path, expected in zip(paths, (["aft-simple", "gpt2"], ["sdpa-h2", *AFT]), strict=True):
+        assert path.stat().st_size < 100_000
+        texts = {element.text for element in ElementTree.parse(path).iter("{http://www.w3.org/2000/svg}text")}
+        assert {*expected, "tokens/s"} <= texts
+    written = [path.read_bytes() for path in paths]
+    assert [path.read_bytes() for path in benchmark.main(["pictures", "--output_dir", str(tmp_path)])] == written
 
 
 def test_the_plain_form_that_is_measured_is_the_same_function():
     query, key, value = torch.randn(3, 2, 20, 8)
     bias = torch.randn(20, 20)
     torch.testing.assert_close(
-        benchmark.plain_aft(query, key, value, bias), aft_attention(query, key, value, bias), rtol=1e-4, atol=1e-5
+        benchmark_contestants.plain_aft(query, key, value, bias),
+        aft_attention(query, key, value, bias),
+        rtol=1e-4,
+        atol=1e-5,
     )
 
 
-def test_wrong_flags_are_refused_together():
-    with pytest.raises(ValueError, match="--heads must divide --width 10, got 4"):
-        benchmark.parse_arguments(["operator", "--width", "10", "--heads", "4"])
-    with pytest.raises(ValueError, match="--batch_size .* at least 1, got 0; .*--lengths .* at least 1, got 0"):
-        benchmark.parse_arguments(["operator", "--batch_size", "0", "--lengths", "0"])
+@pytest.mark.parametrize("name", [*AFT, "gpt2", "llama"])
+def test_compiled_and_uncompiled_steps_do_the_same_work(name, monkeypatch):
+    """Their contexts are equally long, and so are the logits of a step after it; the compiler itself is left out."""
+    original, steps = torch.compile, []
+
+    def compile_without_code(function, **options):
+        compiled = original(function, backend="eager")
+
+        def called(**inputs):
+            steps.append((compiled(**inputs).logits, inputs["past_key_values"]))
+
+        return called
+
+    monkeypatch.setattr(torch, "compile", compile_without_code)
+    args = arguments("decode", "--compile", "--models", name)
+    makers = benchmark_contestants.decode_contestants(args, 2, 9)
+    assert list(makers) == [name, f"{name}-compiled"]
+    eager, compiled = (make() for make in makers.values())
+    models = []
+    hook = torch.nn.Module.__call__
+
+    def noted(module, *inputs, **options):
+        output = hook(module, *inputs, **options)
+        if "past_key_values" in options and hasattr(output, "logits"):
+            models.append((output.logits, options["past_key_values"]))
+        return output
+
+    monkeypatch.setattr(torch.nn.Module, "__call__", noted)
+    eager.run()
+    monkeypatch.undo()
+    compiled.run()
+    [(logits, past)], [(compiled_logits, compiled_past)] = models, steps
+    assert type(past) is DynamicCache and type(compiled_past) is StaticCache
+    assert int(past.get_seq_length()) == int(compiled_past.get_seq_length()) == 10
+    torch.testing.assert_close(compiled_logits, logits)
+
+
+def test_compiled_models_train_under_names_of_their_own(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
+    rows = rows_of(tmp_path, "train", "--compile", "--models", "aft-conv-4-3", "rwkv", "--lengths", "32", "128")
+    assert names(rows, 32) == ["aft-conv-4-3-compiled", "rwkv-compiled"]
+    assert names(rows, 128) == ["aft-conv-4-3-compiled"]  # RWKV's unrolled loop has a limit of its own
+    assert len(compiled) == 3
+
+
+def test_a_file_of_other_columns_is_refused_before_the_work(tmp_path):
+    (tmp_path / "operator-cpu.csv").write_text("contestant,length\naft-simple,8\n")
+    with pytest.raises(ValueError, match="operator-cpu.csv must have the columns suite, contestant, .*remove it"):
+        rows_of(tmp_path, "operator", "--lengths", "4")
+    with pytest.raises(ValueError, match="--output_dir must hold csv files of operator, .*, got .*nothing"):
+        benchmark.main(["pictures", "--output_dir", str(tmp_path / "nothing")])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["operator", "--width", "10", "--heads", "4", "--conv_heads", "5"], "--heads must divide --width 10, got 4"),
+        (["operator", "--conv_heads", "3"], "--conv_heads must divide --width 256, got 3"),
+        (["train", "--batch_size", "0", "--lengths", "0"], "--batch_size .* least 1, got 0; --lengths .* 1, got 0"),
+        (["train", "--models", "gpt3"], "--models must be files or of aft-simple, .*, got gpt3"),
+        (["decode", "--models", "mamba"], "--models must be files or of aft-simple, .*, llama, got mamba"),
+        (["operator", "--models", "gpt2"], "--models must go with train, decode, memory, got operator"),
+        (["operator", "--compile"], "--compile must go with train, decode, .*, got operator on cpu"),
+        (["memory", "--compile"], "--compile must go with .* memory on cuda, got memory on cpu"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_flags_are_refused_together(flags, message):
+    with pytest.raises(ValueError, match=message):
+        benchmark.parse_arguments([*flags, "--device=cpu"])
+
+
+def test_wrong_limits_are_refused(tmp_path, capsys):
+    with pytest.raises(ValueError, match="--longest must name contestants of operator .*sdpa-h2.*, got mamba"):
+        rows_of(tmp_path, "operator", "--lengths", "4", "--longest", "mamba=8")
+    with pytest.raises(SystemExit):
+        arguments("operator", "--longest", "aft-full")
+    assert "must be NAME=LENGTH, got aft-full" in capsys.readouterr().err
