@@ -22,6 +22,7 @@ CONFIGURATION = Path(__file__).resolve().parent.parent / "configuration"
 MODELS = sorted(CONFIGURATION.glob("models/*.json"))
 TRAINING = sorted(CONFIGURATION.glob("training/*.yaml"))
 ACCELERATE = sorted(CONFIGURATION.glob("accelerate/*.yaml"))
+COMPARE = sorted(CONFIGURATION.glob("compare/*.yaml"))  # test_compare.py loads them
 SMALL_ENOUGH_TO_RUN = [path for path in MODELS if path.stem.endswith(("-tiny", "-small"))]
 
 
@@ -37,9 +38,9 @@ def table_rows() -> dict[str, list[str]]:
 
 
 def test_readme_names_every_file():
-    files = {str(path.relative_to(CONFIGURATION)) for path in (*MODELS, *TRAINING, *ACCELERATE)}
-    assert set(table_rows()) == files
-    others = {path for path in CONFIGURATION.rglob("*") if path.is_file()} - {*MODELS, *TRAINING, *ACCELERATE}
+    presets = {*MODELS, *TRAINING, *ACCELERATE, *COMPARE}
+    assert set(table_rows()) == {str(path.relative_to(CONFIGURATION)) for path in presets}
+    others = {path for path in CONFIGURATION.rglob("*") if path.is_file()} - presets
     assert others == {CONFIGURATION / "README.md"}
 
 

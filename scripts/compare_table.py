@@ -1,0 +1,238 @@
+# Copyright 2026 The modeling_aft authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""Table and picture of what `compare.py` has trained, made of nothing but the folders of the runs."""
+
+import csv
+import json
+from pathlib import Path
+from statistics import fmean, median, stdev
+
+import numpy as np
+from drawing import line_style, save_figure, tidy
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+from run_log import describe_protocol, read_log
+
+
+RESULT = "result.json"
+COLUMNS = (
+    *("run", "parameters", "steps", "tokens", "seeds", "valid", "valid_std", "test", "test_std"),
+    *("seconds", "equal_seconds", "valid_at_equal_seconds", "tokens_per_second", "peak_bytes"),
+    *("valid_protocol", "test_protocol", "hardware", "precision", "versions"),
+    *("data", "data_sha256", "date", "command"),
+)
+# What the Markdown table shows: heading, column, format.
+SHOWN = (
+    ("run", "run", "{}"),
+    ("parameters", "parameters", "{:,}"),
+    ("steps", "steps", "{:,}"),
+    ("tokens", "tokens", "{:,}"),
+    ("valid", "valid", "{:.3f}"),
+    ("test", "test", "{:.3f}"),
+    ("valid at equal wall-clock", "valid_at_equal_seconds", "{:.3f}"),
+    ("training seconds", "seconds", "{:,.0f}"),
+    ("tokens/s", "tokens_per_second", "{:,.0f}"),
+    ("peak MiB", "peak_bytes", "{:,.0f}"),
+    ("seeds", "seeds", "{}"),
+)
+CONDITIONS = ("valid_protocol", "test_protocol", "hardware", "precision", "versions")  # columns where runs differ
+ORIGINS = ("data", "data_sha256", "date", "command")
+
+
+def read_run(folder: Path) -> dict:
+    """
+    One finished run.
+
+    Returns:
+        `dict`: values of `COLUMNS` for its one seed, and `curve`, float [evaluations of valid, 3]: tokens, training
+        seconds, and bits per byte.
+    """
+    result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    events = read_log(folder / "run.jsonl")
+    config = next(event for event in events if event["event"] == "config")
+    train = [event for event in events if event["event"] == "train"]
+    valid, test = (
+        [event for event in events if event["event"] == "evaluation" and event["split"] == split]
+        for split in ("valid", "test")
+    )
+    seconds = {event["step"]: event["seconds"] for event in train}  # a line stands before each evaluation
+    per_step = config["tokens_per_step"]
+    versions = {name: config["versions"][name] for name in ("Python", "torch", "transformers")}
+    versions["modeling_aft"] = result["modeling_aft"]
+    return {
+        "seed": result["seed"],
+        "parameters": config["parameters"],
+        "steps": train[-1]["step"],
+        "tokens": train[-1]["step"] * per_step,
+        "valid": valid[-1]["bits_per_byte"],
+        "test": test[-1]["bits_per_byte"],
+        "seconds": train[-1]["seconds"],
+        "tokens_per_second": median(event["tokens_per_second"] for event in train),
+        "peak_bytes": result["peak_bytes"],
+        "valid_protocol": describe_protocol(valid[-1]),
+        "test_protocol": describe_protocol(test[-1]),
+        "data": config["data"],
+        "data_sha256": config["data_sha256"],
+        "hardware": f"{result['processor']}; {config['hardware']}",
+        "precision": config["precision"],
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "date": config["date"],
+        "command": result["command"],
+        "curve": np.array([[e["step"] * per_step, seconds[e["step"]], e["bits_per_byte"]] for e in valid]),
+    }
+
+
+def value_at(curve: np.ndarray, seconds: float) -> float | None:
+    """
+    Bits per byte after so much training, on the straight line between two evaluations.
+
+    Args:
+        curve (`np.ndarray`): as `read_run` returns it.
+
+    Returns:
+        None before the first evaluation, and the last value where training ended earlier.
+    """
+    if seconds < curve[0, 1]:
+        return None
+    return float(np.interp(seconds, curve[:, 1], curve[:, 2]))
+
+
+def join_seeds(name: str, runs: list[dict], equal_seconds: float | None) -> dict:
+    """One row: means over the seeds, the sample standard deviation of the scores, and the largest peak memory."""
+    row = {"run": name, "seeds": " ".join(str(run["seed"]) for run in runs), "equal_seconds": equal_seconds}
+    row |= {column: runs[0][column] for column in ("parameters", "steps", "tokens")}
+    for column in (*CONDITIONS, *ORIGINS):
+        row[column] = "; ".join(dict.fromkeys(run[column] for run in runs))
+    for column in ("valid", "test", "seconds", "tokens_per_second"):
+        row[column] = fmean(run[column] for run in runs)
+    for column in ("valid", "test"):
+        row[f"{column}_std"] = stdev(run[column] for run in runs) if len(runs) > 1 else None
+    peaks = [run["peak_bytes"] for run in runs]
+    row["peak_bytes"] = None if None in peaks else max(peaks)
+    at_budget = [None if equal_seconds is None else value_at(run["curve"], equal_seconds) for run in runs]
+    row["valid_at_equal_seconds"] = None if None in at_budget else fmean(at_budget)
+    return row
+
+
+def write_table(
+    stem: Path, folders: dict[str, list[Path]], reference: str | None = None, seconds: float | None = None
+) -> list[Path]:
+    """
+    Writes the table of finished runs and the picture of their learning curves.
+
+    Args:
+        stem: path of the files without their suffix.
+        folders: for each name, the folders of its seeds; names without any are left out.
+        reference: the run whose mean training time is the budget at equal wall-clock, where `seconds` is None.
+
+    Returns:
+        The files: csv, Markdown, picture.
+
+    Raises:
+        ValueError: the runs have different data, or the seeds of one different steps.
+    """
+    runs = {name: [read_run(folder) for folder in each] for name, each in folders.items() if each}
+    if len({run["data_sha256"] for each in runs.values() for run in each}) > 1:
+        found = ", ".join(f"{name} {each[0]['data']}" for name, each in runs.items())
+        raise ValueError(f"the runs of a table must have the same data, got {found}")
+    for name, each in runs.items():
+        if len(found := {tuple(run["curve"][:, 0]): str(run["steps"]) for run in each}) > 1:
+            steps = ", ".join(found.values())
+            raise ValueError(f"the seeds of a run must be evaluated at the same steps, got {name} with {steps} steps")
+    origin = ""
+    if seconds is None and reference in runs:
+        seconds, origin = fmean(run["seconds"] for run in runs[reference]), f", as {reference} took"
+    rows = [join_seeds(name, each, seconds) for name, each in runs.items()]
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    picture = save_figure(draw_curves(runs, seconds), stem.with_suffix(".svg"))
+    with open(stem.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=COLUMNS)
+        writer.writeheader()
+        writer.writerows(
+            {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()} for row in rows
+        )
+    missing = [name for name, each in folders.items() if not each]
+    text = markdown(stem.name, rows, origin, missing, picture.name)
+    stem.with_suffix(".md").write_text(text, encoding="utf-8")
+    return [stem.with_suffix(".csv"), stem.with_suffix(".md"), picture]
+
+
+def cell(row: dict, column: str, form: str, best: float) -> str:
+    """One cell of the Markdown table; the best score on valid is bold."""
+    value = row[column]
+    if value is None:
+        return ""
+    text = form.format(value / 2**20 if column == "peak_bytes" else value)
+    if row.get(f"{column}_std") is not None:
+        text += f" ± {row[f'{column}_std']:.3f}"
+    if column == "valid_at_equal_seconds" and row["seconds"] < row["equal_seconds"]:
+        text += " *"
+    return f"**{text}**" if column == "valid" and value == best else text
+
+
+def markdown(title: str, rows: list[dict], origin: str, missing: list[str], picture: str) -> str:
+    """The table as a Markdown document, with everything that its numbers depend on."""
+    best = min(row["valid"] for row in rows)
+    differing = [column for column in CONDITIONS if len({row[column] for row in rows}) > 1]
+    shown = [entry for entry in SHOWN if any(row[entry[1]] is not None for row in rows)]
+    shown += [(column.replace("_", " "), column, "{}") for column in differing]
+    lines = [f"# {title}", "", "| " + " | ".join(heading for heading, _, _ in shown) + " |", "|---" * len(shown) + "|"]
+    for row in rows:
+        lines.append("| " + " | ".join(cell(row, column, form, best) for _, column, form in shown) + " |")
+    notes = [
+        "Scores are bits per byte, means over the seeds ± their sample standard deviation; the best on valid is bold.",
+        "Tokens/s is the median over the lines of the log, peak MiB what a process held beyond its libraries.",
+    ]
+    if (seconds := rows[0]["equal_seconds"]) is not None:
+        notes += [
+            f"Equal wall-clock is {seconds:,.1f} s of training without evaluations{origin}, read off the curve of",
+            "valid, whose learning rate was meant for the whole run. An asterisk marks a run that ended before.",
+        ]
+    lines += ["", " ".join(notes), ""]
+    for column in (*CONDITIONS, *ORIGINS):
+        if column not in differing:
+            values = dict.fromkeys(row[column] for row in rows)
+            lines.append(f"- {column.replace('_', ' ')}: {'; '.join(values)}")
+    if missing:
+        lines.append(f"- not finished, and left out: {', '.join(missing)}")
+    return "\n".join([*lines, "", f"![Learning curves]({picture})", ""])
+
+
+def draw_curves(runs: dict[str, list[dict]], seconds: float | None) -> Figure:
+    """Bits per byte on valid over tokens and over training seconds: means of the seeds, shaded from best to worst."""
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for index, (name, each) in enumerate(runs.items()):
+        curves = np.stack([run["curve"] for run in each])  # the seeds of a run are evaluated at the same steps
+        mean = curves.mean(0)
+        for column, axes in enumerate(panels):
+            style = line_style(index)
+            axes.plot(mean[:, column], mean[:, 2], label=name, linewidth=1.4, marker=".", markersize=4, **style)
+            if len(each) > 1:
+                low, high = curves[..., 2].min(0), curves[..., 2].max(0)
+                axes.fill_between(mean[:, column], low, high, color=style["color"], alpha=0.15, linewidth=0)
+    if seconds is not None:
+        panels[1].axvline(seconds, color="#888888", linewidth=1)
+        panels[1].annotate(" equal wall-clock", (seconds, 1), xycoords=("data", "axes fraction"), va="top", fontsize=8)
+    for axes, label in zip(panels, ("tokens", "training seconds"), strict=True):
+        axes.set_xlabel(label)
+        tidy(axes)
+    panels[0].xaxis.set_major_formatter(EngFormatter(sep=""))
+    panels[0].set_ylabel("bits per byte, valid")
+    handles, labels = panels[0].get_legend_handles_labels()
+    final = {name: fmean(run["valid"] for run in each) for name, each in runs.items()}
+    order = sorted(range(len(labels)), key=lambda index: -final[labels[index]])  # as the curves end, from the top
+    figure.legend(
+        [handles[i] for i in order],
+        [f"{labels[i]} {final[labels[i]]:.3f}" for i in order],
+        loc="outside right center",
+        frameon=False,
+        fontsize=9,
+    )
+    return figure

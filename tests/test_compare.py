@@ -1,0 +1,367 @@
+"""scripts/compare.py: plans, which runs are trained, and that the table says what the logs of the runs say."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from statistics import fmean, stdev
+from xml.etree import ElementTree
+
+import compare
+import numpy as np
+import pytest
+from accelerate.state import AcceleratorState
+from checkpointing import complete_checkpoints
+from compare_table import COLUMNS, RESULT, value_at
+from pretraining_arguments import build_config, check_arguments, parse_arguments
+from run_log import read_log
+
+from modeling_aft.configuration_aft import AFT_TYPES
+from modeling_aft.configuration_synthesizer import SYNTHESIZER_TYPES
+
+
+PLANS = sorted((Path(__file__).resolve().parent.parent / "configuration" / "compare").glob("*.yaml"))
+MODEL = {
+    "model_type": "aft",
+    "aft_type": "local",
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "max_position_embeddings": 16,
+    "window_size": 4,
+    "position_bias_rank": 2,
+}
+PLAN = """
+training: {batch_size: 4, max_steps: 6, warmup_steps: 2, eval_every: 2, log_every: 1, save_every: 4, sample_bytes: 0}
+seeds: [0, 1]
+reference: local
+runs:
+  local: {model_preset: model.json}
+  simple: {model_preset: model.json, model_override: {aft_type: simple}, training: {batch_size: 2}}
+"""
+
+
+def in_this_process(run, command, seconds):
+    """In place of `run_process`, without the time in which a new process imports everything."""
+    compare.train(run, command)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return True
+
+
+def no_training(run, command, seconds):
+    raise AssertionError(f"{run.folder} must not be trained")
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    """Runs here and in new processes use the CPU, also on a machine with a GPU."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(compare, "run_process", in_this_process)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def make_inputs(folder: Path) -> Path:
+    (folder / "model.json").write_text(json.dumps(MODEL))
+    (folder / "text.bin").write_bytes(b"a line of text, and another one\n" * 100)
+    (folder / "plan.yaml").write_text(PLAN)
+    return folder
+
+
+def flags(folder: Path, *more: str, data: bool = True) -> list[str]:
+    own = [str(folder / "plan.yaml"), "--runs_dir", str(folder / "runs"), "--output_dir", str(folder / "out")]
+    paths = ["--dataset_path", str(folder / "text.bin"), "--cache_dir", str(folder / "cache")]
+    return [*own, *(paths if data else []), *more]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A folder with a plan, of which all runs are finished."""
+    folder = make_inputs(tmp_path_factory.mktemp("comparison"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        patch.setattr(compare, "run_process", in_this_process)
+        compare.main(flags(folder))
+    return folder
+
+
+@pytest.fixture
+def inputs(tmp_path) -> Path:
+    return make_inputs(tmp_path)
+
+
+def events(folder: Path, name: str) -> list[dict]:
+    return [event for event in read_log(folder / "run.jsonl") if event["event"] == name]
+
+
+def table(folder: Path) -> dict[str, dict]:
+    with open(folder / "out" / "compare-plan.csv", newline="") as file:
+        return {row["run"]: row for row in csv.DictReader(file)}
+
+
+# Plans
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+def test_shipped_plan(path, tmp_path):
+    plan = compare.read_plan(path)
+    planned = compare.plan_runs(plan, tmp_path, plan.seeds, ["--cache_dir", str(tmp_path)])
+    entries = compare.describe_entries(planned)
+    assert [run.name for run in planned] == list(plan.runs) and plan.reference in plan.runs
+    models = [json.dumps([entry["model_config"], entry["sequence_length"]]) for entry in entries]
+    assert len(set(models)) == len(models)
+    for run, entry in zip(planned, entries, strict=True):
+        assert entry["max_steps"] * entry["batch_size"] * entry["sequence_length"] == 300 * 4096
+        assert (entry["model_config"]["hidden_size"], entry["model_config"]["num_hidden_layers"]) == (192, 5)
+        config = build_config(parse_arguments(run.flags))
+        for name, value in plan.runs[run.name]["model_override"].items():
+            assert getattr(config, name) == value
+
+
+def configs(name: str) -> dict:
+    [path] = [path for path in PLANS if path.stem == name]
+    plan = compare.read_plan(path)
+    runs = compare.plan_runs(plan, Path("runs"), [0], [])
+    return {run.name: build_config(parse_arguments(run.flags)) for run in runs}
+
+
+def test_plan_of_the_variants_has_all_of_them():
+    found = configs("variants")
+    assert {config.aft_type for config in found.values() if config.model_type == "aft"} == set(AFT_TYPES)
+    types = {config.synthesizer_type for config in found.values() if config.model_type == "synthesizer"}
+    assert types == set(SYNTHESIZER_TYPES)
+    assert found["transformer"].components == ["dot_product"]
+    assert [found[name].position_bias_rank for name in ("aft-full", "aft-full-table")] == [32, None]
+    assert [found[name].num_attention_heads for name in ("aft-conv-32", "aft-conv-8")] == [32, 8]
+
+
+def test_plans_of_windows_and_lengths():
+    assert [config.window_size for config in configs("windows").values()] == [0, 1, 2, 4, 8, 32, 64, 128, 256]
+    assert [config.max_position_embeddings for config in configs("lengths").values()] == [256, 512, 1024]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        pytest.param("- 1\n", "must be a mapping", id="no-mapping"),
+        pytest.param("seeds: [0]\n", "runs must map names to runs", id="no-runs"),
+        pytest.param("runs: {a: {model_override: {}}}\n", "run a must have a model_preset", id="no-preset"),
+        pytest.param("run: {}\nruns: {a: {model_preset: m}}\n", "unknown keys run; allowed", id="unknown-key"),
+        pytest.param(
+            "runs: {a: {model_preset: m, wide: 1}}\n", "run a has unknown keys wide", id="unknown-key-of-run"
+        ),
+        pytest.param("training: {seed: 1}\nruns: {a: {model_preset: m}}\n", "unknown keys seed", id="flag-set-here"),
+        pytest.param(
+            "runs: {a: {model_preset: m, training: {dataset_path: x}}}\n", "dataset_path", id="data-of-a-run"
+        ),
+        pytest.param("seconds: 0\nruns: {a: {model_preset: m}}\n", "seconds must be a positive", id="seconds"),
+        pytest.param("seeds: 0\nruns: {a: {model_preset: m}}\n", "seeds must be a list", id="seeds"),
+        pytest.param(
+            "reference: b\nruns: {a: {model_preset: m}}\n", r"one of the runs \(a\), got 'b'", id="reference"
+        ),
+    ],
+)
+def test_wrong_plan_is_refused(tmp_path, text, message):
+    (tmp_path / "plan.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        compare.read_plan(tmp_path / "plan.yaml")
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        pytest.param(["--batch_size", "8"], "--batch_size must be left out: run simple", id="flag-of-a-run"),
+        pytest.param(["--seed", "1"], "--seed must be left out", id="flag-set-here"),
+        pytest.param(["--learning_rate", "0"], "run local: .*learning_rate must be positive", id="value"),
+        pytest.param(["--steps", "8"], "run local: .*--steps", id="unknown-flag"),
+        pytest.param(["--only", "full"], r"--only must name runs of the plan \(local, simple\), got full", id="only"),
+        pytest.param(["--seeds", "-1"], "--seeds must be at least 0", id="seeds"),
+        pytest.param(["--max_hours", "0"], "--max_hours must be positive", id="hours"),
+        pytest.param(["--table_only"], "--table_only must stand without flags of training", id="table-only"),
+    ],
+)
+def test_wrong_flags_are_refused_before_any_training(inputs, monkeypatch, more, message):
+    monkeypatch.setattr(compare, "run_process", no_training)
+    with pytest.raises(ValueError, match=message):
+        compare.main(flags(inputs, *more))
+    assert not (inputs / "runs").exists()
+
+
+def test_explicit_flags_win_over_the_plan(inputs):
+    plan = compare.read_plan(inputs / "plan.yaml")
+    runs = compare.plan_runs(plan, inputs, [3], ["--max_steps", "9"])
+    parsed = [parse_arguments(run.flags) for run in runs]
+    assert [(args.max_steps, args.seed, args.batch_size) for args in parsed] == [(9, 3, 4), (9, 3, 2)]
+    for args in parsed:
+        check_arguments(args, num_processes=1)
+
+
+# Runs
+
+
+def test_table_says_what_the_logs_say(finished):
+    rows = table(finished)
+    assert list(rows) == ["local", "simple"] and tuple(rows["local"]) == COLUMNS
+    for name, batch_size in (("local", 4), ("simple", 2)):
+        folders = [finished / "runs" / "plan" / f"{name}-seed{seed}" for seed in (0, 1)]
+        row, scores = rows[name], {}
+        for split in ("valid", "test"):
+            found = [[event for event in events(f, "evaluation") if event["split"] == split] for f in folders]
+            assert [len(each) for each in found] == [3 if split == "valid" else 1] * 2  # test is scored once
+            scores[split] = [each[-1]["bits_per_byte"] for each in found]
+            assert float(row[split]) == pytest.approx(fmean(scores[split]), rel=1e-5)
+            assert float(row[f"{split}_std"]) == pytest.approx(stdev(scores[split]), rel=1e-5)
+            assert found[0][-1]["bytes_scored"] == 160
+        assert scores["valid"][0] != scores["valid"][1]
+        (config,) = events(folders[0], "config")
+        assert (row["parameters"], row["steps"], row["seeds"]) == (str(config["parameters"]), "6", "0 1")
+        assert int(row["tokens"]) == 6 * batch_size * 16
+        assert row["test_protocol"] == "segments, T = 16, 160 bytes, float32"
+        assert row["data_sha256"] == config["data_sha256"] and float(row["tokens_per_second"]) > 0
+        assert "torch" in row["versions"] and "threads" in row["hardware"] and "plan.yaml" in row["command"]
+    assert rows["local"]["parameters"] > rows["simple"]["parameters"]
+    seconds = [events(finished / "runs" / "plan" / f"local-seed{k}", "final")[0]["training_seconds"] for k in (0, 1)]
+    assert float(rows["simple"]["equal_seconds"]) == pytest.approx(fmean(seconds), rel=1e-5)
+
+
+def test_document_and_picture(finished):
+    text = (finished / "out" / "compare-plan.md").read_text(encoding="utf-8")
+    rows = table(finished)
+    for name, row in rows.items():
+        (line,) = [line for line in text.splitlines() if line.startswith(f"| {name} |")]
+        assert f"{float(row['test']):.3f} ± {float(row['test_std']):.3f}" in line
+    best = min(rows, key=lambda name: float(rows[name]["valid"]))
+    (bold,) = [line for line in text.splitlines() if "**" in line]
+    assert bold.startswith(f"| {best} |")
+    assert "(compare-plan.svg)" in text and rows["local"]["versions"] in text and rows["local"]["command"] in text
+    picture = "".join(ElementTree.parse(finished / "out" / "compare-plan.svg").getroot().itertext())
+    assert "bits per byte" in picture
+    assert all(f"{name} {float(row['valid']):.3f}" in picture for name, row in rows.items())
+
+
+def test_finished_runs_are_skipped(finished, monkeypatch):
+    monkeypatch.setattr(compare, "run_process", no_training)
+    before = table(finished)
+    compare.main(flags(finished))
+    assert table(finished) == before
+
+
+def test_only_some_runs_are_trained(inputs):
+    compare.main(flags(inputs, "--only", "simple", "--seeds", "5"))
+    assert [path.name for path in (inputs / "runs" / "plan").iterdir()] == ["simple-seed5"]
+    assert list(table(inputs)) == ["simple"] and table(inputs)["simple"]["equal_seconds"] == ""
+    assert "left out: local" in (inputs / "out" / "compare-plan.md").read_text(encoding="utf-8")
+
+
+def test_table_only_needs_no_data(finished, monkeypatch):
+    monkeypatch.setattr(compare, "run_process", no_training)
+    before = table(finished)
+    compare.main(flags(finished, "--table_only", "--seconds", "1e-9", data=False))
+    # Nothing was evaluated so early.
+    assert [row["valid_at_equal_seconds"] for row in table(finished).values()] == ["", ""]
+    compare.main(flags(finished, "--table_only", data=False))
+    assert table(finished) == before
+
+
+def test_table_only_without_finished_runs_is_refused(inputs):
+    with pytest.raises(ValueError, match="--table_only needs finished runs"):
+        compare.main(flags(inputs, "--table_only", data=False))
+
+
+def other_data(folder: Path) -> None:
+    (folder / "text.bin").write_bytes(b"other text\n" * 300)
+
+
+def other_model(folder: Path) -> None:
+    (folder / "plan.yaml").write_text(PLAN.replace("{aft_type: simple}", "{aft_type: simple, window_size: 2}"))
+
+
+@pytest.mark.parametrize(
+    "change, more, message",
+    [
+        pytest.param(None, ["--max_steps", "7"], "local-seed0: max_steps is 7 but was 6", id="flag"),
+        pytest.param(other_data, [], "local-seed1: data is '[0-9a-f]{64}' but was", id="data"),
+        pytest.param(other_model, [], "simple-seed0: model_config is .*'window_size': 2.* but was", id="model"),
+        pytest.param(other_model, ["--table_only"], "simple-seed0: model_config is .* but was", id="model-of-table"),
+    ],
+)
+def test_changed_entries_are_refused(finished, tmp_path, monkeypatch, change, more, message):
+    monkeypatch.setattr(compare, "run_process", no_training)
+    folder = shutil.copytree(finished, tmp_path / "copy")
+    if change is not None:
+        change(folder)
+    with pytest.raises(ValueError, match=message):
+        compare.main(flags(folder, *more, data="--table_only" not in more))
+
+
+@pytest.mark.parametrize(
+    "more, change, message",
+    [
+        pytest.param(["--max_steps", "4"], None, "same steps, got simple with 6, 4 steps", id="steps"),
+        pytest.param([], other_data, "must have the same data", id="data"),
+    ],
+)
+def test_seeds_that_cannot_be_joined_are_refused(inputs, more, change, message):
+    compare.main(flags(inputs, "--only", "simple", "--seeds", "0"))
+    if change is not None:
+        change(inputs)
+    compare.main(flags(inputs, "--only", "simple", "--seeds", "1", *more))
+    with pytest.raises(ValueError, match=message):
+        compare.main(flags(inputs, "--table_only", "--seeds", "0", "1", data=False))
+
+
+def test_budget_of_the_plan_in_seconds(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "copy")
+    (folder / "plan.yaml").write_text(f"{PLAN}\nseconds: 1000\n")
+    compare.main(flags(folder, "--table_only", data=False))
+    for row in table(folder).values():  # all training ended before
+        assert (row["equal_seconds"], row["valid_at_equal_seconds"]) == ("1000", row["valid"])
+    assert (folder / "out" / "compare-plan.md").read_text(encoding="utf-8").count(" * |") == 2
+
+
+def test_interrupted_run_continues(inputs):
+    compare.main(flags(inputs, "--only", "local", "--seeds", "0"))
+    folder, before = inputs / "runs" / "plan" / "local-seed0", table(inputs)["local"]
+    for path in (folder / RESULT, folder / "config.json"):
+        path.unlink()
+    last = complete_checkpoints(folder / "checkpoints")[-1]
+    assert last.name == "step-6"
+    last.rename(inputs / "elsewhere")
+    compare.main(flags(inputs, "--only", "local", "--seeds", "0"))
+    assert [event["step"] for event in events(folder, "resume")] == [4]
+    after = table(inputs)["local"]
+    assert [after[name] for name in ("valid", "test", "steps")] == [
+        before[name] for name in ("valid", "test", "steps")
+    ]
+
+
+def test_failed_runs_are_named_and_the_others_are_in_the_table(inputs, monkeypatch):
+    def fail_one(run, command, seconds):
+        return run.name != "local" and in_this_process(run, command, seconds)
+
+    monkeypatch.setattr(compare, "run_process", fail_one)
+    with pytest.raises(RuntimeError, match="local-seed0$"):
+        compare.main(flags(inputs, "--seeds", "0"))
+    assert list(table(inputs)) == ["simple"]
+
+
+def test_time_limit(inputs, monkeypatch):
+    monkeypatch.setattr(compare, "run_process", no_training)
+    assert compare.main(flags(inputs, "--max_hours", "1e-12")) == []
+
+
+def test_process_of_its_own(inputs, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    plan = compare.read_plan(inputs / "plan.yaml")
+    run = compare.plan_runs(plan, inputs / "runs", [0], flags(inputs)[5:])[0]
+    run.folder.mkdir(parents=True)
+    assert compare.run_process(run, "command", 0.01) and not run.finished
+    assert compare.run_process(run, "command", float("inf")) and run.finished
+    result = json.loads((run.folder / RESULT).read_text())
+    assert 0 < result["peak_bytes"] < 2**30 and result["command"] == "command"
+
+
+@pytest.mark.parametrize("seconds, expected", [(0.5, None), (1, 5.0), (2, 4.0), (3, 3.0), (9, 3.0)])
+def test_value_at(seconds, expected):
+    curve = np.array([[10, 1, 5.0], [20, 3, 3.0]])
+    assert value_at(curve, seconds) == expected

@@ -1,0 +1,172 @@
+"""scripts/draw_model.py: what is drawn is what the mixers compute, and every kind of model has its pictures."""
+
+from xml.etree import ElementTree
+
+import draw_model
+import drawing
+import numpy as np
+import pytest
+import torch
+from families import AFT_VARIANTS, LIMIT, make_ids, make_model
+from matplotlib.figure import Figure
+
+
+PICTURES = {
+    "full": ["bias-map.png", "bias-curve.svg"],
+    "local": ["bias-map.png", "bias-curve.svg"],
+    "conv": ["bias-map.png", "bias-curve.svg"],
+    "simple": [],
+    "fixed-random": ["bias-map.png", "bias-curve.svg"],
+    "random+dot_product": ["bias-map.png", "bias-curve.svg", "mixture.svg"],
+    "dense+random+factorized_dense+dot_product": ["bias-map.png", "bias-curve.svg", "mixture.svg"],
+}
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("variant", AFT_VARIANTS)
+def test_biases_are_those_of_the_mixer(variant, causal):
+    model = make_model(variant, head=False, dtype=torch.float32, is_decoder=causal)
+    mixer, length = model.layers[1].mixer, 20
+    hidden = torch.randn(1, length, 16)
+    query, key, value = mixer.qkv_proj(hidden)[0].split(mixer.widths, -1)
+    found = draw_model.position_bias(mixer, length)
+    assert (found is None) == (variant in ("simple", "simple-nopos", "local-0"))
+    pairs = np.zeros((1, length, length)) if found is None else draw_model.as_pairs(*found, length, causal)
+    logits = key.T[:, None] + torch.from_numpy(pairs).float()  # [D or H, T, T]
+    if causal:
+        logits = logits.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf)
+    weights = logits.softmax(2).repeat_interleave(value.shape[1] // len(logits), dim=0)
+    mixed = torch.sigmoid(query) * (weights * value.T[:, None]).sum(2).T
+    torch.testing.assert_close(mixer.o_proj(mixed), mixer(hidden)[0][0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["full", "local", "conv"])
+def test_rows_over_the_offset(variant):
+    mixer = make_model(variant, head=False, dtype=torch.float32).layers[0].mixer
+    kind, bias = draw_model.position_bias(mixer, 9)
+    pairs = draw_model.as_pairs(kind, bias, 9, causal=True)
+    offsets, rows = draw_model.by_offset(kind, bias, 9, causal=True)
+    assert offsets.tolist() == list(range(9 if variant == "full" else 5))
+    for t in range(9):
+        for index, offset in enumerate(offsets):
+            if offset <= t:
+                assert (rows[:, min(t, rows.shape[1] - 1), index] == pairs[:, t, t - offset]).all()
+            elif variant != "conv":
+                assert np.isnan(rows[:, t, index]).all()
+
+
+def test_static_logits_of_a_synthesizer_are_weighted():
+    mixer = make_model("random+dot_product", head=False, dtype=torch.float32).layers[0].mixer
+    kind, bias = draw_model.position_bias(mixer, 7)
+    alpha = mixer.mixture_logits.softmax(1)[:, 0].detach()
+    assert kind == "pairs" and alpha.std() > 0.01
+    expected = alpha[:, None, None] * mixer.logits["random"].table[:, :7, :7].detach()
+    torch.testing.assert_close(torch.from_numpy(bias), expected)
+
+
+def uniform_share(length: int) -> np.ndarray:
+    """Equal weights: query t gives 1 / (t + 1) to each distance up to t."""
+    queries = range(length // 2, length)
+    return np.array([np.mean([(d <= t) / (t + 1) for t in queries]) for d in range(length)])
+
+
+def test_receptive_field_of_equal_keys_is_uniform():
+    model = make_model("simple", head=False, dtype=torch.float32)
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.mixer.qkv_proj.weight[16:32] = 0
+    shares = draw_model.receptive_field(model, make_ids(12))
+    np.testing.assert_allclose(shares, np.tile(uniform_share(12), (2, 1)), rtol=1e-5)
+
+
+def test_receptive_field_follows_the_bias():
+    model = make_model("conv", head=False, dtype=torch.float32)
+    with torch.no_grad():
+        bias = model.layers[1].mixer.position_bias
+        bias.weight.zero_()
+        bias.weight[:, 3] = 1
+        bias.gamma.fill_(50)  # only the offset 3 is left
+    shares = draw_model.receptive_field(model, make_ids(12))
+    np.testing.assert_allclose(shares.sum(1), 1, rtol=1e-5)
+    assert shares[1, 3] > 0.999 > shares[0].max()
+
+
+def test_receptive_field_is_the_same_in_blocks(monkeypatch):
+    model, ids = make_model("local", head=False, dtype=torch.float32), make_ids(40, batch=3)
+    whole = draw_model.receptive_field(model, ids)
+    monkeypatch.setattr(draw_model, "BLOCK", 1)
+    np.testing.assert_allclose(draw_model.receptive_field(model, ids), whole, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Where each of the models in PICTURES is saved, and two that have nothing to draw."""
+    base, found = tmp_path_factory.mktemp("models"), {}
+    for variant in (*PICTURES, "dense", "dot_product-nopos"):
+        found[variant] = str(base / variant)
+        make_model(variant, dtype=torch.float32).save_pretrained(found[variant])
+    return found
+
+
+@pytest.mark.parametrize("variant", PICTURES)
+def test_pictures_of_one_model(folders, tmp_path, variant):
+    written = draw_model.main([folders[variant], "--output_dir", str(tmp_path), "--num_windows", "1"])
+    names = [f"{variant}-{name}" for name in PICTURES[variant]]
+    assert [path.name for path in written] == names + ["receptive-field.svg"] * (variant in AFT_VARIANTS)
+    for path in written:
+        assert 1000 < path.stat().st_size <= 300_000
+        text = "" if path.suffix == ".png" else "".join(ElementTree.parse(path).getroot().itertext())
+        assert path.suffix == ".png" or variant in text or path.name == "receptive-field.svg"
+        if path.name.endswith("mixture.svg"):
+            assert all(component in text for component in variant.split("+"))
+
+
+def test_several_models_share_the_receptive_field(folders, tmp_path):
+    chosen = [folders[name] for name in ("local", "fixed-random", "simple")]
+    written = draw_model.main([*chosen, "--output_dir", str(tmp_path), "--length", "20", "--num_windows", "1"])
+    text = "".join(ElementTree.parse(written[-1]).getroot().itertext())
+    assert "local" in text and "simple" in text and "fixed-random" not in text and "T = 20" in text
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        pytest.param(["{dense}"], "dense has nothing to draw", id="dense"),
+        pytest.param(["{dot_product-nopos}"], "has nothing to draw: .*dot_product", id="transformer"),
+        pytest.param(["nowhere"], "nowhere must be a folder with a saved model", id="no-model"),
+        pytest.param(["{local}", "--length", "1"], "--length must be at least 2, got 1", id="length"),
+        pytest.param(["{local}", "--num_windows", "0"], "--num_windows must be at least 1", id="windows"),
+        pytest.param(["{local}", "--length", str(LIMIT + 1)], "max_position_embeddings", id="long"),
+        pytest.param(["{local}", "--dataset_path", "nowhere"], "no such file: nowhere", id="no-data"),
+        pytest.param(
+            ["{simple}", "--dataset_path", "{short}"], "valid split of 48 bytes or more .*got 10", id="short"
+        ),
+    ],
+)
+def test_wrong_input_is_refused(folders, tmp_path, more, message):
+    (tmp_path / "short").write_bytes(bytes(200))
+    paths = {**folders, "short": str(tmp_path / "short")}
+    argv = [paths.get(word.strip("{}"), word) for word in more]
+    with pytest.raises(ValueError, match=message):
+        draw_model.main([*argv, "--output_dir", str(tmp_path)])
+
+
+def test_two_models_of_one_name_are_told_apart(folders, tmp_path):
+    make_model("local", dtype=torch.float32).save_pretrained(tmp_path / "other" / "local")
+    models = draw_model.load_models([draw_model.Path(folders["local"]), tmp_path / "other" / "local"])
+    assert len(models) == 2 and "other-local" in models
+
+
+def test_large_picture_becomes_a_small_png(tmp_path, monkeypatch):
+    figure = Figure(figsize=(6, 4))
+    figure.add_subplot().imshow(np.random.default_rng(0).random((300, 300)))
+    monkeypatch.setattr(drawing, "LARGEST", 60_000)
+    path = drawing.save_figure(figure, tmp_path / "noise.svg")
+    assert path == tmp_path / "noise.png" and list(tmp_path.iterdir()) == [path]
+    assert 1000 < path.stat().st_size <= 60_000
+
+
+def test_thinned_offsets_keep_the_near_ones():
+    offsets = np.arange(-1023, 1024)
+    kept = offsets[draw_model.thinned(offsets)]
+    assert set(range(-16, 17)) <= set(kept.tolist()) and {-1023, 1023} <= set(kept.tolist()) and len(kept) < 150
