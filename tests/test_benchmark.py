@@ -5,6 +5,7 @@ import os
 from xml.etree import ElementTree
 
 import benchmark
+import benchmark_account
 import benchmark_contestants
 import pytest
 import torch
@@ -106,6 +107,27 @@ def test_ceiling_suite_measures_copies_exp_and_products(tmp_path):
     [copy] = [row for row in rows if row["contestant"] == "copy"]
     assert copy["length"] == "100000"
     assert float(copy["rate"]) == pytest.approx(2 * 4 * 1e5 / 1e9 / float(copy["p50"]), rel=1e-2)
+
+
+def test_account_sets_the_floor_beside_what_was_measured(tmp_path):
+    rows_of(tmp_path, "ceiling", "--lengths", "4096")
+    measured = rows_of(tmp_path, "operator", "--lengths", "32", "--batch_size", "2")
+    with benchmark_account.main(["--output_dir", str(tmp_path)]).open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["contestant"] for row in rows] == AFT
+    times = {row["contestant"]: float(row["p50"]) for row in measured}
+    for row in rows:
+        floor = sum(float(row[f"{part}_ms"]) for part in ("products", "exponentials", "bytes"))
+        assert float(row["floor_ms"]) == pytest.approx(floor, rel=1e-2) and floor > 0
+        assert float(row["measured_ms"]) == pytest.approx(times[row["contestant"]] * 1e3, rel=1e-3)
+        assert sum(float(row[kind]) for kind in benchmark_account.SHARES) == pytest.approx(1, abs=0.01)
+        assert float(row["products"]) > 0 and float(row["exponentials"]) > 0
+
+
+def test_operations_of_a_windowed_form_are_linear_in_length_and_those_of_full_are_not():
+    for name, growth in {"aft-simple": 4, "aft-local-32": 4, "aft-conv-8-32": 4, "aft-full": 16}.items():
+        short, long = (benchmark_account.counts(name, 2, length, 64)[0] for length in (256, 1024))
+        assert long == growth * short
 
 
 def test_a_row_replaces_its_predecessor_and_leaves_the_others(tmp_path):

@@ -596,6 +596,7 @@ BAD_CALLS = {
     "mask-shape": ({"attention_mask": torch.ones(2, 5)}, "attention_mask"),
     "activation": ({"query_activation": "softplus"}, "query_activation.*softplus"),
     "backend": ({"backend": "cuda"}, "backend.*cuda"),
+    "triton-on-a-cpu": ({"backend": "triton"}, "backend.*CUDA.*triton"),
     "state-bidirectional": ({"causal": False, "return_state": True}, "return_state"),
     "table-too-short": ({"window_bias": torch.zeros(1, 5, 2)}, r"Position 8 .*N = 5"),
     "positions-beyond": (

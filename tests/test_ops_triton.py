@@ -30,9 +30,19 @@ if RUNS_HERE:
     from modeling_aft import ops_triton
 
 
+# Expressions over names of tests that share them out among processes.
+PARTS = {
+    "simple": "simple",
+    "local": "local and not simple",
+    "conv": "conv and not simple and not local",
+    "others": "not simple and not local and not conv",
+}
+
+
 @pytest.mark.skipif(RUNS_HERE, reason="the kernels run in this process")
-def test_under_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+@pytest.mark.parametrize("part", PARTS)
+def test_under_the_interpreter(part):
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", PARTS[part], __file__]
     root = Path(__file__).resolve().parent.parent
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{root}:{os.environ.get('PYTHONPATH', '')}"}
     environment.pop("PYTEST_XDIST_WORKER", None)
@@ -126,15 +136,37 @@ def assert_agree(tensors, dtype=torch.float64, **options):
 class TestKernels:
     __test__ = RUNS_HERE
 
-    @pytest.mark.parametrize("length", [1, 2, 7, 63, 64, 65, 150])
+    @pytest.mark.parametrize("length", [1, 7, 64, 150] if DEVICE == "cpu" else [1, 2, 7, 63, 64, 65, 150, 1000])
     @pytest.mark.parametrize("form", FORMS)
     def test_match_the_reference(self, form, length):
         assert_agree(make_tensors(form, length))
 
-    @pytest.mark.parametrize("window", [1, 2, 32, 33, 64, 100])
+    @pytest.mark.parametrize("window", [1, 33, 100] if DEVICE == "cpu" else [1, 2, 32, 33, 64, 100])
     @pytest.mark.parametrize("form", ["local", "conv"])
     def test_any_window(self, form, window):
         assert_agree(make_tensors(form, 150, window=window))
+
+    @pytest.mark.parametrize("form", FORMS)
+    def test_through_the_public_function(self, form):
+        """Padding, a state that goes on, and the way back: what stands between a caller and the kernels."""
+        query, key, value, rows, *_ = make_tensors(form, 12)
+        bias = {} if rows is None else {"window_bias": rows[:, 0]}
+        mask = torch.ones(BATCH, 12, dtype=torch.long)
+        mask[0, :3], mask[1, 5] = 0, 0
+        found = []
+        for backend, device in (("reference", "cpu"), ("triton", DEVICE)):
+            inputs = [t.to(device, copy=True).requires_grad_() for t in (query, key, value, *bias.values())]
+            options = {"backend": backend, "return_state": True}
+            options |= dict(zip(bias, inputs[3:], strict=True))
+            first = [t[:, :7] for t in inputs[:3]]
+            rest = [t[:, 7:] for t in inputs[:3]]
+            out, state = aft_attention(*first, attention_mask=mask[:, :7].to(device), **options)
+            more, state = aft_attention(*rest, attention_mask=mask[:, 7:].to(device), initial_state=state, **options)
+            outs = [torch.cat([out, more], 1), *(t for t in state if t is not None)]
+            grads = torch.autograd.grad(outs[0].square().sum(), inputs)
+            found.append([t.detach().cpu() for t in (*outs, *grads)])
+        for expected, actual in zip(*found, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
     @pytest.mark.parametrize("length", [1, 20])
     def test_a_window_longer_than_the_text(self, length):
