@@ -78,7 +78,7 @@ def _step(query, key, value, rows, state, keep, activation):
         keys, values = torch.cat([state.key, key], 1), torch.cat([average[:, None], state.value, value], 1)
         bias = rows[:, :, 0].flip(-1).permute(1, 2, 0)  # [1 or B, n, heads], oldest key first
         bias = bias if bias.shape[2] == 1 else spread(bias, keys)
-        older = (maximum + normalizer.log())[:, None]
+        older = (maximum + normalizer.log())[:, None]  # rounded as keys + bias are; the state itself never is
         logits = torch.cat([older, keys + bias], 1).clamp_min(torch.finfo(older.dtype).min)
         out = (logits.softmax(1)[..., None] * values.unflatten(-1, split)).sum(1).flatten(-2)
         values = values[:, 1:]
@@ -88,8 +88,9 @@ def _step(query, key, value, rows, state, keep, activation):
     reference = largest.clamp_min(torch.finfo(largest.dtype).min)
     weight = (oldest - reference).exp()
     normalizer = (maximum - reference).exp() * normalizer + weight
-    share = spread(weight / normalizer.clamp_min(_NOTHING), average)
-    average = torch.lerp(average, values[:, 0].to(average.dtype), share)
+    share = (weight / normalizer.clamp_min(_NOTHING))[..., None]
+    oldest = values[:, 0].to(average.dtype).unflatten(-1, split)
+    average = torch.lerp(average.unflatten(-1, split), oldest, share).flatten(-2)
     if rows is None:
         out = average
     window = keys[:, 1:], values[:, 1:]

@@ -83,8 +83,10 @@ def account(folder: Path, device: str) -> list[dict]:
     ceiling = {row["contestant"]: float(row["rate"]) * 1e9 for row in read_rows(folder / f"ceiling-{device}.csv")}
     product = next(rate for name, rate in ceiling.items() if name.startswith("bmm"))
     exponential, copy = ceiling["exp-in-cache"], ceiling["copy"]
-    rows = []
-    for row in read_rows(folder / f"operator-{device}.csv"):
+    measured, rows = read_rows(folder / f"operator-{device}.csv"), []
+    conv = next((row["contestant"].split("-") for row in measured if row["contestant"].startswith("aft-conv")), None)
+    sizes = [] if conv is None else ["--conv_heads", conv[2], "--window", conv[3], "--heads", "1"]
+    for row in measured:
         name, batch, length, width = row["contestant"], int(row["batch_size"]), int(row["length"]), int(row["width"])
         if not name.startswith("aft-"):
             continue
@@ -103,7 +105,7 @@ def account(folder: Path, device: str) -> list[dict]:
             }
         )
         if device == "cpu":
-            args = parse_benchmark(["operator", "--batch_size", str(batch), "--width", str(width)])
+            args = parse_benchmark(["operator", "--batch_size", str(batch), "--width", str(width), *sizes])
             rows[-1] |= shares(operator_contestants(args, batch, length)[name]().run)
     return rows
 
