@@ -264,11 +264,11 @@ def _(query, key, value, rows, maximum, normalizer, average, activation):
     return query.new_empty(value.shape), sums
 
 
-def _backward(plan, grad, sums, query, key, value, rows, carry, activation, needs_rows):
+def _backward(plan, grad, sums, query, key, value, rows, activation, needs_rows):
     d_query, d_key, d_value = (torch.empty(t.shape, dtype=t.dtype) for t in (query, key, value))
     d_rows = torch.zeros(rows.shape, dtype=rows.dtype)
     factors = rows.exp()
-    carry = torch.zeros_like(carry)
+    carry = sums.new_zeros(plan.batch, plan.heads, plan.width)
     for time, batches in reversed(list(plan.blocks())):
         chunks, steps = (time.stop - time.start) // plan.chunk, slice(time.start, min(time.stop, plan.length))
         own = steps.stop - steps.start
@@ -336,8 +336,7 @@ def windowed_backward(
         # Autograd is off inside of an operator, but not in a thread of its own.
         with ThreadPoolExecutor(1) as thread:
             return thread.submit(_exact_backward, grad, inputs, activation).result()
-    carry = _initial(plan, maximum, normalizer, average)
-    grads = _backward(plan, grad, sums, query, key, value, rows, carry, activation, needs_rows)
+    grads = _backward(plan, grad, sums, query, key, value, rows, activation, needs_rows)
     # The sum of the keys before the first is exp(maximum) normalizer, and that times the average.
     d_weight, d_term = plan.parts(grads[-1])
     d_average = (d_term * plan.keys(maximum.exp() * normalizer)[..., None]).flatten(-3)

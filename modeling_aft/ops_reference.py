@@ -41,9 +41,9 @@ class AFTState(NamedTuple):
     average: torch.Tensor | None = None
 
 
-def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """Sums and exponentials are taken in float64 for float64 tensors and in float32 for all others."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """Sums and exponentials are taken in float64 if one of the tensors is in float64, else in float32."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
 QUERY_ACTIVATIONS = {"sigmoid": torch.sigmoid, "tanh": torch.tanh, "relu": torch.relu, "identity": lambda query: query}

@@ -60,10 +60,6 @@ def _full_panel(key, value, bias, causal, past):
     return weighted_average(key.contiguous(), value.contiguous(), no_key, no_key, no_value, bias.contiguous(), visible)
 
 
-def _joint_dtype(key: Tensor, value: Tensor) -> torch.dtype:
-    return torch.promote_types(compute_dtype(key), compute_dtype(value))
-
-
 def _step(query, key, value, rows, state, keep, activation):
     """A single query of the windowed forms, with as few operations as there can be: output and state.
 
@@ -189,7 +185,7 @@ def aft_attention_torch(
 
 def _full_form(key, value, bias, causal, keep, position, position_ids, state, return_state):
     """AFT-full: average and state."""
-    dtype = _joint_dtype(key, value)
+    dtype = compute_dtype(key, value)
     key, value, bias = key.to(dtype), value.to(dtype), bias.to(dtype)
     if keep is None:
         steps = torch.arange(key.shape[1], device=key.device)[None]
@@ -215,12 +211,12 @@ def _window_form(
         rows = None
         if bias is not None:
             position = position if keep is None else position.masked_fill(~keep[:, 0], 0)
-            rows = _bias_rows(bias.to(_joint_dtype(key, value)), 1, position, None, position_ids, True)
+            rows = _bias_rows(bias.to(compute_dtype(key, value)), 1, position, None, position_ids, True)
         return _step(query, key, value, rows, state, keep, activation)
     rank = None if keep is None else kept_rank(keep)
     if rank is not None:
         query, key, value = compact(query, rank), compact(key, rank, -torch.inf), compact(value, rank)
-    dtype = _joint_dtype(key, value)
+    dtype = compute_dtype(key, value)
     rows, left = None, 0
     if bias is not None:
         rows = _bias_rows(bias.to(dtype), key.shape[1], position, rank, position_ids, state is not None)

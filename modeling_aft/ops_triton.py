@@ -33,6 +33,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from .ops_reference import compute_dtype
+
 
 try:
     import triton
@@ -582,7 +584,7 @@ def _plan(query, key, value, rows, layouts) -> dict:
     block_r = min(triton.next_power_of_2(shared), channels)
     block_k = min(triton.next_power_of_2(head_keys), channels // block_r)
     block_k = max(block_k, 16 // block_r)  # the smallest matrix product
-    dtype = _compute_dtype(query, key, value)
+    dtype = compute_dtype(query, key, value)
     half = all(t.dtype in (torch.float16, torch.bfloat16) for t in (query, key, value))
     blocks = heads * triton.cdiv(head_keys, block_k) * triton.cdiv(shared, block_r)
     tiles = triton.cdiv(length, _BLOCK_T)
@@ -620,12 +622,8 @@ def _launch(kernel, programs: int, plan: dict, *tensors, **options):
     kernel[(programs,)](*tensors, **plan, **options)
 
 
-def _compute_dtype(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
 def _states_like(query, key, value, count):
-    dtype = _compute_dtype(query, key, value)
+    dtype = compute_dtype(query, key, value)
     return query.new_empty(query.shape[0], count, 3, query.shape[2], dtype=dtype)
 
 
@@ -783,7 +781,7 @@ def windowed_triton(
     if past is not None:
         key, value = torch.cat([past[0].to(key.dtype), key], 1), torch.cat([past[1].to(value.dtype), value], 1)
     if initial is not None:
-        dtype = _compute_dtype(query, key, value)
+        dtype = compute_dtype(query, key, value)
         shared = value.shape[2] // key.shape[2]
         maximum, normalizer = (t.to(dtype).repeat_interleave(shared, 1) for t in initial[:2])
         initial = torch.stack([maximum, normalizer, normalizer * initial[2].to(dtype)], 1)

@@ -33,7 +33,7 @@ import gc
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from datetime import date
@@ -277,10 +277,15 @@ def add_rows(path: Path, rows: list[dict]) -> None:
 
     new = {key(row) for row in rows}
     rows = sorted([row for row in read_rows(path) if key(row) not in new] + rows, key=lambda row: int(row["length"]))
+    write_rows(path, COLUMNS, rows)
+
+
+def write_rows(path: Path, columns: Iterable[str], rows: list[dict]) -> None:
+    """Replaces the file when all of the new one is there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     with open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=COLUMNS)
+        writer = csv.DictWriter(file, fieldnames=list(columns))
         writer.writeheader()
         writer.writerows(rows)
     os.replace(temporary, path)

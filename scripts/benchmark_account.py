@@ -19,20 +19,19 @@ products, exponentials, copies, and all other operations, and how much passes ou
 """
 
 import argparse
-import csv
-import os
 from collections import Counter
 from pathlib import Path
 
 import torch
 from benchmark import parse_arguments as parse_benchmark
-from benchmark import read_rows
+from benchmark import read_rows, write_rows
 from benchmark_contestants import operator_contestants
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from modeling_aft import ops_cpu
 
-CHUNK = 32  # queries per product of matrices on a CPU, as in modeling_aft/ops_cpu.py
+
 KINDS = {"bmm": "products", "baddbmm": "products", "mm": "products", "exp": "exponentials", "exp_": "exponentials"}
 KINDS |= {"copy_": "copies", "cat": "copies"}
 SHARES = ("products", "exponentials", "copies", "other_operations", "outside")
@@ -54,7 +53,7 @@ def counts(contestant: str, batch: int, length: int, width: int) -> tuple[float,
     window = int(sizes[-1]) if sizes else 1
     keys = int(sizes[0]) * batch * length if form == "conv" else channels
     values_and_keys = channels + keys
-    pairs = CHUNK + window - 1
+    pairs = ops_cpu._CHUNK + window - 1
     products = (2 + (window > 1)) * 2 * pairs * values_and_keys
     forward = 3 * channels + keys + values_and_keys
     return products, 2 * keys, forward + values_and_keys + 5 * channels + 2 * keys
@@ -120,12 +119,7 @@ def main(argv: list[str] | None = None) -> Path:
     if not rows:
         raise ValueError(f"--output_dir must hold operator-{args.device}.csv and ceiling-{args.device}.csv, with rows")
     path = args.output_dir / f"account-{args.device}.csv"
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(temporary, path)
+    write_rows(path, rows[0], rows)
     for row in rows:
         print(" ".join(f"{name}={value}" for name, value in row.items()))
     return path

@@ -11,8 +11,8 @@
 from collections import defaultdict
 from pathlib import Path
 
-import matplotlib
 from benchmark import read_rows
+from drawing import save_figure, tidy
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
@@ -91,10 +91,7 @@ def draw(suite: str, rows: list[dict], path: Path) -> Path:
     if rows[0]["device"] == "cuda":
         machines = sorted({f"{row['processor']}, torch {row['torch']}" for row in rows})
     figure.suptitle(f"{title} — {'; '.join(machines)}", fontsize=10)
-    # Letters stay letters, which keeps the file small; the same rows give the same file.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "modeling_aft"}):
-        figure.savefig(path, metadata={"Date": None})
-    return path
+    return save_figure(figure, path)
 
 
 def draw_lines(axes, lines: dict[str, dict[int, float]], names: list[str]) -> None:
@@ -121,8 +118,7 @@ def draw_lines(axes, lines: dict[str, dict[int, float]], names: list[str]) -> No
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.grid(True, which="major", color="#DDDDDD", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9)
 
 
