@@ -44,6 +44,7 @@ from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env, se
 from bpb_evaluation import evaluate_bits_per_byte
 from byte_data import ENWIK8, ByteData, TrainingWindows, file_bytes, known_file_bytes, pydoc_bytes
 from checkpointing import complete_checkpoints, find_checkpoint, read_state, save_checkpoint
+from optimization import create_optimizers, learning_rate, set_learning_rate
 from pretraining_arguments import RESUMABLE_CHANGES, check_arguments, has_length_limit, parse_arguments
 from run_log import RunLog, fill_model_card, plot_training_curve, read_log, today
 from tqdm.auto import tqdm
@@ -52,7 +53,6 @@ from transformers import AutoModelForCausalLM
 from modeling_aft import ByteTokenizer
 
 
-CARD_TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "template.md"
 VERSIONS = ("torch", "transformers", "accelerate", "datasets", "evaluate", "tokenizers")
 
 
@@ -67,38 +67,15 @@ def load_data(args) -> tuple[str, ByteData]:
     return name, ByteData.from_bytes(content, args.cache_dir)
 
 
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """Decay for the weights of linear layers (a head that is tied to the embedding is one), none for all others."""
-    linear = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Linear)}
-    decayed = [parameter for parameter in model.parameters() if id(parameter) in linear]
-    others = [parameter for parameter in model.parameters() if id(parameter) not in linear]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
-
-
-def learning_rate(step: int, args) -> float:
-    """The learning rate of a step (from 0): linear warm-up to the peak, then `args.lr_decay`."""
-    if step < args.warmup_steps:
-        return args.learning_rate * (step + 1) / args.warmup_steps
-    if args.lr_decay == "constant":
-        return args.learning_rate
-    if args.lr_decay == "inverse_sqrt":
-        return args.learning_rate * math.sqrt(args.warmup_steps / (step + 1))
-    progress = (step - args.warmup_steps) / max(args.max_steps - args.warmup_steps, 1)
-    remaining = 1 - progress if args.lr_decay == "linear" else (1 + math.cos(math.pi * progress)) / 2
-    return args.learning_rate * (args.min_lr_ratio + (1 - args.min_lr_ratio) * remaining)
-
-
 def seed_step(seed: int, step: int, process: int) -> None:
     """Seeds torch (dropout) for one step of one process."""
     torch.manual_seed(int(np.random.SeedSequence([seed, step, process]).generate_state(1, np.uint64)[0]))
 
 
-def train_step(model, optimizer, accelerator: Accelerator, windows: TrainingWindows, step: int, args) -> torch.Tensor:
+def train_step(model, optimizers, accelerator: Accelerator, windows: TrainingWindows, step: int, args) -> torch.Tensor:
     """One optimizer step on the global batch of `step`; returns the summed nats of this process's windows."""
     seed_step(args.seed, step, accelerator.process_index)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, args)
+    set_learning_rate(optimizers, learning_rate(step, args))
     per_forward = args.micro_batch_size * accelerator.num_processes
     nats = torch.zeros((), device=accelerator.device)
     for first in range(0, args.batch_size, per_forward):
@@ -114,8 +91,9 @@ def train_step(model, optimizer, accelerator: Accelerator, windows: TrainingWind
         nats += loss.detach()
     if args.max_grad_norm > 0:
         accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-    optimizer.step()
-    optimizer.zero_grad()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
     return nats
 
 
@@ -198,7 +176,7 @@ class Run:
     args: argparse.Namespace
     accelerator: Accelerator
     model: torch.nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
     data: ByteData
     windows: TrainingWindows
     log: RunLog
@@ -248,7 +226,7 @@ class Run:
         nats, tokens, started = 0.0, 0, time.perf_counter()
         self.model.train()
         for step in range(state["step"], args.max_steps):
-            nats += train_step(self.model, self.optimizer, self.accelerator, self.windows, step, args)
+            nats += train_step(self.model, self.optimizers, self.accelerator, self.windows, step, args)
             tokens += args.batch_size * args.sequence_length
             done = step + 1
             progress.update()
@@ -291,7 +269,7 @@ class Run:
             self.log.write("final", **final)
             events = read_log(self.log.path)
             plot_training_curve(events, self.folder / "training_curve.png")
-            card = fill_model_card(CARD_TEMPLATE.read_text(encoding="utf-8"), events)
+            card = fill_model_card(events)
             (self.folder / "README.md").write_text(card, encoding="utf-8")
             print(f"--- sample\n{final['sample']}\n---")
             print(f"test: {test['bits_per_byte']:.4f} bits per byte\nmodel: {path}")
@@ -318,6 +296,14 @@ def main(argv: list[str] | None = None) -> dict:
         # train_step divides the loss itself; without this, a launch file could make backward divide it again.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    if args.optimizer == "muon" and (sharded or accelerator.mixed_precision == "fp16"):
+        reason = (
+            "with FSDP, whose shards are no matrices"
+            if sharded
+            else "in fp16, whose one loss scale needs one optimizer"
+        )
+        raise ValueError(f"--optimizer must be adamw {reason}, got 'muon'")
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     with accelerator.local_main_process_first():
@@ -343,10 +329,7 @@ def main(argv: list[str] | None = None) -> dict:
         # transformers 5.23 gave gradient_checkpointing_enable this new name.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     facts = describe_run(args, accelerator, model, name, data, windows)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, args.weight_decay), lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2)
-    )
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, *optimizers = accelerator.prepare(model, *create_optimizers(model, args))
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint))
 
@@ -375,7 +358,7 @@ def main(argv: list[str] | None = None) -> dict:
             date=today(),
         )
 
-    run = Run(args, accelerator, model, optimizer, data, windows, log, folder, state, identity)
+    run = Run(args, accelerator, model, optimizers, data, windows, log, folder, state, identity)
     run.train()
     final = run.finish()
     accelerator.end_training()

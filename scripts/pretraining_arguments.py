@@ -22,6 +22,7 @@ CONFIGURATION = Path(__file__).resolve().parent.parent / "configuration"
 CHOICES = {
     "dataset": ("pydoc", "enwik8", "file"),
     "mixed_precision": ("no", "bf16", "fp16"),
+    "optimizer": ("adamw", "muon"),
     "lr_decay": ("cosine", "linear", "inverse_sqrt", "constant"),
     "eval_protocol": ("segments", "sliding", "carried"),
 }
@@ -83,11 +84,13 @@ class TrainingArguments:
     )
     max_steps: int | None = flag(None, "Optimizer steps; give this or num_epochs. 800 when neither is given.")
     num_epochs: float | None = flag(None, "Passes over the train split, in windows of sequence_length.")
+    optimizer: str = flag("adamw", "adamw, or muon: Muon for the weights of linear layers and AdamW for all others.")
     learning_rate: float = flag(3e-3, "Peak learning rate.")
+    position_lr_scale: float = flag(1.0, "The learning rate of position biases and random logits, as a multiple.")
     warmup_steps: int = flag(100, "Steps of linear warm-up.")
     lr_decay: str = flag("cosine", "After warm-up: cosine, linear, inverse_sqrt (sqrt(warmup / step)) or constant.")
     min_lr_ratio: float = flag(0.1, "Where cosine and linear end, as a fraction of learning_rate.")
-    weight_decay: float = flag(0.1, "AdamW decay of the weights of linear layers; nothing else decays.")
+    weight_decay: float = flag(0.1, "Decay of the weights of linear layers; nothing else decays.")
     adam_beta1: float = flag(0.9, "First beta of AdamW.")
     adam_beta2: float = flag(0.99, "Second beta of AdamW.")
     max_grad_norm: float = flag(1.0, "Norm to which gradients are clipped; 0 = no clipping.")
@@ -221,7 +224,8 @@ def check_arguments(args: argparse.Namespace, num_processes: int) -> PreTrainedC
         check(getattr(args, name) >= 0, name, "at least 0")
     for name in ("adam_beta1", "adam_beta2"):
         check(0 <= getattr(args, name) < 1, name, "in [0, 1)")
-    check(args.learning_rate > 0, "learning_rate", "positive")
+    for name in ("learning_rate", "position_lr_scale"):
+        check(getattr(args, name) > 0, name, "positive")
     check(0 <= args.min_lr_ratio <= 1, "min_lr_ratio", "in [0, 1]")
     check(args.num_epochs is None or args.num_epochs > 0, "num_epochs", "positive")
     check(args.num_epochs is None or args.max_steps is None, "num_epochs", "left out when --max_steps is given")

@@ -17,7 +17,8 @@ from accelerate.state import AcceleratorState
 from checkpointing import complete_checkpoints
 from generate import main as generate
 from launching import run_on_two_processes
-from pretrain_enwik8 import learning_rate, main, parameter_groups, seed_step
+from optimization import create_optimizers, learning_rate, parameter_groups, set_learning_rate
+from pretrain_enwik8 import main, seed_step
 from pretraining_arguments import check_arguments, parse_arguments
 from run_log import read_log
 from safetensors.torch import load_file
@@ -195,18 +196,68 @@ def test_learning_rate(decay, at_peak, at_middle, at_end):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_only_linear_weights_decay(tied):
+@pytest.mark.parametrize(
+    ("variant", "position"),
+    [
+        ({"aft_type": "local"}, {"query_factors", "key_factors"}),
+        ({"aft_type": "full", "position_bias_rank": None}, {"table"}),
+        ({"aft_type": "conv"}, {"weight", "gamma", "beta"}),
+        ({"synthesizer_type": "mixture", "mixture_components": ["random", "factorized_random", "dense"]}, None),
+    ],
+    ids=["local", "full-table", "conv", "mixture"],
+)
+def test_parameter_groups(variant, position, tied):
+    from modeling_aft import AFTConfig, AFTForCausalLM, SynthesizerConfig, SynthesizerForCausalLM
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "max_position_embeddings": LENGTH, "num_attention_heads": 4}
+    if position is None:
+        position = {"table", "query_factors", "key_factors"}
+        model = SynthesizerForCausalLM(SynthesizerConfig(**sizes, **variant, tie_word_embeddings=tied))
+    else:
+        model = AFTForCausalLM(AFTConfig(**sizes, **variant, tie_word_embeddings=tied))
+    groups = parameter_groups(model, 0.5, 7.0)
+    assert {name: (group["weight_decay"], group["lr_scale"]) for name, group in groups.items()} == {
+        "linear": (0.5, 1.0),
+        "head": (0.5, 1.0),
+        "position": (0.0, 7.0),
+        "rest": (0.0, 1.0),
+    }
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {name: {names[id(parameter)] for parameter in group["params"]} for name, group in groups.items()}
+    assert sorted(name for group in found.values() for name in group) == sorted(names.values())
+    embedding = "model.embed_tokens.weight"
+    assert found["head"] == {embedding if tied else "lm_head.weight"}
+    assert (embedding in found["rest"]) != tied
+    assert {name.rpartition(".")[2] for name in found["position"]} == position
+    assert all(".position_bias." in name or ".logits." in name for name in found["position"])
+    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert found["linear"] == linear - {"lm_head.weight"}
+
+
+def test_optimizers_and_their_learning_rates():
     from modeling_aft import AFTConfig, AFTForCausalLM
 
-    names = {key: value for key, value in MODEL.items() if key != "model_type"}
-    model = AFTForCausalLM(AFTConfig(**names, tie_word_embeddings=tied))
-    decayed, others = parameter_groups(model, 0.5)
-    assert (decayed["weight_decay"], others["weight_decay"]) == (0.5, 0.0)
-    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    assert {id(parameter) for parameter in decayed["params"]} == {id(module.weight) for module in linear}
-    assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
-    embedding = model.get_input_embeddings().weight
-    assert any(embedding is parameter for parameter in decayed["params"]) == tied
+    model = AFTForCausalLM(AFTConfig(hidden_size=32, num_hidden_layers=1, max_position_embeddings=LENGTH))
+    args = parse_arguments(["--optimizer", "muon", "--position_lr_scale", "5", "--adam_beta2", "0.9"])
+    muon, adamw = optimizers = create_optimizers(model, args)
+    assert (type(muon), type(adamw)) == (torch.optim.Muon, torch.optim.AdamW)
+    assert adamw.defaults["betas"] == (0.9, 0.9)
+    linear = {module.weight for name, module in model.named_modules() if name.endswith("_proj")}
+    assert set(muon.param_groups[0]["params"]) == linear
+    assert muon.param_groups[0]["weight_decay"] == 0.1
+    everything = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    assert len(everything) == len(set(everything)) == len(list(model.parameters()))
+    set_learning_rate(optimizers, 0.5)
+    rates = {group["lr_scale"]: group["lr"] for optimizer in optimizers for group in optimizer.param_groups}
+    assert rates == {1.0: 0.5, 5.0: 2.5}
+    assert [type(one) for one in create_optimizers(model, parse_arguments([]))] == [torch.optim.AdamW]
+
+
+def test_muon_refuses_one_loss_scale(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr("pretrain_enwik8.Accelerator.mixed_precision", "fp16")  # which wants a GPU
+    with pytest.raises(ValueError, match="--optimizer must be adamw in fp16.*got 'muon'"):
+        main(flags(inputs, tmp_path / "run", optimizer="muon"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_each_step_of_each_process_has_its_own_random_numbers():
@@ -348,6 +399,7 @@ def test_resume_refuses_other_data(finished, inputs, tmp_path):
 
 def test_killed_and_resumed_equals_uninterrupted(inputs, tmp_path):
     changes = {"max_steps": 120, "save_every": 30, "log_every": 1, "eval_every": 0, "sample_every": 0}
+    changes["optimizer"] = "muon"  # and AdamW beside it
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT), *flags(inputs, killed, **changes)],

@@ -1,0 +1,88 @@
+# Copyright 2026 The modeling_aft authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""What pretrain_enwik8.py optimizes with: learning rates, groups of parameters, and one optimizer or two."""
+
+import argparse
+import math
+
+import torch
+from torch import nn
+
+from modeling_aft.modeling_aft import ConvPositionBias, TablePositionBias
+from modeling_aft.modeling_synthesizer import FactorizedRandomLogits, RandomLogits
+
+
+# The modules whose own parameters are numbers about positions, which no input multiplies.
+POSITION_MODULES = (TablePositionBias, ConvPositionBias, RandomLogits, FactorizedRandomLogits)
+
+
+def learning_rate(step: int, args: argparse.Namespace) -> float:
+    """The learning rate of a step (from 0): linear warm-up to the peak, then `args.lr_decay`."""
+    if step < args.warmup_steps:
+        return args.learning_rate * (step + 1) / args.warmup_steps
+    if args.lr_decay == "constant":
+        return args.learning_rate
+    if args.lr_decay == "inverse_sqrt":
+        return args.learning_rate * math.sqrt(args.warmup_steps / (step + 1))
+    progress = (step - args.warmup_steps) / max(args.max_steps - args.warmup_steps, 1)
+    remaining = 1 - progress if args.lr_decay == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return args.learning_rate * (args.min_lr_ratio + (1 - args.min_lr_ratio) * remaining)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, position_lr_scale: float = 1.0) -> dict[str, dict]:
+    """
+    The parameters of a model by what an optimizer does with them.
+
+    Returns:
+        For each of these names that has parameters, a group for a torch optimizer, whose `lr_scale` multiplies the
+        learning rate: "linear", the weights of linear layers; "head", a linear layer's weight that scores tokens,
+        tied to the embedding or not; "position", the biases and logits of positions; "rest". Only the first two decay.
+    """
+    head = model.get_output_embeddings()
+    linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear) and module is not head}
+    position = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, POSITION_MODULES)
+        for parameter in module.parameters(recurse=False)
+    }
+
+    def name(parameter: nn.Parameter) -> str:
+        if head is not None and parameter is head.weight:
+            return "head"
+        return "linear" if id(parameter) in linear else "position" if id(parameter) in position else "rest"
+
+    groups = {}
+    for parameter in model.parameters():
+        groups.setdefault(name(parameter), {"params": []})["params"].append(parameter)
+    for key, group in groups.items():
+        group["weight_decay"] = weight_decay if key in ("linear", "head") else 0.0
+        group["lr_scale"] = position_lr_scale if key == "position" else 1.0
+    return groups
+
+
+def create_optimizers(model: nn.Module, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
+    """
+    AdamW for all parameters, or with `args.optimizer` "muon" Muon for the weights of linear layers and AdamW for the
+    others. Muon's steps get the root mean square of AdamW's (`match_rms_adamw`): one learning rate serves both.
+    """
+    groups = parameter_groups(model, args.weight_decay, args.position_lr_scale)
+    optimizers = []
+    if args.optimizer == "muon":
+        hidden = groups.pop("linear")
+        optimizers.append(torch.optim.Muon([hidden], lr=args.learning_rate, adjust_lr_fn="match_rms_adamw"))
+    betas = (args.adam_beta1, args.adam_beta2)
+    return [*optimizers, torch.optim.AdamW(list(groups.values()), lr=args.learning_rate, betas=betas)]
+
+
+def set_learning_rate(optimizers: list[torch.optim.Optimizer], value: float) -> None:
+    """Sets the learning rate of every group, times the group's `lr_scale`."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = value * group["lr_scale"]
