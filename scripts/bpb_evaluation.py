@@ -9,6 +9,9 @@
 """
 Bits per byte of a causal language model on a range of bytes, by a named protocol. Every byte is scored once.
 
+    python scripts/bpb_evaluation.py runs/tiny --split test --protocol segments --length 256
+    python scripts/bpb_evaluation.py runs/tiny --dataset_path FILE --protocol sliding --length 256 --stride 64
+
 - `segments`: independent windows of T bytes, side by side. The first byte of a window is predicted from the one byte
   before it, the last from T bytes.
 - `sliding`: windows of T bytes at stride S. The first is scored whole, of the others only the last S bytes, so that
@@ -19,6 +22,7 @@ Bits per byte of a causal language model on a range of bytes, by a named protoco
 The byte before the range is context and is not scored, so only the very first byte of a file is never scored.
 """
 
+import argparse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,10 +30,17 @@ import evaluate
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
+from accelerate import Accelerator
+from byte_data import file_bytes, pydoc_bytes, split_ranges
+from generate import TRUST_REMOTE_CODE
+from pretraining_arguments import CHOICES, has_length_limit
+from run_log import describe_protocol
+from transformers import AutoModelForCausalLM
 
 
 METRIC = Path(__file__).resolve().parent / "metrics" / "bits_per_byte" / "bits_per_byte.py"
-DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}  # by the name that accelerate uses
+DTYPES = {"bf16": "bfloat16", "fp16": "float16"}  # by the name that accelerate uses
 
 
 def windows(protocol: str, start: int, stop: int, length: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -138,4 +149,96 @@ def evaluate_bits_per_byte(
         name["stride"] = stride
     if protocol == "carried":
         name["streams"] = batch_size * accelerator.num_processes
-    return {**result, **name, "dtype": DTYPES[accelerator.mixed_precision]}
+    dtype = DTYPES.get(accelerator.mixed_precision, str(next(model.parameters()).dtype).removeprefix("torch."))
+    return {**result, **name, "dtype": dtype}
+
+
+def check_protocol(config, protocol: str, length: int | None, stride: int | None) -> tuple[int, int]:
+    """
+    T and S of a protocol for a model: `max_position_embeddings` and half of T where they are None.
+
+    Raises:
+        ValueError: the model has no such length, or its position tables end before the protocol does.
+    """
+    limit = getattr(config, "max_position_embeddings", None)
+    length = length or limit
+    if length is None:
+        raise ValueError("--length must be given: the model has no max_position_embeddings")
+    if has_length_limit(config):
+        if length > limit:
+            raise ValueError(f"--length must be at most max_position_embeddings ({limit}), got {length}")
+        if protocol == "carried":
+            raise ValueError("--protocol must be segments or sliding, got 'carried': the model's position tables end")
+    stride = stride or max(length // 2, 1)
+    if stride > length:
+        raise ValueError(f"--stride must be at most --length ({length}), got {stride}")
+    return length, stride
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """
+    The flags of this script.
+
+    Raises:
+        ValueError: one error that lists every value that is not allowed.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder of a saved model, or a name on the Hub")
+    parser.add_argument("--dataset_path", type=Path, help="file of bytes; Python's documentation when left out")
+    parser.add_argument("--split", default="test", help="train, valid or test (default)")
+    parser.add_argument("--protocol", default="segments", help="segments (default), sliding or carried")
+    parser.add_argument("--length", type=int, help="T in bytes (default: max_position_embeddings)")
+    parser.add_argument("--stride", type=int, help="S of the sliding protocol (default: half of T)")
+    parser.add_argument("--batch_size", type=int, default=16, help="windows or streams at once (default: %(default)s)")
+    parser.add_argument("--dtype", default="auto", help="auto (what config.json says; default) or one like float32")
+    args = parser.parse_args(argv)
+    problems = [
+        f"--{name} must be at least 1, got {getattr(args, name)}"
+        for name in ("length", "stride", "batch_size")
+        if getattr(args, name) is not None and getattr(args, name) < 1
+    ]
+    problems += [
+        f"--{name} must be one of {', '.join(choices)}, got {getattr(args, name)!r}"
+        for name, choices in (
+            ("split", ("train", "valid", "test")),
+            ("protocol", CHOICES["eval_protocol"]),
+            ("dtype", ("auto", "float32", "bfloat16", "float16")),
+        )
+        if getattr(args, name) not in choices
+    ]
+    if problems:
+        raise ValueError("bpb_evaluation.py: " + "; ".join(problems))
+    return args
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """
+    Runs the program with the flags `argv`, those of the command line by default; returns the result.
+
+    Raises:
+        ValueError: a flag is wrong, or does not fit the model.
+    """
+    args = parse_arguments(argv)
+    transformers.utils.logging.disable_progress_bar()
+    content = np.frombuffer(pydoc_bytes() if args.dataset_path is None else file_bytes(args.dataset_path), np.uint8)
+    start, stop = split_ranges(len(content))[args.split]
+    accelerator = Accelerator()
+    model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=TRUST_REMOTE_CODE, dtype=args.dtype)
+    length, stride = check_protocol(model.config, args.protocol, args.length, args.stride)
+    result = evaluate_bits_per_byte(
+        accelerator.prepare(model),
+        lambda first, end: content[first:end],
+        accelerator,
+        max(start, 1),  # nothing stands before the first byte of a file
+        stop,
+        protocol=args.protocol,
+        length=length,
+        stride=stride,
+        batch_size=args.batch_size,
+    )
+    accelerator.print(f"{args.split}: {result['bits_per_byte']:.4f} bits per byte ({describe_protocol(result)})")
+    return result
+
+
+if __name__ == "__main__":
+    main()

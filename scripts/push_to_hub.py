@@ -31,8 +31,7 @@ from transformers import AutoTokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 
-CARD_TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "template.md"
-# What a model consists of; run.jsonl and the curve are where the numbers on its card come from.
+# What a model consists of; run.jsonl is where the numbers on its card come from.
 PARTS = (
     "config.json",
     "generation_config.json",
@@ -43,7 +42,8 @@ PARTS = (
     "*.jinja",
     "*.py",
     "run.jsonl",
-    "training_curve.png",
+    "*.png",
+    "*.svg",
 )
 
 TIMINGS = re.compile("runtime|per_second")  # in the results of Trainer
@@ -148,8 +148,7 @@ def make_card(args: argparse.Namespace, values: dict) -> str:
     events = read_log(log) if log.is_file() else []
     metrics = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
     metrics = {name.removeprefix("eval_"): value for name, value in metrics.items() if not TIMINGS.search(name)}
-    template = CARD_TEMPLATE.read_text(encoding="utf-8")
-    card = made = ModelCard(fill_model_card(template, events, name=args.repo_id, metrics=metrics, **values))
+    card = made = ModelCard(fill_model_card(events, name=args.repo_id, metrics=metrics, **values))
     if readme.is_file() and (args.keep_card or not events):
         card = ModelCard(readme.read_text(encoding="utf-8"))
         for name, value in vars(made.data).items():

@@ -15,8 +15,11 @@ from pathlib import Path
 
 import jinja2
 from huggingface_hub import EvalResult, ModelCardData
+from pretraining_arguments import PATHS
 
 
+CARD_TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "template.md"
+OF_THE_MACHINE = {"training_preset", *PATHS}  # arguments that tell others nothing; the command is on the card
 HUB_DATASETS = {"enwik8": "LTCB/enwik8"}  # the data of a run that the Hub has
 PIPELINE_TAGS = {
     "AutoModel": "feature-extraction",
@@ -105,22 +108,33 @@ def describe_protocol(evaluation: dict) -> str:
     return ", ".join([*parts, f"{evaluation['bytes_scored']} bytes", evaluation["dtype"]])
 
 
+def final_scores(events: list[dict]) -> list[dict]:
+    """The evaluations of the model that a log ends with: all of a release, or the last of test and of valid."""
+    released = max((index for index, event in enumerate(events) if event["event"] == "release"), default=None)
+    scores = [event for event in events[released or 0 :] if event["event"] == "evaluation"]
+    if released is not None:
+        return scores
+    return [next(event for event in reversed(scores) if event["split"] == split) for split in ("test", "valid")]
+
+
 def card_values(events: list[dict]) -> dict:
     """
     What a model card says of a finished run.
 
     Args:
-        events (`list[dict]`): the log, with one config event, one evaluation of the test split, and one final event.
+        events (`list[dict]`): the log, with one config event, evaluations of both splits, and one final event; and if
+            the run was released, with a release event and what release.py writes after it.
     """
     config = next(event for event in events if event["event"] == "config")
     final = next(event for event in reversed(events) if event["event"] == "final")
-    test, valid = (
-        next(event for event in reversed(events) if event["event"] == "evaluation" and event["split"] == split)
-        for split in ("test", "valid")
-    )
+    one = {event["event"]: event for event in events}  # the last of each kind
     model_type, model_class = config["model"].split(", ")
     arguments, fields = (
-        "\n".join(f"| {name} | `{value}` |" for name, value in sorted(table.items()) if value is not None)
+        "\n".join(
+            f"| {name} | `{value}` |"
+            for name, value in sorted(table.items())
+            if value is not None and name not in OF_THE_MACHINE
+        )
         for table in (config["arguments"], config["model_config"])
     )
     return {
@@ -132,10 +146,20 @@ def card_values(events: list[dict]) -> dict:
         "dataset": config["data"],
         "dataset_sha256": config["data_sha256"],
         **{f"{split}_bytes": f"{config[f'{split}_bytes']:,}" for split in ("train", "valid", "test")},
-        "test_bpb": f"{test['bits_per_byte']:.4f}",
-        "test_protocol": describe_protocol(test),
-        "valid_bpb": f"{valid['bits_per_byte']:.4f}",
-        "valid_protocol": describe_protocol(valid),
+        "dataset_note": one["release"].get("dataset_note") if "release" in one else None,
+        "scores": [
+            {
+                "split": event["split"],
+                "bpb": f"{event['bits_per_byte']:.4f}",
+                "protocol": describe_protocol(event),
+                "command": event.get("command"),
+            }
+            for event in final_scores(events)
+        ],
+        "release": one.get("release"),
+        "storage_cost": f"{one['storage']['bits_per_byte']:.4f}" if "storage" in one else None,
+        "xz_bpb": f"{one['xz']['bits_per_byte']:.4f}" if "xz" in one else None,
+        "pictures": [event for event in events if event["event"] == "picture"],
         "steps": f"{final['step']:,}",
         "tokens": f"{final['step'] * config['tokens_per_step']:,}",
         "minutes": f"{final['training_seconds'] / 60:,.1f}",
@@ -159,25 +183,27 @@ def card_metadata(values: dict) -> ModelCardData:
         data.datasets = [dataset] if dataset else None
         data.metrics = ["bits_per_byte"]
         data.model_name = values["name"]
-        result = EvalResult(
-            task_type=task,
-            dataset_type=dataset or "bytes",
-            dataset_name=values["dataset"],
-            dataset_split="test",
-            metric_type="bits_per_byte",
-            metric_name=f"bits per byte ({values['test_protocol']})",
-            metric_value=float(values["test_bpb"]),
-        )
-        data.eval_results = [result]
+        data.eval_results = [
+            EvalResult(
+                task_type=task,
+                dataset_type=dataset or "bytes",
+                dataset_name=values["dataset"],
+                dataset_split="test",
+                metric_type="bits_per_byte",
+                metric_name=f"bits per byte ({score['protocol']})",
+                metric_value=float(score["bpb"]),
+            )
+            for score in values["scores"]
+            if score["split"] == "test"
+        ]
     return data
 
 
-def fill_model_card(template: str, events: list[dict], **values) -> str:
+def fill_model_card(events: list[dict], **values) -> str:
     """
-    A model card, of which every number of a run is from its log.
+    A model card, made of `CARD_TEMPLATE`, of which every number of a run is from its log.
 
     Args:
-        template (`str`): Jinja template.
         events (`list[dict]`): the log of a finished run, empty if there is none.
         values: `name`, `model_type`, `model_class`, `auto_class` and `parameters` (an int) of the model, needed if
             there is no log, and `metrics`, a dict of what else it was evaluated by.
@@ -187,7 +213,8 @@ def fill_model_card(template: str, events: list[dict], **values) -> str:
     """
     values = {"metrics": {}, **(card_values(events) if events else {}), **values, "run": bool(events)}
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
-    return environment.from_string(template).render(**values, metadata=card_metadata(values).to_yaml())
+    template = environment.from_string(CARD_TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(**values, metadata=card_metadata(values).to_yaml())
 
 
 def today() -> str:

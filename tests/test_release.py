@@ -1,0 +1,162 @@
+"""scripts/release.py: what is handed out is the run's model in fewer bits, scored, drawn, and described by its log."""
+
+import json
+import lzma
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from bpb_evaluation import main as evaluate
+from huggingface_hub import ModelCard
+from pretrain_enwik8 import main as pretrain
+from push_to_hub import main as push
+from release import main, xz_bits_per_byte
+from run_log import read_log
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+
+MODELS = {
+    "conv": {"aft_type": "conv", "num_attention_heads": 4, "position_embedding_type": "none"},
+    "simple": {"aft_type": "simple"},
+    "mixture": {"synthesizer_type": "mixture", "mixture_components": ["random", "dense"], "num_attention_heads": 2},
+}
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "max_position_embeddings": 16, "initializer_range": 0.3}
+NOTE = ["--dataset_note", "the same bytes over and over"]
+FLAGS = ["--max_steps", "3", "--warmup_steps", "1", "--batch_size", "2", "--sample_bytes", "5", "--save_every", "0"]
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "text"
+    path.write_bytes(bytes(range(40, 120)) * 30)
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(data, tmp_path_factory) -> Path:
+    """A folder with a finished run of each of the models."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        for name, model in MODELS.items():
+            preset = folder / f"{name}.json"
+            model_type = "synthesizer" if name == "mixture" else "aft"
+            preset.write_text(json.dumps({"model_type": model_type, **SIZES, **model}))
+            where = ["--model_preset", str(preset), "--dataset_path", str(data), "--output_dir", str(folder / name)]
+            pretrain([*FLAGS, *where, "--cache_dir", str(folder / "cache")])
+            AcceleratorState._reset_state(reset_partial_state=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def released(runs, data, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model_cards")
+    for name in ("conv", "mixture"):
+        beside = ["--beside", str(runs / "simple")] if name == "conv" else []
+        main([str(runs / name), str(folder / f"my-{name}"), "--dataset_path", str(data), *beside, *NOTE])
+        AcceleratorState._reset_state(reset_partial_state=True)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["conv", "mixture"])
+def test_weights_are_the_rounded_ones_of_the_run(runs, released, name):
+    before, after = (load_file(folder / "model.safetensors") for folder in (runs / name, released / f"my-{name}"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[key], tensor.to(torch.bfloat16)) for key, tensor in before.items())
+    model = AutoModelForCausalLM.from_pretrained(released / f"my-{name}")
+    assert model.dtype == torch.float32
+    assert list(released.glob("*.tmp")) == []
+
+
+@pytest.mark.parametrize("name", ["conv", "mixture"])
+def test_every_score_is_what_its_command_prints(released, name, monkeypatch):
+    card = ModelCard.load(released / f"my-{name}" / "README.md")
+    events = read_log(released / f"my-{name}" / "run.jsonl")
+    scores = [event for event in events if event["event"] == "evaluation" and "command" in event]
+    protocols = ["segments", "sliding", "carried"] if name == "conv" else ["segments", "sliding"]
+    assert [(e["split"], e["protocol"]) for e in scores] == [(s, p) for s in ("test", "valid") for p in protocols]
+    for event in scores:
+        assert event["command"] in card.content
+        program, script, *flags = event["command"].split()
+        assert (program, script) == ("python", "scripts/bpb_evaluation.py")
+        assert evaluate(flags)["bits_per_byte"] == pytest.approx(event["bits_per_byte"], rel=1e-6)
+        assert f"| {event['split']} | {event['bits_per_byte']:.4f} | {event['protocol']}, T = 16" in card.content
+    results = card.data.eval_results
+    assert [round(e["bits_per_byte"], 4) for e in scores if e["split"] == "test"] == [r.metric_value for r in results]
+
+
+@pytest.mark.parametrize(
+    "name, kinds",
+    [
+        ("conv", ["bias-map.png", "bias-curve.svg", "receptive-field.svg"]),
+        ("mixture", ["bias-map.png", "bias-curve.svg", "mixture.svg"]),
+    ],
+)
+def test_card_shows_the_pictures(released, name, kinds):
+    folder = released / f"my-{name}"
+    content = (folder / "README.md").read_text()
+    for kind in (*(f"my-{name}-{kind}" for kind in kinds), "training_curve.png"):
+        assert f"]({kind})" in content and (folder / kind).stat().st_size > 1000
+    assert {path.name for path in folder.iterdir() if path.suffix in (".png", ".svg")} == {
+        "training_curve.png",
+        *(f"my-{name}-{kind}" for kind in kinds),
+    }
+    if name == "conv":  # both models stand in one picture
+        text = (folder / "my-conv-receptive-field.svg").read_text()
+        assert "my-conv<" in text and "simple<" in text
+
+
+def test_card_names_the_compressor_and_no_path(released, data):
+    content = data.read_bytes()
+    start = len(content) * 95 // 100
+    sizes = [len(lzma.compress(part, preset=9 | lzma.PRESET_EXTREME)) for part in (content, content[:start])]
+    expected = 8 * (sizes[0] - sizes[1]) / (len(content) - start)
+    assert xz_bits_per_byte(content, start) == expected
+    log, card = ((released / "my-conv" / name).read_text() for name in ("run.jsonl", "README.md"))
+    assert f"| test | {expected:.4f} | what the split adds" in card
+    assert "# my-conv" in card and "model_path" not in log
+    assert "text, the same bytes over and over: 2,160 bytes of train" in card
+    assert "| cache_dir |" not in card and "| learning_rate |" in card
+
+
+def test_what_is_pushed_has_the_pictures(released, capsys):
+    push([str(released / "my-conv"), "me/conv", "--dry_run"])
+    printed = capsys.readouterr().out
+    assert "my-conv-bias-map.png" in printed and "my-conv-receptive-field.svg" in printed
+    assert "what the split adds to the length of" in printed
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"run": "cache"}, "must be the folder of a finished run"),
+        ({"folder": "conv"}, "folder must not exist without --overwrite"),
+        ({"--dtype": "int8"}, "--dtype must be one of float32, bfloat16, float16, got 'int8'"),
+        ({"--dataset_path": "conv.json"}, "--dataset_path must be the data of the run, of sha256"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_wrong_input_is_refused(runs, data, tmp_path, change, message):
+    given = {"run": runs / "conv", "folder": tmp_path / "out", "--dataset_path": data}
+    given |= {key: value if key == "--dtype" else runs / value for key, value in change.items()}
+    flags = [str(given.pop("run")), str(given.pop("folder"))]
+    with pytest.raises(ValueError, match=message):
+        main([*flags, *(str(text) for entry in given.items() for text in entry)])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unfinished_run_is_refused(runs, data, tmp_path):
+    for name in ("config.json", "run.jsonl"):
+        lines = (runs / "conv" / name).read_text().splitlines(keepends=True)
+        (tmp_path / name).write_text("".join(lines[:-1] if name == "run.jsonl" else lines))
+    with pytest.raises(ValueError, match="must be finished, got a log that ends with 'evaluation'"):
+        main([str(tmp_path), str(tmp_path / "out"), "--dataset_path", str(data)])
