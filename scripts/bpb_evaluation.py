@@ -33,10 +33,9 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
 from byte_data import file_bytes, pydoc_bytes, split_ranges
-from generate import TRUST_REMOTE_CODE
+from byte_models import load_model, read_config
 from pretraining_arguments import CHOICES, has_length_limit
 from run_log import describe_protocol
-from transformers import AutoModelForCausalLM
 
 
 METRIC = Path(__file__).resolve().parent / "metrics" / "bits_per_byte" / "bits_per_byte.py"
@@ -158,7 +157,8 @@ def check_protocol(config, protocol: str, length: int | None, stride: int | None
     T and S of a protocol for a model: `max_position_embeddings` and half of T where they are None.
 
     Raises:
-        ValueError: the model has no such length, or its position tables end before the protocol does.
+        ValueError: the model has no such length, its position tables end before the protocol does, or the protocol
+            has no stride.
     """
     limit = getattr(config, "max_position_embeddings", None)
     length = length or limit
@@ -169,6 +169,8 @@ def check_protocol(config, protocol: str, length: int | None, stride: int | None
             raise ValueError(f"--length must be at most max_position_embeddings ({limit}), got {length}")
         if protocol == "carried":
             raise ValueError("--protocol must be segments or sliding, got 'carried': the model's position tables end")
+    if stride is not None and protocol != "sliding":
+        raise ValueError(f"--stride must be left out without --protocol sliding, got {stride}")
     stride = stride or max(length // 2, 1)
     if stride > length:
         raise ValueError(f"--stride must be at most --length ({length}), got {stride}")
@@ -222,9 +224,9 @@ def main(argv: list[str] | None = None) -> dict:
     transformers.utils.logging.disable_progress_bar()
     content = np.frombuffer(pydoc_bytes() if args.dataset_path is None else file_bytes(args.dataset_path), np.uint8)
     start, stop = split_ranges(len(content))[args.split]
+    length, stride = check_protocol(read_config(args.model), args.protocol, args.length, args.stride)
     accelerator = Accelerator()
-    model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=TRUST_REMOTE_CODE, dtype=args.dtype)
-    length, stride = check_protocol(model.config, args.protocol, args.length, args.stride)
+    model = load_model(args.model, args.dtype)
     result = evaluate_bits_per_byte(
         accelerator.prepare(model),
         lambda first, end: content[first:end],

@@ -20,17 +20,10 @@ from typing import TextIO
 
 import torch
 import transformers
+from byte_models import TRUST_REMOTE_CODE, load_model, read_config
 from pretraining_arguments import has_length_limit
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoTokenizer, set_seed
 from transformers.generation.streamers import BaseStreamer
-
-
-try:
-    import modeling_aft  # noqa: F401  (registers the model types)
-
-    TRUST_REMOTE_CODE = False
-except ImportError:
-    TRUST_REMOTE_CODE = True  # the code that was saved beside the weights
 
 
 class ByteStreamer(BaseStreamer):
@@ -100,16 +93,12 @@ def main(argv: list[str] | None = None) -> None:
     prompt = sys.stdin.read().rstrip("\n") if args.prompt is None else args.prompt
     if not prompt:
         raise ValueError("generate.py: the prompt must have at least one character")
+    config = read_config(args.model)
     tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=TRUST_REMOTE_CODE)
-    model = AutoModelForCausalLM.from_pretrained(
-        args.model, trust_remote_code=TRUST_REMOTE_CODE, dtype=getattr(torch, args.dtype)
-    )
-    if tokenizer.vocab_size != 256 or model.config.vocab_size != 256:
-        raise ValueError(f"--model {args.model}: must be a model of 256 bytes, got {model.config.vocab_size} tokens")
     inputs = tokenizer(prompt, return_tensors="pt").to(args.device)
     max_new_tokens = args.max_new_tokens or 500
-    if has_length_limit(model.config):
-        limit, length = model.config.max_position_embeddings, inputs.input_ids.shape[1]
+    if has_length_limit(config):
+        limit, length = config.max_position_embeddings, inputs.input_ids.shape[1]
         max_new_tokens = args.max_new_tokens or min(max_new_tokens, limit - length)
         if not 1 <= max_new_tokens <= limit - length:
             raise ValueError(
@@ -118,6 +107,7 @@ def main(argv: list[str] | None = None) -> None:
             )
     set_seed(args.seed)
     sampling = {"do_sample": True, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    model = load_model(args.model, getattr(torch, args.dtype))
     model.to(args.device).generate(
         **inputs,
         streamer=ByteStreamer(sys.stdout),

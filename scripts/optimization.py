@@ -18,7 +18,7 @@ from modeling_aft.modeling_aft import ConvPositionBias, TablePositionBias
 from modeling_aft.modeling_synthesizer import FactorizedRandomLogits, RandomLogits
 
 
-# The modules whose own parameters are numbers about positions, which no input multiplies.
+# The modules of which every parameter is a bias or a logit of positions, or a factor of one.
 POSITION_MODULES = (TablePositionBias, ConvPositionBias, RandomLogits, FactorizedRandomLogits)
 
 
@@ -69,12 +69,18 @@ def parameter_groups(model: nn.Module, weight_decay: float, position_lr_scale: f
 
 def create_optimizers(model: nn.Module, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
     """
-    AdamW for all parameters, or with `args.optimizer` "muon" Muon for the weights of linear layers and AdamW for the
-    others. Muon's steps get the root mean square of AdamW's (`match_rms_adamw`): one learning rate serves both.
+    What trains a model: AdamW for all parameters, or with `args.optimizer` "muon" Muon for the weights of linear
+    layers and AdamW for the others. Muon's steps get the root mean square of AdamW's (`match_rms_adamw`), so that one
+    learning rate serves both.
+
+    Raises:
+        ValueError: Muon is asked for, and the model has no linear layers beside its head.
     """
     groups = parameter_groups(model, args.weight_decay, args.position_lr_scale)
     optimizers = []
     if args.optimizer == "muon":
+        if "linear" not in groups:
+            raise ValueError(f"--optimizer must be adamw: {type(model).__name__} has no linear layers, got 'muon'")
         hidden = groups.pop("linear")
         optimizers.append(torch.optim.Muon([hidden], lr=args.learning_rate, adjust_lr_fn="match_rms_adamw"))
     betas = (args.adam_beta1, args.adam_beta2)

@@ -299,9 +299,9 @@ def main(argv: list[str] | None = None) -> dict:
     sharded = accelerator.distributed_type == DistributedType.FSDP
     if args.optimizer == "muon" and (sharded or accelerator.mixed_precision == "fp16"):
         reason = (
-            "with FSDP, whose shards are no matrices"
+            "with FSDP: Muon needs whole matrices"
             if sharded
-            else "in fp16, whose one loss scale needs one optimizer"
+            else "with fp16, whose loss scale belongs to one optimizer"
         )
         raise ValueError(f"--optimizer must be adamw {reason}, got 'muon'")
     datasets.disable_progress_bars()

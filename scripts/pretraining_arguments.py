@@ -84,7 +84,10 @@ class TrainingArguments:
     )
     max_steps: int | None = flag(None, "Optimizer steps; give this or num_epochs. 800 when neither is given.")
     num_epochs: float | None = flag(None, "Passes over the train split, in windows of sequence_length.")
-    optimizer: str = flag("adamw", "adamw, or muon: Muon for the weights of linear layers and AdamW for all others.")
+    optimizer: str = flag(
+        "adamw",
+        "adamw, or muon: Muon for the weights of linear layers and AdamW for all others; not with fp16 or FSDP.",
+    )
     learning_rate: float = flag(3e-3, "Peak learning rate.")
     position_lr_scale: float = flag(1.0, "The learning rate of position biases and random logits, as a multiple.")
     warmup_steps: int = flag(100, "Steps of linear warm-up.")
@@ -231,6 +234,7 @@ def check_arguments(args: argparse.Namespace, num_processes: int) -> PreTrainedC
     check(args.num_epochs is None or args.max_steps is None, "num_epochs", "left out when --max_steps is given")
     check(args.lr_decay != "inverse_sqrt" or args.warmup_steps >= 1, "warmup_steps", "at least 1 with inverse_sqrt")
     args.dataset = args.dataset or ("file" if args.dataset_path else "pydoc")
+    check(args.optimizer != "muon" or args.mixed_precision != "fp16", "optimizer", "adamw with fp16")
     check(args.dataset != "pydoc" or args.dataset_path is None, "dataset_path", "left out with --dataset pydoc")
     check(args.dataset != "file" or args.dataset_path is not None, "dataset_path", "given with --dataset file")
     check(args.dataset == "enwik8" or args.dataset_url is None, "dataset_url", "left out without --dataset enwik8")

@@ -14,8 +14,9 @@ Pushes a saved model to the Hub, in one commit: weights, configurations, code, t
 
 The folder is one that pretrain_enwik8.py or `save_pretrained` of model and tokenizer wrote. Before anything is sent,
 its own code loads its weights. The card is made from the log of the run, run.jsonl; without one, or with --keep_card,
-README.md, if there is one, is pushed with the metadata that it lacks. Checkpoints, optimizer states and whatever else
-is in the folder stay there. Log in with `hf auth login`, or set HF_TOKEN.
+README.md, if there is one, is pushed with the metadata that it lacks. The pictures that the log names go with it.
+Checkpoints, optimizer states and whatever else is in the folder stay there. Log in with `hf auth login`, or set
+HF_TOKEN.
 """
 
 import argparse
@@ -42,8 +43,7 @@ PARTS = (
     "*.jinja",
     "*.py",
     "run.jsonl",
-    "*.png",
-    "*.svg",
+    "training_curve.png",
 )
 
 TIMINGS = re.compile("runtime|per_second")  # in the results of Trainer
@@ -187,7 +187,9 @@ def main(argv: list[str] | None = None) -> None:
     config = check_files(args.folder)
     values = check_model(args.folder, config)
     card = make_card(args, values)
-    files = sorted({path for part in PARTS for path in args.folder.glob(part)})
+    log = args.folder / "run.jsonl"
+    pictures = [event["file"] for event in (read_log(log) if log.is_file() else []) if event["event"] == "picture"]
+    files = sorted({path for part in (*PARTS, *pictures) for path in args.folder.glob(part)})
     for name, size in [*((path.name, path.stat().st_size) for path in files), ("README.md", len(card.encode()))]:
         print(f"{size:>13,} {name}")
     if args.dry_run:

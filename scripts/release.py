@@ -9,13 +9,14 @@
 """
 Makes of a finished run of pretrain_enwik8.py a folder to hand out: small weights, scores of those weights, pictures.
 
-    python scripts/release.py runs/aft-conv model_cards/aft-conv-small --dataset_path FILE --dtype bfloat16
+    python scripts/release.py runs/aft-conv model_cards/aft-conv-small --dataset_path FILE
     python scripts/release.py runs/aft-conv model_cards/aft-conv-small --dataset_path FILE --beside runs/aft-simple
 
-The weights are stored in --dtype and computed with in float32, as config.json then says. Valid and test are scored
-again with what was stored, by every protocol that the model allows. A compressor, `xz -9e`, gets the same bytes: what
-the test split adds to the length of everything before it. The pictures are those of draw_model.py; --beside names runs
-for the picture of the receptive field. All of this goes into the folder's run.jsonl, from which the card is made.
+The weights are stored in --dtype and computed with in float32, as config.json then says. Test and valid are scored
+with what was stored: by segments, sliding and, if the state of an AFT model does not grow, carried. A compressor,
+`xz -9e`, gets the same bytes: what the test split adds to the length of everything before it. The pictures are those
+of draw_model.py; --beside names runs for the picture of the receptive field. All of this goes into the folder's
+run.jsonl, from which the card is made.
 """
 
 import argparse
@@ -23,9 +24,10 @@ import hashlib
 import json
 import lzma
 import shlex
-import shutil
 import sys
+import tempfile
 from pathlib import Path
+from shutil import rmtree
 
 import numpy as np
 import torch
@@ -35,14 +37,16 @@ from bpb_evaluation import evaluate_bits_per_byte
 from byte_data import file_bytes, pydoc_bytes, split_ranges
 from draw_model import draw_fields, draw_model, load_models, read_windows, receptive_field
 from drawing import save_figure
+from pretrain_enwik8 import sample_text
 from pretraining_arguments import has_length_limit
-from run_log import fill_model_card, read_log, today
+from run_log import OF_THE_MACHINE, fill_model_card, plot_training_curve, read_log, today
 from transformers import AutoModelForCausalLM
 
 from modeling_aft import ByteTokenizer
 
 
 DTYPES = ("float32", "bfloat16", "float16")
+BATCH_SIZE = 16  # windows or streams at once in an evaluation
 CAPTIONS = {
     "bias-map": "What each layer has learned about positions: its biases.",
     "bias-curve": "The same over the offset t - t', from a query to the keys before it.",
@@ -59,30 +63,6 @@ def xz_bits_per_byte(content: bytes, start: int) -> float:
     return 8 * (with_it - without) / (len(content) - start)
 
 
-def protocols(config, length: int) -> list[dict]:
-    """The protocols of bpb_evaluation.py that a model allows, the first the one that it was trained with."""
-    found = [{"protocol": "segments", "stride": length}, {"protocol": "sliding", "stride": max(length // 4, 1)}]
-    if not has_length_limit(config):
-        found.append({"protocol": "carried", "stride": length})
-    return found
-
-
-def score(model, content: bytes, split: str, length: int, protocol: str, stride: int, batch_size: int = 16) -> dict:
-    """Bits per byte of a model on a split; see `evaluate_bits_per_byte`."""
-    text = np.frombuffer(content, np.uint8)
-    accelerator = Accelerator()
-    return evaluate_bits_per_byte(
-        accelerator.prepare(model),
-        lambda first, end: text[first:end],
-        accelerator,
-        *split_ranges(len(content))[split],
-        protocol=protocol,
-        length=length,
-        stride=stride,
-        batch_size=batch_size,
-    )
-
-
 def check_run(folder: Path, content: bytes) -> list[dict]:
     """
     The log of a finished run.
@@ -90,63 +70,68 @@ def check_run(folder: Path, content: bytes) -> list[dict]:
     Raises:
         ValueError: the run is not finished, or was trained on other data than `content`.
     """
-    if not (folder / "config.json").is_file() or not (folder / "run.jsonl").is_file():
-        raise ValueError(f"run: {folder} must be the folder of a finished run, with config.json and run.jsonl")
-    events = read_log(folder / "run.jsonl")
-    if events[-1]["event"] != "final":
-        raise ValueError(f"run: {folder} must be finished, got a log that ends with {events[-1]['event']!r}")
+    log = folder / "run.jsonl"
+    events = read_log(log) if log.is_file() else []
+    if not (folder / "config.json").is_file() or not events or events[-1]["event"] != "final":
+        last = events[-1]["event"] if events else None
+        raise ValueError(f"run: {folder} must be the folder of a finished run, got one whose log ends with {last!r}")
     trained_on, sha256 = events[0]["data_sha256"], hashlib.sha256(content).hexdigest()
     if trained_on != sha256:
         raise ValueError(f"--dataset_path must be the data of the run, of sha256 {trained_on}, got {sha256}")
     return events
 
 
-def save_weights(run: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Saves the model of `run` with its floating-point numbers in `dtype`; they are computed with in float32."""
-    model = AutoModelForCausalLM.from_pretrained(run, dtype=torch.float32)
+def save_weights(model, folder: Path, dtype: torch.dtype) -> None:
+    """Saves a model with its floating-point numbers in `dtype`; config.json keeps the dtype that the model has."""
     state = model.state_dict()
-    rounded = {tensor.data_ptr(): tensor.to(dtype) for tensor in state.values()}  # what is tied remains so
+    rounded = {  # by address, so that what is tied stays tied
+        tensor.data_ptr(): tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in state.values()
+    }
     model.save_pretrained(folder, state_dict={name: rounded[tensor.data_ptr()] for name, tensor in state.items()})
     ByteTokenizer().save_pretrained(folder)
 
 
-def score_release(run: Path, folder: Path, content: bytes, length: int, flags: list[str]) -> list[dict]:
-    """The events of the scores: of what is stored in `folder`, and what storing cost.
-
-    `flags` are those of bpb_evaluation.py that the commands beside the scores begin with.
-    """
-    model, stored = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (run, folder))
-    events = []
-    for split in ("test", "valid"):
-        for protocol in protocols(stored.config, length):
-            result = score(stored, content, split, length, **protocol)
-            more = ["--split", split, "--protocol", protocol["protocol"], "--length", str(length)]
-            more += ["--stride", str(protocol["stride"])] if protocol["protocol"] == "sliding" else []
-            command = shlex.join(["python", "scripts/bpb_evaluation.py", *flags, *more])
-            events.append({"event": "evaluation", "split": split, **result, "command": command})
-            print(f"{split}: {result['bits_per_byte']:.4f} bits per byte, {protocol['protocol']}", flush=True)
-    before = score(model.float(), content, "test", length, **protocols(stored.config, length)[0])
-    cost = events[0]["bits_per_byte"] - before["bits_per_byte"]
-    print(f"storing the weights cost {cost:+.5f} bits per byte")
-    return [{"event": "storage", "bits_per_byte": cost}, *events]
-
-
-def draw(run: Path, folder: Path, name: str, beside: list[Path], dataset_path: Path | None, length: int) -> list[dict]:
-    """Draws the pictures into `folder`; returns their events."""
-    models = load_models([folder, *beside])
-    models = {name if index == 0 else each: model for index, (each, model) in enumerate(models.items())}
+def draw(name: str, models: dict, folder: Path, dataset_path: Path | None, length: int) -> list[dict]:
+    """Draws the model `name` into `folder`, if of AFT with the fields of all `models`; returns events for the log."""
     files = draw_model(name, models[name], folder)
     if models[name].config.model_type == "aft":
         windows = read_windows(dataset_path, length, 4)
         fields = {each: receptive_field(model, windows) for each, model in models.items()}
         files.append(save_figure(draw_fields(fields), folder / f"{name}-receptive-field.svg"))
-    kinds = [path.stem.removeprefix(f"{name}-") for path in files]
-    pictures = [
-        {"event": "picture", "file": path.name, "caption": CAPTIONS[kind]}
-        for path, kind in zip(files, kinds, strict=True)
+    captions = [CAPTIONS[path.stem.removeprefix(f"{name}-")] for path in files]
+    return [
+        {"event": "picture", "file": path.name, "caption": text} for path, text in zip(files, captions, strict=True)
     ]
-    shutil.copy(run / "training_curve.png", folder)
-    return pictures
+
+
+def score(model, content: bytes, length: int, splits: tuple[str, ...], protocols: dict[str, list[str]]) -> list[dict]:
+    """
+    The events of the scores of a model, split by split.
+
+    Args:
+        protocols: for each of those of bpb_evaluation.py, its flags in addition.
+    """
+    text = np.frombuffer(content, np.uint8)
+    accelerator = Accelerator(mixed_precision="no")
+    model = accelerator.prepare(model)
+    events = []
+    for split in splits:
+        for protocol, flags in protocols.items():
+            result = evaluate_bits_per_byte(
+                model,
+                lambda first, end: text[first:end],
+                accelerator,
+                *split_ranges(len(content))[split],
+                protocol=protocol,
+                length=length,
+                stride=int(flags[1]) if flags else length,
+                batch_size=BATCH_SIZE,
+            )
+            flags = ["--split", split, "--protocol", protocol, "--length", str(length), *flags]
+            command = shlex.join([*flags, "--batch_size", str(BATCH_SIZE)])
+            events.append({"event": "evaluation", "split": split, **result, "command": command})
+            print(f"{split}: {result['bits_per_byte']:.4f} bits per byte, {protocol}", flush=True)
+    return events
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -160,18 +145,20 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("folder", type=Path, help="the new folder, whose name is that of the model")
     parser.add_argument("--dataset_path", type=Path, help="data of the run; Python's documentation when left out")
+    parser.add_argument("--dataset_note", help="what the data are and where from, for the card")
     parser.add_argument("--dtype", default="bfloat16", help=f"of the stored weights: {', '.join(DTYPES)}")
     parser.add_argument("--beside", type=Path, nargs="+", default=[], help="AFT models for the receptive field")
-    parser.add_argument("--dataset_note", help="what the data are and where from, for the card")
-    parser.add_argument("--overwrite", action="store_true", help="replace the folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder of an earlier release")
     args = parser.parse_args(argv)
     problems = []
     if args.dtype not in DTYPES:
         problems.append(f"--dtype must be one of {', '.join(DTYPES)}, got {args.dtype!r}")
-    if args.folder.exists() and not args.overwrite:
-        problems.append(f"folder must not exist without --overwrite, got {args.folder}")
-    if args.folder.resolve() == args.run.resolve():
-        problems.append(f"folder must be another than the run, got {args.folder}")
+    log = args.folder / "run.jsonl"
+    is_release = log.is_file() and any(event["event"] == "release" for event in read_log(log))
+    if args.folder.exists() and not (args.overwrite and is_release):
+        problems.append(f"folder must be new, or with --overwrite that of an earlier release, got {args.folder}")
+    if args.folder.name in (names := [path.resolve().name for path in args.beside]):
+        problems.append(f"--beside must have other names than {args.folder.name}, got {', '.join(names)}")
     if problems:
         raise ValueError("release.py: " + "; ".join(problems))
     return args
@@ -182,33 +169,55 @@ def main(argv: list[str] | None = None) -> Path:
     Runs the program with the flags `argv`, those of the command line by default; returns the folder.
 
     Raises:
-        ValueError: a flag is wrong, or the run is not finished or of other data.
+        ValueError: a flag is wrong, the run is not finished or of other data, or a model has the wrong type.
     """
     argv = sys.argv[1:] if argv is None else argv
     args = parse_arguments(argv)
     transformers.utils.logging.disable_progress_bar()
     content = pydoc_bytes() if args.dataset_path is None else file_bytes(args.dataset_path)
     events = check_run(args.run, content)
-    length = events[0]["arguments"]["sequence_length"]
-    name = args.folder.name
-    flags = [str(args.folder), *([] if args.dataset_path is None else ["--dataset_path", str(args.dataset_path)])]
+    trained = AutoModelForCausalLM.from_pretrained(args.run, dtype=torch.float32).eval()
+    beside = load_models(args.beside)
+    if wrong := [
+        name for name, model in beside.items() if {model.config.model_type, trained.config.model_type} != {"aft"}
+    ]:
+        raise ValueError(f"--beside must be AFT models, for a run of one, got {', '.join(wrong)}")
+    config, final = events[0], events[-1]
+    arguments, name, length = config["arguments"], args.folder.name, config["arguments"]["sequence_length"]
+    protocols = {"segments": [], "sliding": ["--stride", str(max(length // 4, 1))]}
+    if trained.config.model_type == "aft" and not has_length_limit(trained.config):
+        protocols["carried"] = []
 
-    temporary = args.folder.with_name(f"{name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    save_weights(args.run, temporary, getattr(torch, args.dtype))
-    command = shlex.join(["python", "scripts/release.py", *argv])
-    final = {key: value for key, value in events[-1].items() if key != "model_path"} | {"model_name": name}
-    events = [*events[:-1], final, {"event": "release", "dtype": args.dtype}]
-    events[-1] |= {"date": today(), "command": command, "dataset_note": args.dataset_note}
-    events += score_release(args.run, temporary, content, length, flags)
-    test_start = split_ranges(len(content))["test"][0]
-    events.append({"event": "xz", "bits_per_byte": xz_bits_per_byte(content, test_start)})
-    events += draw(args.run, temporary, name, args.beside, args.dataset_path, length)
-    (temporary / "run.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
-    (temporary / "README.md").write_text(fill_model_card(events), encoding="utf-8")
-    if args.folder.exists():
-        shutil.rmtree(args.folder)
-    temporary.rename(args.folder)
+    args.folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.folder.parent, prefix=f".{name}-") as temporary:
+        folder = Path(temporary) / name
+        save_weights(trained, folder, getattr(torch, args.dtype))
+        stored = AutoModelForCausalLM.from_pretrained(folder).eval()
+        pictures = draw(name, {name: stored.base_model, **beside}, folder, args.dataset_path, length)
+        plot_training_curve(events, folder / "training_curve.png")
+
+        scores = score(stored, content, length, ("test", "valid"), protocols)
+        program = ["python", "scripts/bpb_evaluation.py", str(args.folder)]
+        program += [] if args.dataset_path is None else ["--dataset_path", str(args.dataset_path)]
+        for event in scores:
+            event |= {"step": final["step"], "command": f"{shlex.join(program)} {event['command']}"}
+        [before] = score(trained, content, length, ("valid",), {"segments": []})
+        after = next(event for event in scores if event["split"] == "valid")
+        storage = {"event": "storage", "bits_per_byte": after["bits_per_byte"] - before["bits_per_byte"]}
+        xz = {"event": "xz", "bits_per_byte": xz_bits_per_byte(content, split_ranges(len(content))["test"][0])}
+
+        sampling = argparse.Namespace(**{**arguments, "sample_bytes": arguments["sample_bytes"] or 300})
+        final = {**final, "model_name": name, "sample": sample_text(stored, sampling)}
+        del final["model_path"]
+        config = {**config, "arguments": {k: v for k, v in arguments.items() if k not in OF_THE_MACHINE}}
+        release = {"event": "release", "dtype": args.dtype, "date": today(), "dataset_note": args.dataset_note}
+        release["command"] = shlex.join(["python", "scripts/release.py", *argv])
+        events = [config, *events[1:-1], final, release, storage, *scores, xz, *pictures]
+        (folder / "run.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
+        (folder / "README.md").write_text(fill_model_card(events), encoding="utf-8")
+        if args.folder.exists():
+            rmtree(args.folder)
+        folder.rename(args.folder)
     print(f"wrote {args.folder}")
     return args.folder
 

@@ -157,7 +157,7 @@ def card_values(events: list[dict]) -> dict:
             for event in final_scores(events)
         ],
         "release": one.get("release"),
-        "storage_cost": f"{one['storage']['bits_per_byte']:.4f}" if "storage" in one else None,
+        "storage_cost": f"{one['storage']['bits_per_byte']:+.5f}" if "storage" in one else None,
         "xz_bpb": f"{one['xz']['bits_per_byte']:.4f}" if "xz" in one else None,
         "pictures": [event for event in events if event["event"] == "picture"],
         "steps": f"{final['step']:,}",

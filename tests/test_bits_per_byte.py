@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import evaluate
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from bpb_evaluation import METRIC, batches, evaluate_bits_per_byte, load_batch, streams, windows
+from bpb_evaluation import METRIC, batches, evaluate_bits_per_byte, load_batch, main, streams, windows
 
 from modeling_aft import AFTConfig, AFTForCausalLM
 
@@ -169,3 +170,52 @@ def test_wrong_range_is_refused(accelerator, start, stop):
         evaluate_bits_per_byte(
             Bigram(), read, accelerator, start, stop, protocol="segments", length=4, stride=4, batch_size=1
         )
+
+
+# The command line
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, recurrent_model) -> Path:
+    """Saved models: one without a limit, one of 16 positions, one of 300 tokens; and a file of bytes."""
+    folder = tmp_path_factory.mktemp("models")
+    recurrent_model.save_pretrained(folder / "recurrent")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "max_position_embeddings": 16, "window_size": 4}
+    AFTForCausalLM(AFTConfig(**sizes)).save_pretrained(folder / "limited")
+    AFTForCausalLM(AFTConfig(**sizes, vocab_size=300)).save_pretrained(folder / "words")
+    (folder / "data").write_bytes(TEXT.tobytes())
+    return folder
+
+
+@pytest.mark.parametrize("split, start, stop", [("train", 1, 900), ("valid", 900, 950), ("test", 950, 1000)])
+def test_command_line_scores_a_split(folders, recurrent_model, capsys, split, start, stop):
+    flags = ["--dataset_path", str(folders / "data"), "--split", split, "--protocol", "carried", "--batch_size", "1"]
+    result = main([str(folders / "recurrent"), *flags, "--length", "64"])
+    expected = bits_per_byte_of_one_forward(recurrent_model, start, stop)
+    assert result["bits_per_byte"] == pytest.approx(expected, rel=1e-4)
+    assert result["bytes_scored"] == stop - start
+    line = f"{split}: {result['bits_per_byte']:.4f} bits per byte (carried, T = 64, 1 streams, {stop - start} bytes, "
+    assert line + "float32)" in capsys.readouterr().out
+
+
+def test_command_line_takes_length_and_stride_from_the_model(folders):
+    result = main([str(folders / "limited"), "--dataset_path", str(folders / "data"), "--protocol", "sliding"])
+    assert (result["length"], result["stride"]) == (16, 8)
+
+
+@pytest.mark.parametrize(
+    "model, flags, message",
+    [
+        ("limited", "--split half", "--split must be one of train, valid, test, got 'half'"),
+        ("limited", "--batch_size 0 --dtype int8", "--batch_size must be at least 1, got 0; --dtype must be one of"),
+        ("limited", "--length 17", r"--length must be at most max_position_embeddings \(16\), got 17"),
+        ("limited", "--protocol carried", "--protocol must be segments or sliding, got 'carried'"),
+        ("limited", "--stride 4", "--stride must be left out without --protocol sliding, got 4"),
+        ("limited", "--protocol sliding --stride 17", r"--stride must be at most --length \(16\), got 17"),
+        ("words", "", "must be a model of 256 bytes, got 300 tokens"),
+    ],
+    ids=["split", "two", "length", "carried", "stride", "long-stride", "tokens"],
+)
+def test_command_line_refuses(folders, model, flags, message):
+    with pytest.raises(ValueError, match=message):
+        main([str(folders / model), "--dataset_path", str(folders / "data"), *flags.split()])

@@ -15,6 +15,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from checkpointing import complete_checkpoints
+from families import VARIANTS, make_model
 from generate import main as generate
 from launching import run_on_two_processes
 from optimization import create_optimizers, learning_rate, parameter_groups, set_learning_rate
@@ -22,7 +23,7 @@ from pretrain_enwik8 import main, seed_step
 from pretraining_arguments import check_arguments, parse_arguments
 from run_log import read_log
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from modeling_aft import ByteTokenizer
 
@@ -253,9 +254,27 @@ def test_optimizers_and_their_learning_rates():
     assert [type(one) for one in create_optimizers(model, parse_arguments([]))] == [torch.optim.AdamW]
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_numbers_about_positions_have_their_own_learning_rate(variant):
+    model = make_model(variant)
+    found = {id(parameter) for parameter in parameter_groups(model, 0.0).get("position", {"params": []})["params"]}
+    expected = {
+        id(parameter)
+        for name, parameter in model.named_parameters()
+        if ".position_bias." in name or ".random." in name or ".factorized_random." in name
+    }
+    assert found == expected
+
+
+def test_muon_refuses_models_without_linear_layers():
+    model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=256, n_embd=8, n_layer=1, n_head=1))
+    with pytest.raises(ValueError, match="--optimizer must be adamw: GPT2LMHeadModel has no linear layers"):
+        create_optimizers(model, parse_arguments(["--optimizer", "muon"]))
+
+
 def test_muon_refuses_one_loss_scale(inputs, tmp_path, monkeypatch):
     monkeypatch.setattr("pretrain_enwik8.Accelerator.mixed_precision", "fp16")  # which wants a GPU
-    with pytest.raises(ValueError, match="--optimizer must be adamw in fp16.*got 'muon'"):
+    with pytest.raises(ValueError, match="--optimizer must be adamw with fp16.*got 'muon'"):
         main(flags(inputs, tmp_path / "run", optimizer="muon"))
     assert not (tmp_path / "run").exists()
 

@@ -2,6 +2,8 @@
 
 import json
 import lzma
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -74,7 +76,7 @@ def test_weights_are_the_rounded_ones_of_the_run(runs, released, name):
     assert all(torch.equal(after[key], tensor.to(torch.bfloat16)) for key, tensor in before.items())
     model = AutoModelForCausalLM.from_pretrained(released / f"my-{name}")
     assert model.dtype == torch.float32
-    assert list(released.glob("*.tmp")) == []
+    assert {path.name for path in released.iterdir()} == {"my-conv", "my-mixture"}
 
 
 @pytest.mark.parametrize("name", ["conv", "mixture"])
@@ -86,7 +88,7 @@ def test_every_score_is_what_its_command_prints(released, name, monkeypatch):
     assert [(e["split"], e["protocol"]) for e in scores] == [(s, p) for s in ("test", "valid") for p in protocols]
     for event in scores:
         assert event["command"] in card.content
-        program, script, *flags = event["command"].split()
+        program, script, *flags = shlex.split(event["command"])
         assert (program, script) == ("python", "scripts/bpb_evaluation.py")
         assert evaluate(flags)["bits_per_byte"] == pytest.approx(event["bits_per_byte"], rel=1e-6)
         assert f"| {event['split']} | {event['bits_per_byte']:.4f} | {event['protocol']}, T = 16" in card.content
@@ -138,8 +140,8 @@ def test_what_is_pushed_has_the_pictures(released, capsys):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"run": "cache"}, "must be the folder of a finished run"),
-        ({"folder": "conv"}, "folder must not exist without --overwrite"),
+        ({"run": "cache"}, "must be the folder of a finished run, got one whose log ends with None"),
+        ({"folder": "conv"}, "folder must be new, or with --overwrite that of an earlier release, got"),
         ({"--dtype": "int8"}, "--dtype must be one of float32, bfloat16, float16, got 'int8'"),
         ({"--dataset_path": "conv.json"}, "--dataset_path must be the data of the run, of sha256"),
     ],
@@ -158,5 +160,34 @@ def test_unfinished_run_is_refused(runs, data, tmp_path):
     for name in ("config.json", "run.jsonl"):
         lines = (runs / "conv" / name).read_text().splitlines(keepends=True)
         (tmp_path / name).write_text("".join(lines[:-1] if name == "run.jsonl" else lines))
-    with pytest.raises(ValueError, match="must be finished, got a log that ends with 'evaluation'"):
+    with pytest.raises(ValueError, match="a finished run, got one whose log ends with 'evaluation'"):
         main([str(tmp_path), str(tmp_path / "out"), "--dataset_path", str(data)])
+
+
+@pytest.mark.parametrize(
+    "run, beside, message",
+    [
+        ("conv", "simple", "--beside must have other names than simple, got simple"),
+        ("conv", "mixture", "--beside must be AFT models, for a run of one, got mixture"),
+        ("mixture", "conv", "--beside must be AFT models, for a run of one, got conv"),
+    ],
+)
+def test_wrong_company_is_refused(runs, data, tmp_path, run, beside, message):
+    target = tmp_path / ("simple" if beside == "simple" else "out")
+    with pytest.raises(ValueError, match=message):
+        main([str(runs / run), str(target), "--dataset_path", str(data), "--beside", str(runs / beside)])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_an_earlier_release_is_overwritten(runs, released, data, tmp_path):
+    with pytest.raises(ValueError, match="--overwrite that of an earlier release"):
+        main([str(runs / "conv"), str(runs / "simple"), "--dataset_path", str(data), "--overwrite"])
+    assert (runs / "simple" / "model.safetensors").is_file()
+    folder = tmp_path / "my-conv"
+    shutil.copytree(released / "my-conv", folder)
+    (folder / "old").touch()
+    main([str(runs / "conv"), str(folder), "--dataset_path", str(data), "--overwrite", "--dtype", "float32"])
+    assert not (folder / "old").exists() and [path.name for path in tmp_path.iterdir()] == ["my-conv"]
+    before, after = (load_file(path / "model.safetensors") for path in (runs / "conv", folder))
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+    assert "stored in" not in (folder / "README.md").read_text()
