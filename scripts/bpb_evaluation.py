@@ -152,6 +152,14 @@ def evaluate_bits_per_byte(
     return {**result, **name, "dtype": dtype}
 
 
+def evaluate_split(model, content: bytes, split: str, accelerator, **protocol) -> dict:
+    """Scores a split of a file's content; `protocol` and the result are those of `evaluate_bits_per_byte`."""
+    text = np.frombuffer(content, np.uint8)
+    start, stop = split_ranges(len(content))[split]
+    start = max(start, 1)  # nothing stands before the first byte of a file
+    return evaluate_bits_per_byte(model, lambda first, end: text[first:end], accelerator, start, stop, **protocol)
+
+
 def check_protocol(config, protocol: str, length: int | None, stride: int | None) -> tuple[int, int]:
     """
     T and S of a protocol for a model: `max_position_embeddings` and half of T where they are None.
@@ -222,17 +230,15 @@ def main(argv: list[str] | None = None) -> dict:
     """
     args = parse_arguments(argv)
     transformers.utils.logging.disable_progress_bar()
-    content = np.frombuffer(pydoc_bytes() if args.dataset_path is None else file_bytes(args.dataset_path), np.uint8)
-    start, stop = split_ranges(len(content))[args.split]
+    content = pydoc_bytes() if args.dataset_path is None else file_bytes(args.dataset_path)
     length, stride = check_protocol(read_config(args.model), args.protocol, args.length, args.stride)
     accelerator = Accelerator()
     model = load_model(args.model, args.dtype)
-    result = evaluate_bits_per_byte(
+    result = evaluate_split(
         accelerator.prepare(model),
-        lambda first, end: content[first:end],
+        content,
+        args.split,
         accelerator,
-        max(start, 1),  # nothing stands before the first byte of a file
-        stop,
         protocol=args.protocol,
         length=length,
         stride=stride,

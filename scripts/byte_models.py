@@ -27,8 +27,7 @@ def read_config(name: str) -> PreTrainedConfig:
         ValueError: the model has other tokens.
     """
     config = AutoConfig.from_pretrained(name, trust_remote_code=TRUST_REMOTE_CODE)
-    if getattr(config, "vocab_size", None) != 256:
-        found = getattr(config, "vocab_size", "none")
+    if (found := getattr(config, "vocab_size", "no")) != 256:
         raise ValueError(f"--model {name}: must be a model of 256 bytes, got {found} tokens")
     return config
 

@@ -269,6 +269,13 @@ def draw_fields(fields: dict[str, np.ndarray]) -> Figure:
     return figure
 
 
+def draw_receptive_fields(models: dict, dataset_path: Path | None, length: int, num_windows: int, path: Path) -> Path:
+    """Draws the receptive fields of AFT models over the same windows as `path`; returns the file that was written."""
+    windows = read_windows(dataset_path, length, num_windows)
+    fields = {name: receptive_field(model, windows) for name, model in models.items()}
+    return save_figure(draw_fields(fields), path)
+
+
 def read_windows(path: Path | None, length: int, count: int) -> torch.Tensor:
     """
     The first windows of the valid split, int64 [at most `count`, `length`].
@@ -366,7 +373,7 @@ def main(argv: list[str] | None = None) -> list[Path]:
     args = parse_arguments(argv)
     transformers.utils.logging.disable_progress_bar()
     models = load_models(args.models)
-    written, fields = [], {}
+    written = []
     afts = {name: model for name, model in models.items() if model.config.model_type == "aft"}
     for name, model in models.items():
         drawn = draw_model(name, model, args.output_dir)
@@ -380,9 +387,8 @@ def main(argv: list[str] | None = None) -> list[Path]:
         if no_bytes := [name for name, model in afts.items() if model.config.vocab_size < 256]:
             raise ValueError(f"models: must have a vocab_size of 256 or more, not so {', '.join(no_bytes)}")
         length = args.length or min(model.config.max_position_embeddings for model in afts.values())
-        windows = read_windows(args.dataset_path, length, args.num_windows)
-        fields = {name: receptive_field(model, windows) for name, model in afts.items()}
-        written.append(save_figure(draw_fields(fields), args.output_dir / "receptive-field.svg"))
+        path = args.output_dir / "receptive-field.svg"
+        written.append(draw_receptive_fields(afts, args.dataset_path, length, args.num_windows, path))
     for path in written:
         print(f"wrote {path}")
     return written

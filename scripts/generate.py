@@ -95,6 +95,10 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("generate.py: the prompt must have at least one character")
     config = read_config(args.model)
     tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=TRUST_REMOTE_CODE)
+    if tokenizer.vocab_size != 256:
+        raise ValueError(
+            f"--model {args.model}: must have a tokenizer of 256 bytes, got {tokenizer.vocab_size} tokens"
+        )
     inputs = tokenizer(prompt, return_tensors="pt").to(args.device)
     max_new_tokens = args.max_new_tokens or 500
     if has_length_limit(config):

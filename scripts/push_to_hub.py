@@ -142,10 +142,9 @@ def check_model(folder: Path, config: dict) -> dict:
     }
 
 
-def make_card(args: argparse.Namespace, values: dict) -> str:
-    """The README.md to push; `values` are those of `check_model`."""
-    log, results, readme = (args.folder / name for name in ("run.jsonl", "eval_results.json", "README.md"))
-    events = read_log(log) if log.is_file() else []
+def make_card(args: argparse.Namespace, events: list[dict], values: dict) -> str:
+    """The README.md to push; `events` are those of the log, and `values` those of `check_model`."""
+    results, readme = (args.folder / name for name in ("eval_results.json", "README.md"))
     metrics = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
     metrics = {name.removeprefix("eval_"): value for name, value in metrics.items() if not TIMINGS.search(name)}
     card = made = ModelCard(fill_model_card(events, name=args.repo_id, metrics=metrics, **values))
@@ -186,10 +185,12 @@ def main(argv: list[str] | None = None) -> None:
     transformers.utils.logging.disable_progress_bar()
     config = check_files(args.folder)
     values = check_model(args.folder, config)
-    card = make_card(args, values)
     log = args.folder / "run.jsonl"
-    pictures = [event["file"] for event in (read_log(log) if log.is_file() else []) if event["event"] == "picture"]
-    files = sorted({path for part in (*PARTS, *pictures) for path in args.folder.glob(part)})
+    events = read_log(log) if log.is_file() else []
+    card = make_card(args, events, values)
+    pictures = {args.folder / event["file"] for event in events if event["event"] == "picture"}
+    files = {path for part in PARTS for path in args.folder.glob(part)}
+    files = sorted(files | {path for path in pictures if path.is_file()})
     for name, size in [*((path.name, path.stat().st_size) for path in files), ("README.md", len(card.encode()))]:
         print(f"{size:>13,} {name}")
     if args.dry_run:

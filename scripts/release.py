@@ -29,14 +29,12 @@ import tempfile
 from pathlib import Path
 from shutil import rmtree
 
-import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
-from bpb_evaluation import evaluate_bits_per_byte
+from bpb_evaluation import evaluate_split
 from byte_data import file_bytes, pydoc_bytes, split_ranges
-from draw_model import draw_fields, draw_model, load_models, read_windows, receptive_field
-from drawing import save_figure
+from draw_model import draw_model, draw_receptive_fields, load_models
 from pretrain_enwik8 import sample_text
 from pretraining_arguments import has_length_limit
 from run_log import OF_THE_MACHINE, fill_model_card, plot_training_curve, read_log, today
@@ -95,9 +93,7 @@ def draw(name: str, models: dict, folder: Path, dataset_path: Path | None, lengt
     """Draws the model `name` into `folder`, if of AFT with the fields of all `models`; returns events for the log."""
     files = draw_model(name, models[name], folder)
     if models[name].config.model_type == "aft":
-        windows = read_windows(dataset_path, length, 4)
-        fields = {each: receptive_field(model, windows) for each, model in models.items()}
-        files.append(save_figure(draw_fields(fields), folder / f"{name}-receptive-field.svg"))
+        files.append(draw_receptive_fields(models, dataset_path, length, 4, folder / f"{name}-receptive-field.svg"))
     captions = [CAPTIONS[path.stem.removeprefix(f"{name}-")] for path in files]
     return [
         {"event": "picture", "file": path.name, "caption": text} for path, text in zip(files, captions, strict=True)
@@ -111,17 +107,16 @@ def score(model, content: bytes, length: int, splits: tuple[str, ...], protocols
     Args:
         protocols: for each of those of bpb_evaluation.py, its flags in addition.
     """
-    text = np.frombuffer(content, np.uint8)
     accelerator = Accelerator(mixed_precision="no")
     model = accelerator.prepare(model)
     events = []
     for split in splits:
         for protocol, flags in protocols.items():
-            result = evaluate_bits_per_byte(
+            result = evaluate_split(
                 model,
-                lambda first, end: text[first:end],
+                content,
+                split,
                 accelerator,
-                *split_ranges(len(content))[split],
                 protocol=protocol,
                 length=length,
                 stride=int(flags[1]) if flags else length,
