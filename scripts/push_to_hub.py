@@ -188,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
     log = args.folder / "run.jsonl"
     events = read_log(log) if log.is_file() else []
     card = make_card(args, events, values)
-    pictures = {args.folder / event["file"] for event in events if event["event"] == "picture"}
+    pictures = {args.folder / picture["file"] for event in events for picture in event.get("pictures", [])}
     files = {path for part in PARTS for path in args.folder.glob(part)}
     files = sorted(files | {path for path in pictures if path.is_file()})
     for name, size in [*((path.name, path.stat().st_size) for path in files), ("README.md", len(card.encode()))]:

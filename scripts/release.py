@@ -90,14 +90,11 @@ def save_weights(model, folder: Path, dtype: torch.dtype) -> None:
 
 
 def draw(name: str, models: dict, folder: Path, dataset_path: Path | None, length: int) -> list[dict]:
-    """Draws the model `name` into `folder`, if of AFT with the fields of all `models`; returns events for the log."""
+    """Draws the model `name` into `folder`, if of AFT with the fields of all `models`; returns files and captions."""
     files = draw_model(name, models[name], folder)
     if models[name].config.model_type == "aft":
         files.append(draw_receptive_fields(models, dataset_path, length, 4, folder / f"{name}-receptive-field.svg"))
-    captions = [CAPTIONS[path.stem.removeprefix(f"{name}-")] for path in files]
-    return [
-        {"event": "picture", "file": path.name, "caption": text} for path, text in zip(files, captions, strict=True)
-    ]
+    return [{"file": path.name, "caption": CAPTIONS[path.stem.removeprefix(f"{name}-")]} for path in files]
 
 
 def score(model, content: bytes, length: int, splits: tuple[str, ...], protocols: dict[str, list[str]]) -> list[dict]:
@@ -198,16 +195,22 @@ def main(argv: list[str] | None = None) -> Path:
             event |= {"step": final["step"], "command": f"{shlex.join(program)} {event['command']}"}
         [before] = score(trained, content, length, ("valid",), {"segments": []})
         after = next(event for event in scores if event["split"] == "valid")
-        storage = {"event": "storage", "bits_per_byte": after["bits_per_byte"] - before["bits_per_byte"]}
-        xz = {"event": "xz", "bits_per_byte": xz_bits_per_byte(content, split_ranges(len(content))["test"][0])}
 
         sampling = argparse.Namespace(**{**arguments, "sample_bytes": arguments["sample_bytes"] or 300})
         final = {**final, "model_name": name, "sample": sample_text(stored, sampling)}
         del final["model_path"]
         config = {**config, "arguments": {k: v for k, v in arguments.items() if k not in OF_THE_MACHINE}}
-        release = {"event": "release", "dtype": args.dtype, "date": today(), "dataset_note": args.dataset_note}
-        release["command"] = shlex.join(["python", "scripts/release.py", *argv])
-        events = [config, *events[1:-1], final, release, storage, *scores, xz, *pictures]
+        release = {
+            "event": "release",
+            "command": shlex.join(["python", "scripts/release.py", *argv]),
+            "date": today(),
+            "dataset_note": args.dataset_note,
+            "dtype": args.dtype,
+            "storage_cost": after["bits_per_byte"] - before["bits_per_byte"],
+            "xz_bits_per_byte": xz_bits_per_byte(content, split_ranges(len(content))["test"][0]),
+            "pictures": pictures,
+        }
+        events = [config, *events[1:-1], final, release, *scores]
         (folder / "run.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
         (folder / "README.md").write_text(fill_model_card(events), encoding="utf-8")
         if args.folder.exists():

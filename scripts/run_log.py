@@ -123,7 +123,7 @@ def card_values(events: list[dict]) -> dict:
 
     Args:
         events (`list[dict]`): the log, with one config event, evaluations of both splits, and one final event; and if
-            the run was released, with a release event and what release.py writes after it.
+            the run was released, with a release event and the scores of what was stored after it.
     """
     config = next(event for event in events if event["event"] == "config")
     final = next(event for event in reversed(events) if event["event"] == "final")
@@ -146,7 +146,6 @@ def card_values(events: list[dict]) -> dict:
         "dataset": config["data"],
         "dataset_sha256": config["data_sha256"],
         **{f"{split}_bytes": f"{config[f'{split}_bytes']:,}" for split in ("train", "valid", "test")},
-        "dataset_note": one["release"].get("dataset_note") if "release" in one else None,
         "scores": [
             {
                 "split": event["split"],
@@ -157,9 +156,6 @@ def card_values(events: list[dict]) -> dict:
             for event in final_scores(events)
         ],
         "release": one.get("release"),
-        "storage_cost": f"{one['storage']['bits_per_byte']:+.5f}" if "storage" in one else None,
-        "xz_bpb": f"{one['xz']['bits_per_byte']:.4f}" if "xz" in one else None,
-        "pictures": [event for event in events if event["event"] == "picture"],
         "steps": f"{final['step']:,}",
         "tokens": f"{final['step'] * config['tokens_per_step']:,}",
         "minutes": f"{final['training_seconds'] / 60:,.1f}",
