@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from generate import ByteStreamer, main
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from modeling_aft import AFTConfig, AFTForCausalLM, ByteTokenizer
 
@@ -103,6 +106,19 @@ def test_wrong_values_are_refused(flags):
 def test_empty_prompt_is_refused():
     with pytest.raises(ValueError, match="prompt"):
         main(["--model", "nowhere", "--prompt", ""])
+
+
+def test_other_tokens_are_refused(tmp_path):
+    config = AFTConfig(hidden_size=16, num_hidden_layers=1, max_position_embeddings=32, vocab_size=300)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="must be a model of 256 bytes, got 300 tokens"):
+        main(["--model", str(tmp_path), "--prompt", "a"])
+    config.vocab_size = 256
+    config.save_pretrained(tmp_path)
+    words = Tokenizer(WordLevel({"a": 0, "?": 1}, unk_token="?"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="must have a tokenizer of 256 bytes, got 2 tokens"):
+        main(["--model", str(tmp_path), "--prompt", "a"])
 
 
 def test_runs_without_the_package(folder, tmp_path):
