@@ -233,6 +233,23 @@ def check_folders(planned: list[PlannedRun], entries: list[dict]) -> None:
         raise ValueError(f"these runs were made of other entries; {advice}:\n" + "\n".join(problems))
 
 
+def check_seeds(folders: dict[str, list[Path]]) -> None:
+    """
+    Checks that the seeds of each run were trained alike.
+
+    Raises:
+        ValueError: one error that names every run and value that differs.
+    """
+    problems = []
+    for name, each in folders.items():
+        entries = [json.loads((folder / ENTRY).read_text(encoding="utf-8")) for folder in each]
+        for key in set().union(*entries) - {"seed"}:
+            if len(found := dict.fromkeys(repr(entry.get(key)) for entry in entries)) > 1:
+                problems.append(f"{name}: {key} is {' and '.join(found)}")
+    if problems:
+        raise ValueError("the seeds of a run must have been trained alike, got " + "; ".join(sorted(problems)))
+
+
 def train(run: PlannedRun, command: str) -> None:
     """Trains one run in this process, and leaves its result file, whose presence means that the run is complete."""
     device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device.type
@@ -341,6 +358,7 @@ def main(argv: list[str] | None = None) -> list[Path]:
         command = shlex.join(["python", "scripts/compare.py", *argv])
         failed = train_all([planned[i] for i in chosen], [entries[i] for i in chosen], command, args.max_hours)
     folders = {name: [run.folder for run in planned if run.name == name and run.finished] for name in plan.runs}
+    check_seeds(folders)
     written = []
     if any(folders.values()):
         written = write_table(

@@ -23,7 +23,7 @@ from run_log import describe_protocol, read_log
 RESULT = "result.json"
 COLUMNS = (
     *("run", "parameters", "steps", "tokens", "seeds", "valid", "valid_std", "test", "test_std"),
-    *("seconds", "equal_seconds", "valid_at_equal_seconds", "tokens_per_second", "peak_bytes"),
+    *("seconds", "seconds_std", "equal_seconds", "valid_at_equal_seconds", "tokens_per_second", "peak_bytes"),
     *("valid_protocol", "test_protocol", "hardware", "precision", "versions"),
     *("data", "data_sha256", "date", "command"),
 )
@@ -104,17 +104,20 @@ def value_at(curve: np.ndarray, seconds: float) -> float | None:
 
 
 def join_seeds(name: str, runs: list[dict], equal_seconds: float | None) -> dict:
-    """One row: means over the seeds, the sample standard deviation of the scores, and the largest peak memory."""
+    """
+    One row: means over the seeds, sample standard deviations of scores and seconds, and of the peaks of memory the
+    least, as what a process holds beyond that is an accident of its allocator.
+    """
     row = {"run": name, "seeds": " ".join(str(run["seed"]) for run in runs), "equal_seconds": equal_seconds}
     row |= {column: runs[0][column] for column in ("parameters", "steps", "tokens")}
     for column in (*CONDITIONS, *ORIGINS):
         row[column] = "; ".join(dict.fromkeys(run[column] for run in runs))
     for column in ("valid", "test", "seconds", "tokens_per_second"):
         row[column] = fmean(run[column] for run in runs)
-    for column in ("valid", "test"):
+    for column in ("valid", "test", "seconds"):
         row[f"{column}_std"] = stdev(run[column] for run in runs) if len(runs) > 1 else None
     peaks = [run["peak_bytes"] for run in runs]
-    row["peak_bytes"] = None if None in peaks else max(peaks)
+    row["peak_bytes"] = None if None in peaks else min(peaks)
     at_budget = [None if equal_seconds is None else value_at(run["curve"], equal_seconds) for run in runs]
     row["valid_at_equal_seconds"] = None if None in at_budget else fmean(at_budget)
     return row
@@ -135,16 +138,12 @@ def write_table(
         The files: csv, Markdown, picture.
 
     Raises:
-        ValueError: the runs have different data, or the seeds of one different steps.
+        ValueError: the runs have different data.
     """
     runs = {name: [read_run(folder) for folder in each] for name, each in folders.items() if each}
     if len({run["data_sha256"] for each in runs.values() for run in each}) > 1:
         found = ", ".join(f"{name} {each[0]['data']}" for name, each in runs.items())
         raise ValueError(f"the runs of a table must have the same data, got {found}")
-    for name, each in runs.items():
-        if len(found := {tuple(run["curve"][:, 0]): str(run["steps"]) for run in each}) > 1:
-            steps = ", ".join(found.values())
-            raise ValueError(f"the seeds of a run must be evaluated at the same steps, got {name} with {steps} steps")
     origin = ""
     if seconds is None and reference in runs:
         seconds, origin = fmean(run["seconds"] for run in runs[reference]), f", as {reference} took"
@@ -170,7 +169,7 @@ def cell(row: dict, column: str, form: str, best: float) -> str:
         return ""
     text = form.format(value / 2**20 if column == "peak_bytes" else value)
     if row.get(f"{column}_std") is not None:
-        text += f" ± {row[f'{column}_std']:.3f}"
+        text += " ± " + form.format(row[f"{column}_std"])
     if column == "valid_at_equal_seconds" and row["seconds"] < row["equal_seconds"]:
         text += " *"
     return f"**{text}**" if column == "valid" and value == best else text
@@ -186,8 +185,9 @@ def markdown(title: str, rows: list[dict], origin: str, missing: list[str], pict
     for row in rows:
         lines.append("| " + " | ".join(cell(row, column, form, best) for _, column, form in shown) + " |")
     notes = [
-        "Scores are bits per byte, means over the seeds ± their sample standard deviation; the best on valid is bold.",
-        "Tokens/s is the median over the lines of the log, peak MiB what a process held beyond its libraries.",
+        "Scores are bits per byte; means over the seeds ± their sample standard deviation, the best on valid bold.",
+        "Tokens/s is the median over the lines of the log, peak MiB what a process held beyond its libraries, the",
+        "least of the seeds.",
     ]
     if (seconds := rows[0]["equal_seconds"]) is not None:
         notes += [

@@ -269,8 +269,16 @@ def draw_fields(fields: dict[str, np.ndarray]) -> Figure:
     return figure
 
 
-def draw_receptive_fields(models: dict, dataset_path: Path | None, length: int, num_windows: int, path: Path) -> Path:
-    """Draws the receptive fields of AFT models over the same windows as `path`; returns the file that was written."""
+def draw_receptive_fields(
+    models: dict, dataset_path: Path | None, path: Path, length: int | None = None, num_windows: int = 4
+) -> Path:
+    """
+    Draws the receptive fields of AFT models over the same windows as `path`; returns the file that was written.
+
+    Args:
+        length: bytes of a window; the least max_position_embeddings of the models by default.
+    """
+    length = length or min(model.config.max_position_embeddings for model in models.values())
     windows = read_windows(dataset_path, length, num_windows)
     fields = {name: receptive_field(model, windows) for name, model in models.items()}
     return save_figure(draw_fields(fields), path)
@@ -386,9 +394,8 @@ def main(argv: list[str] | None = None) -> list[Path]:
     if afts:
         if no_bytes := [name for name, model in afts.items() if model.config.vocab_size < 256]:
             raise ValueError(f"models: must have a vocab_size of 256 or more, not so {', '.join(no_bytes)}")
-        length = args.length or min(model.config.max_position_embeddings for model in afts.values())
         path = args.output_dir / "receptive-field.svg"
-        written.append(draw_receptive_fields(afts, args.dataset_path, length, args.num_windows, path))
+        written.append(draw_receptive_fields(afts, args.dataset_path, path, args.length, args.num_windows))
     for path in written:
         print(f"wrote {path}")
     return written

@@ -89,11 +89,11 @@ def save_weights(model, folder: Path, dtype: torch.dtype) -> None:
     ByteTokenizer().save_pretrained(folder)
 
 
-def draw(name: str, models: dict, folder: Path, dataset_path: Path | None, length: int) -> list[dict]:
+def draw(name: str, models: dict, folder: Path, dataset_path: Path | None) -> list[dict]:
     """Draws the model `name` into `folder`, if of AFT with the fields of all `models`; returns files and captions."""
     files = draw_model(name, models[name], folder)
     if models[name].config.model_type == "aft":
-        files.append(draw_receptive_fields(models, dataset_path, length, 4, folder / f"{name}-receptive-field.svg"))
+        files.append(draw_receptive_fields(models, dataset_path, folder / f"{name}-receptive-field.svg"))
     return [{"file": path.name, "caption": CAPTIONS[path.stem.removeprefix(f"{name}-")]} for path in files]
 
 
@@ -185,7 +185,7 @@ def main(argv: list[str] | None = None) -> Path:
         folder = Path(temporary) / name
         save_weights(trained, folder, getattr(torch, args.dtype))
         stored = AutoModelForCausalLM.from_pretrained(folder).eval()
-        pictures = draw(name, {name: stored.base_model, **beside}, folder, args.dataset_path, length)
+        pictures = draw(name, {name: stored.base_model, **beside}, folder, args.dataset_path)
         plot_training_curve(events, folder / "training_curve.png")
 
         scores = score(stored, content, length, ("test", "valid"), protocols)

@@ -117,11 +117,15 @@ def test_shipped_plan(path, tmp_path):
             assert getattr(config, name) == value
 
 
-def configs(name: str) -> dict:
+def arguments(name: str) -> dict:
     [path] = [path for path in PLANS if path.stem == name]
     plan = compare.read_plan(path)
     runs = compare.plan_runs(plan, Path("runs"), [0], [])
-    return {run.name: build_config(parse_arguments(run.flags)) for run in runs}
+    return {run.name: parse_arguments(run.flags) for run in runs}
+
+
+def configs(name: str) -> dict:
+    return {name: build_config(args) for name, args in arguments(name).items()}
 
 
 def test_plan_of_the_variants_has_all_of_them():
@@ -136,7 +140,7 @@ def test_plan_of_the_variants_has_all_of_them():
 
 def test_plans_of_windows_and_lengths():
     assert [config.window_size for config in configs("windows").values()] == [0, 1, 2, 4, 8, 32, 64, 128, 256]
-    assert [config.max_position_embeddings for config in configs("lengths").values()] == [256, 512, 1024]
+    assert [args.sequence_length for args in arguments("lengths").values()] == 2 * [256, 512, 1024]
 
 
 @pytest.mark.parametrize(
@@ -296,8 +300,9 @@ def test_changed_entries_are_refused(finished, tmp_path, monkeypatch, change, mo
 @pytest.mark.parametrize(
     "more, change, message",
     [
-        pytest.param(["--max_steps", "4"], None, "same steps, got simple with 6, 4 steps", id="steps"),
-        pytest.param([], other_data, "must have the same data", id="data"),
+        pytest.param(["--max_steps", "4"], None, "simple: max_steps is 6 and 4", id="steps"),
+        pytest.param(["--learning_rate", "1e-4"], None, "simple: learning_rate is .* and 0.0001", id="learning-rate"),
+        pytest.param([], other_data, "simple: data is '[0-9a-f]{64}' and '[0-9a-f]{64}'", id="data"),
     ],
 )
 def test_seeds_that_cannot_be_joined_are_refused(inputs, more, change, message):
@@ -305,7 +310,15 @@ def test_seeds_that_cannot_be_joined_are_refused(inputs, more, change, message):
     if change is not None:
         change(inputs)
     compare.main(flags(inputs, "--only", "simple", "--seeds", "1", *more))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"must have been trained alike, got {message}$"):
+        compare.main(flags(inputs, "--table_only", "--seeds", "0", "1", data=False))
+
+
+def test_runs_of_other_data_do_not_stand_in_one_table(inputs):
+    compare.main(flags(inputs, "--only", "simple", "--seeds", "0"))
+    other_data(inputs)
+    compare.main(flags(inputs, "--only", "local", "--seeds", "1"))
+    with pytest.raises(ValueError, match="the runs of a table must have the same data"):
         compare.main(flags(inputs, "--table_only", "--seeds", "0", "1", data=False))
 
 
