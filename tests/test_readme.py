@@ -72,7 +72,7 @@ def test_commands_exist(block):
         if command[0] == "make":
             assert {word for word in command[1:] if "=" not in word} <= make_targets(), command
         for word in command:
-            if word.startswith(("configuration/", "scripts/", "tests/", "modeling_aft/")):
+            if word.startswith(("configuration/", "scripts/", "tests/", "modeling_aft/", "model_cards/")):
                 assert (ROOT / word).exists(), f"{word} in {command}"
         scripts = [i for i, word in enumerate(command) if re.fullmatch(r"scripts/\w+\.py", word)]
         if scripts:
