@@ -156,6 +156,7 @@ def card_values(events: list[dict]) -> dict:
             for event in final_scores(events)
         ],
         "release": one.get("release"),
+        "curve_bytes": f"{config['arguments']['eval_bytes']:,}" if config["arguments"]["eval_bytes"] else None,
         "steps": f"{final['step']:,}",
         "tokens": f"{final['step'] * config['tokens_per_step']:,}",
         "minutes": f"{final['training_seconds'] / 60:,.1f}",

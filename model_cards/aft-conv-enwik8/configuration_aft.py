@@ -1,0 +1,114 @@
+# Copyright 2026 The modeling_aft authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""Configuration of the Attention Free Transformer (arXiv 2105.14103)."""
+
+from .configuration_common import MixerConfig, strict_config
+
+
+AFT_TYPES = ("full", "local", "simple", "conv")
+
+
+@strict_config
+class AFTConfig(MixerConfig):
+    r"""
+    Configuration of [`AFTModel`] and [`AFTForCausalLM`]. The defaults are the 12-layer AFT-local-32 of the paper's
+    Enwik8 table (byte vocabulary, T = 1024).
+
+    Args:
+        aft_type (`str`, defaults to `"local"`):
+            Which pairs of positions carry a learned bias: `"full"` (all, eq. 2), `"local"` (offsets below
+            `window_size`, eq. 4), `"simple"` (none, eq. 5) or `"conv"` (offsets below `window_size`, one bias per
+            offset and head, eq. 6).
+        vocab_size (`int`, defaults to 256):
+            Number of token ids. 256 is every byte value.
+        hidden_size (`int`, defaults to 512):
+            Width d of the residual stream and of queries and values.
+        num_hidden_layers (`int`, defaults to 12):
+            Number of blocks.
+        intermediate_size (`int`, *optional*):
+            Width of the feed-forward layer. `None` means `4 * hidden_size`.
+        hidden_act (`str`, defaults to `"gelu"`):
+            Activation of the feed-forward layer, a name from `transformers.activations.ACT2FN`.
+        max_position_embeddings (`int`, defaults to 1024):
+            Length T of the learned tables: position embeddings, and the position biases of full and local. Nothing
+            limits the length of simple and conv with `position_embedding_type="none"`.
+        window_size (`int`, defaults to 32):
+            s of local and conv: offsets `|t - t'| < s` carry a learned bias, so 1 is the diagonal and 0 is
+            AFT-simple. Outside the window the bias is 0 (weight 1), not minus infinity. Unused by full and simple.
+        position_bias_rank (`int`, *optional*, defaults to 256):
+            Rank d' of the factorised bias `w = u v^T` of full and local (eq. 7). `None` learns every bias by itself: a
+            `T x T` table for full, its band of `window_size` offsets for local. Unused by simple and conv.
+        num_attention_heads (`int`, defaults to 1):
+            h of conv: the number of bias sets, and the width of the keys. The other types have one bias set shared by
+            all channels, and do not read this field.
+        position_embedding_type (`str`, defaults to `"learned"`):
+            `"learned"` adds a learned vector per position to the token embedding, `"none"` adds nothing.
+        hidden_dropout_prob (`float`, defaults to 0.1):
+            Dropout on the embeddings and on the output of every mixer and feed-forward layer.
+        layer_norm_eps (`float`, defaults to 1e-05):
+            Epsilon of the layer norms.
+        initializer_range (`float`, defaults to 0.02):
+            Standard deviation of the initial linear and embedding weights.
+        tie_word_embeddings (`bool`, defaults to `True`):
+            Whether the language-model head shares the weight of the token embedding.
+        use_cache (`bool`, defaults to `True`):
+            Whether the model returns its recurrent state when it is not training.
+        is_decoder (`bool`, defaults to `True`):
+            Causal when true: position t sees positions up to t. When false every position sees all others, and there
+            is no cache.
+        pad_token_id, bos_token_id, eos_token_id (`int`, *optional*):
+            Special token ids; none by default, because each of the 256 ids of the byte vocabulary is a byte.
+
+    Raises:
+        ValueError: one error that lists every field with a value that is not allowed.
+
+    Example:
+
+    ```python
+    >>> from modeling_aft import AFTConfig, AFTForCausalLM
+
+    >>> config = AFTConfig(aft_type="conv", hidden_size=128, num_hidden_layers=2, num_attention_heads=4)
+    >>> model = AFTForCausalLM(config)
+    ```"""
+
+    model_type = "aft"
+
+    aft_type: str = "local"
+    window_size: int = 32
+    position_bias_rank: int | None = 256
+
+    @property
+    def layer_types(self) -> list[str]:
+        """One name per layer, by which transformers chooses the cache layers (not serialised)."""
+        return ["aft_full" if self.aft_type == "full" else "aft"] * self.num_hidden_layers
+
+    @property
+    def has_position_table(self) -> bool:
+        """Whether some learned table ends at `max_position_embeddings`."""
+        if self.position_embedding_type == "learned" or self.aft_type == "full":
+            return True
+        return self.aft_type == "local" and self.window_size > 0
+
+    def _problems(self) -> list[str]:
+        problems = super()._problems()
+        if self.aft_type not in AFT_TYPES:
+            problems.append(self._problem("aft_type", f"one of {', '.join(AFT_TYPES)}"))
+        if self.position_bias_rank is not None and self.position_bias_rank < 1:
+            problems.append(self._problem("position_bias_rank", "None or at least 1"))
+        if self.window_size < 0:
+            problems.append(self._problem("window_size", "at least 0"))
+        if self.aft_type == "local" and self.window_size > self.max_position_embeddings:
+            allowed = f"at most max_position_embeddings ({self.max_position_embeddings})"
+            problems.append(self._problem("window_size", allowed))
+        if self.aft_type == "conv":
+            problems += self._heads_problem()
+        return problems
+
+
+__all__ = ["AFTConfig"]

@@ -1,0 +1,255 @@
+# Copyright 2026 The modeling_aft authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""The Attention Free Transformer (arXiv 2105.14103): mixer, model, language model."""
+
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import GenerationMixin, initialization
+
+from .cache_aft import AFTCacheLayer, AFTFullCacheLayer  # noqa: F401  (registers the layer types of the config)
+from .configuration_aft import AFTConfig
+from .modeling_common import Linear, MixerBlock, MixerForCausalLM, MixerModel, MixerPreTrainedModel
+from .modeling_heads import MixerForMaskedLM, MixerForSequenceClassification, MixerForTokenClassification
+from .ops import aft_attention
+from .ops_export import first, is_exporting
+from .ops_reference import compute_dtype
+
+
+FACTOR_STD = 0.01  # of u and v in w = u v^T
+
+
+class TablePositionBias(nn.Module):
+    """A bias per position and offset or key position: factors u, v [N, d'] with w = u v^T (eq. 7), or a table.
+
+    Subclasses give the `table` [N, columns] where the config has no rank.
+    """
+
+    def __init__(self, config, columns: int):
+        super().__init__()
+        length, rank = config.max_position_embeddings, config.position_bias_rank
+        self.table = nn.Parameter(torch.empty(length, columns)) if rank is None else None
+        self.query_factors = nn.Parameter(torch.empty(length, rank)) if rank is not None else None
+        self.key_factors = nn.Parameter(torch.empty(length, rank)) if rank is not None else None
+
+
+class FullPositionBias(TablePositionBias):
+    """The bias w_{t,t'} of AFT-full."""
+
+    def __init__(self, config):
+        super().__init__(config, config.max_position_embeddings)
+
+    def forward(self, length: int, positions: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """[T, T] for positions 0 to T - 1 (None), or the rows of the positions [B, T], [B, T, N]."""
+        rows = slice(length) if positions is None else positions
+        if self.table is not None:
+            bias = self.table[rows]
+            return {"position_bias": first(bias, 1, length) if positions is None else bias}
+        keys = self.key_factors[:length] if positions is None else self.key_factors
+        return {"position_bias": self.query_factors[rows] @ keys.T}
+
+
+class LocalPositionBias(TablePositionBias):
+    """The bias of AFT-local (eq. 4): the entries of w inside the window, one row of `taps` offsets per position.
+
+    With a rank, w = u v^T as in AFT-full, of which only the band of the window is ever computed, in O(N s d').
+    """
+
+    def __init__(self, config, left: int, right: int):
+        super().__init__(config, left + 1 + right)
+        self.left, self.right = left, right
+
+    def forward(self, length: int, positions: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """[1, T, taps] for positions 0 to T - 1 (None), or the rows of the positions [B, T], [1, B, T, taps]."""
+        if positions is not None and positions.shape[1] == 1 and self.table is None:
+            return {"window_bias": self._single_rows(positions)[None]}
+        whole = positions is not None or is_exporting()  # which must not depend on the length
+        rows = slice(None if whole else length)
+        bias = self.table[rows] if self.table is not None else None
+        if bias is None:
+            bias = banded_product(self.query_factors[rows], self.key_factors[rows], self.left, self.right)
+        return {"window_bias": (bias[:length] if positions is None else bias[positions])[None]}
+
+    def _single_rows(self, positions: torch.Tensor) -> torch.Tensor:
+        """What a decoding step needs of `banded_product`, without the rest: positions [B, 1] to [B, 1, taps]."""
+        offsets = torch.arange(-self.right, self.left + 1, device=positions.device)
+        keys = positions - offsets
+        existing = keys.clamp(0, len(self.key_factors) - 1)
+        bias = F.embedding(existing, self.key_factors) @ F.embedding(positions, self.query_factors).mT
+        return bias.squeeze(-1).masked_fill(existing != keys, 0)[:, None]
+
+
+def banded_product(u: torch.Tensor, v: torch.Tensor, left: int, right: int) -> torch.Tensor:
+    """[N, left + 1 + right] with entry [t, j] = u_t . v_{t'} at the offset t - t' = j - right; u, v [N, d'].
+
+    Where t' lies outside [0, N) the entry is 0; no key stands there.
+    """
+    length, taps = u.shape[0], left + 1 + right
+    block = max(taps, 32)
+    blocks = -(-length // block)
+    u = F.pad(u, (0, 0, 0, blocks * block - length)).unflatten(0, (blocks, block))
+    v = F.pad(v, (0, 0, left, right + blocks * block - length)).unfold(0, left + block + right, block)
+    products = u @ v  # [blocks, block, left + block + right]
+    row = torch.arange(block, device=u.device)[:, None]
+    column = row + left + right - torch.arange(taps, device=u.device)
+    return products.gather(2, column.expand(blocks, -1, -1)).flatten(0, 1)[:length]
+
+
+class ConvPositionBias(nn.Module):
+    """The bias of AFT-conv (eq. 6): one per head and offset, standardised and then scaled and shifted (eq. 8)."""
+
+    def __init__(self, config, left: int, right: int):
+        super().__init__()
+        heads = config.num_attention_heads
+        self.weight = nn.Parameter(torch.empty(heads, left + 1 + right))
+        self.gamma = nn.Parameter(torch.empty(heads))
+        self.beta = nn.Parameter(torch.empty(heads))
+
+    def forward(self, length: int, positions: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        dtype = compute_dtype(self.weight)
+        weight = self.weight.to(dtype)
+        variance, mean = torch.var_mean(weight, dim=1, correction=0, keepdim=True)
+        # A single tap has no spread: what is left of it is beta.
+        standardised = (weight - mean) * torch.where(variance > 0, variance, torch.ones_like(variance)).rsqrt()
+        bias = self.gamma[:, None].to(dtype) * standardised + self.beta[:, None].to(dtype)
+        return {"window_bias": bias[:, None]}
+
+
+class AFTMixer(nn.Module):
+    """y_t = W_o (sigmoid(q_t) * weighted average of the values), the weights being exp(k + w) (eq. 2 and 4 to 6)."""
+
+    def __init__(self, config: AFTConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.is_causal = config.is_decoder
+        width = config.hidden_size
+        key_width = config.num_attention_heads if config.aft_type == "conv" else width
+        self.widths = [width, key_width, width]
+        self.qkv_proj = Linear(width, sum(self.widths), bias=False)
+        self.o_proj = Linear(width, width)
+        left = config.window_size - 1
+        right = 0 if config.is_decoder else left
+        self.position_bias = None
+        if config.aft_type == "full":
+            self.position_bias = FullPositionBias(config)
+        elif config.aft_type == "local" and config.window_size > 0:
+            self.position_bias = LocalPositionBias(config, left, right)
+        elif config.aft_type == "conv" and config.window_size > 0:
+            self.position_bias = ConvPositionBias(config, left, right)
+
+    def forward(self, hidden_states, attention_mask=None, position_ids=None, past_key_values=None):
+        """hidden_states [B, T, D], attention_mask [B, T] or None, position_ids [B, T], None only without a past.
+
+        Returns [B, T, D] and None.
+        """
+        query, key, value = self.qkv_proj(hidden_states).split(self.widths, -1)
+
+        def mix(state, length):
+            new = query, key, value, attention_mask, position_ids
+            if length is not None:
+                new = (None if t is None else t[:, :length] for t in new)
+            *inputs, mask, positions = new
+            return aft_attention(
+                *inputs,
+                **self._bias(inputs[1], positions),
+                causal=self.is_causal,
+                attention_mask=mask,
+                position_ids=positions,
+                initial_state=state,
+                return_state=past_key_values is not None,
+            )
+
+        if past_key_values is None:
+            mixed = mix(None, None)
+        else:
+            mixed, _ = past_key_values.update(key, value, self.layer_idx, mix)
+        return self.o_proj(mixed), None
+
+    def _bias(self, key, position_ids) -> dict[str, torch.Tensor]:
+        if self.position_bias is None:
+            return {}
+        # The product of the factors goes into an exponential: half precision would not do.
+        device = key.device.type
+        under_autocast = device != "meta" and torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if under_autocast else nullcontext():
+            return self.position_bias(key.shape[1], position_ids)
+
+
+class AFTBlock(MixerBlock):
+    mixer_class = AFTMixer
+
+
+class AFTPreTrainedModel(MixerPreTrainedModel):
+    config_class = AFTConfig
+    _no_split_modules = ["AFTBlock"]
+    _can_record_outputs = {"hidden_states": AFTBlock}
+    _auto_map = {
+        "AutoModel": "modeling_aft.AFTModel",
+        "AutoModelForCausalLM": "modeling_aft.AFTForCausalLM",
+        "AutoModelForMaskedLM": "modeling_aft.AFTForMaskedLM",
+        "AutoModelForSequenceClassification": "modeling_aft.AFTForSequenceClassification",
+        "AutoModelForTokenClassification": "modeling_aft.AFTForTokenClassification",
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, ConvPositionBias):
+            # gamma = beta = 0: the layer starts as AFT-simple; the weight must not be constant.
+            initialization.normal_(module.weight, mean=0.0, std=1.0)
+            initialization.zeros_(module.gamma)
+            initialization.zeros_(module.beta)
+        elif isinstance(module, TablePositionBias):
+            if module.table is not None:
+                initialization.zeros_(module.table)
+            else:
+                initialization.normal_(module.query_factors, mean=0.0, std=FACTOR_STD)
+                initialization.normal_(module.key_factors, mean=0.0, std=FACTOR_STD)
+
+
+class AFTModel(AFTPreTrainedModel, MixerModel):
+    """The Attention Free Transformer without a head: see [`AFTConfig`] for its forms."""
+
+    block_class = AFTBlock
+
+
+class AFTForCausalLM(AFTPreTrainedModel, MixerForCausalLM, GenerationMixin):
+    """The Attention Free Transformer with a language-model head."""
+
+    model_class = AFTModel
+
+
+class AFTForMaskedLM(AFTPreTrainedModel, MixerForMaskedLM):
+    """The bidirectional Attention Free Transformer with a language-model head; needs `is_decoder=False`."""
+
+    model_class = AFTModel
+
+
+class AFTForSequenceClassification(AFTPreTrainedModel, MixerForSequenceClassification):
+    """The Attention Free Transformer with a classifier on the mean over the kept tokens."""
+
+    model_class = AFTModel
+
+
+class AFTForTokenClassification(AFTPreTrainedModel, MixerForTokenClassification):
+    """The Attention Free Transformer with a classifier on every token."""
+
+    model_class = AFTModel
+
+
+__all__ = [
+    "AFTForCausalLM",
+    "AFTForMaskedLM",
+    "AFTForSequenceClassification",
+    "AFTForTokenClassification",
+    "AFTModel",
+    "AFTPreTrainedModel",
+]

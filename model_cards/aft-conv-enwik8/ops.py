@@ -1,0 +1,209 @@
+# Copyright 2026 The modeling_aft authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""The operator of the Attention Free Transformer (arXiv 2105.14103), one function for its four forms."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .ops_chunks import windowed_chunks
+from .ops_cpu import windowed_cpu
+from .ops_export import is_exporting
+from .ops_reference import QUERY_ACTIVATIONS, AFTState, aft_attention_reference, gated
+from .ops_torch import aft_attention_torch
+from .ops_triton import triton_can_run, windowed_triton
+
+
+BACKENDS = ("auto", "reference", "torch", "triton")
+
+
+def aft_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    position_bias: Tensor | None = None,
+    *,
+    window_bias: Tensor | None = None,
+    causal: bool = True,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    initial_state: AFTState | None = None,
+    return_state: bool = False,
+    query_activation: str = "sigmoid",
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, AFTState]:
+    r"""
+    Attention without dot products (eq. 2 of arXiv 2105.14103), per channel:
+
+        y_t = sigmoid(q_t) * sum_{t'} exp(k_{t'} + w_{t,t'}) v_{t'} / sum_{t'} exp(k_{t'} + w_{t,t'})
+
+    with the sums over t' <= t if `causal`, else over all t'. The four forms differ in the bias w: `position_bias` is
+    AFT-full, `window_bias` with a row per position AFT-local (eq. 4), with one row for all positions AFT-conv (eq. 6),
+    and neither AFT-simple (eq. 5, w = 0). The result is exact for any keys and biases with finite sums, computed in
+    float32, or in float64 if keys or values are, also under autocast. Simple, local and conv take O(T n D) time and
+    O(T D) memory, full O(T^2 D) and O(T^2).
+
+    Args:
+        query (`Tensor` [B, T, D]): floating point.
+        key (`Tensor` [B, T, D] or [B, T, H]): with H columns, key i is shared by channels i D/H to (i + 1) D/H - 1.
+        value (`Tensor` [B, T, D]): the values.
+        position_bias (`Tensor` [N, N] or [B, T, N], *optional*):
+            Bias of each query position (row) and key position (column); with 3 dimensions, the rows of the T queries.
+        window_bias (`Tensor` [H or 1, N or 1, n] or [H or 1, B, T, n], *optional*):
+            `window_bias[h, t, j]` is the bias of query position t at the offset t - t' = j for causal use, and at
+            t - t' = j - (n - 1) / 2, with n odd, for bidirectional use. Offsets count kept tokens. Outside the window
+            the bias is 0. With 4 dimensions, the rows of the T queries.
+        causal (`bool`): whether a query sees only its own and earlier tokens.
+        attention_mask (`Tensor` [B, T], *optional*):
+            1 or True keeps a token, 0 or False makes it padding: no key to anybody, and 0 as its own output.
+        position_ids (`LongTensor` [B or 1, T], *optional*):
+            The row (and column) of the bias tables for each token; by default the number of kept tokens before it,
+            those of `initial_state` included.
+        initial_state (`AFTState`, *optional*): the state that an earlier call returned; causal only.
+        return_state (`bool`): whether to return the state after the last token as well.
+        query_activation (`str`): `"sigmoid"` (the paper's), `"tanh"`, `"relu"` or `"identity"`.
+        backend (`str`):
+            `"reference"` is the formula in plain loops, `"torch"` runs on every device, and `"triton"` has kernels for
+            several queries of the causal forms with a window or without bias, on CUDA; the rest of it is `"torch"`.
+            `"auto"` is `"triton"` where that can run and helps, else `"torch"`.
+
+    Returns:
+        `Tensor` [B, T, D] in the dtype of `query`, or with `return_state` that tensor and an [`AFTState`]. The state
+        of simple, local and conv has a fixed size; that of full holds every key and value. A query that sees no token
+        gives 0.
+
+    Raises:
+        ValueError: if shapes do not fit together, if a position lies beyond the bias table, or for an option with a
+            value that is not allowed.
+    """
+    if position_ids is not None and position_ids.dim() == 2 and position_ids.shape[0] == 1:
+        position_ids = position_ids.expand(value.shape[0], -1)
+    _validate(query, key, value, position_bias, window_bias, causal, attention_mask, position_ids, initial_state)
+    if query_activation not in QUERY_ACTIVATIONS:
+        raise _refuse("query_activation", f"one of {', '.join(QUERY_ACTIVATIONS)}", repr(query_activation))
+    if backend not in BACKENDS:
+        raise _refuse("backend", f"one of {', '.join(BACKENDS)}", repr(backend))
+    if return_state and not causal:
+        raise _refuse("return_state", "False when causal is False: there is no state to go on from", True)
+    if window_bias is not None and window_bias.shape[-1] == 0:
+        window_bias = None
+    if position_ids is not None and attention_mask is not None:
+        # Those of padding have no meaning, and may lie anywhere.
+        position_ids = position_ids.masked_fill(attention_mask == 0, 0)
+
+    arguments = (key, value, position_bias, window_bias, causal, attention_mask, position_ids, initial_state)
+    if backend == "reference":
+        average, state = aft_attention_reference(*arguments)
+        out = gated(query, average, query_activation)
+    else:
+        windowed = _windowed(backend, value)
+        out, state = aft_attention_torch(query, *arguments, return_state, query_activation, windowed)
+    if attention_mask is not None:
+        out = out.masked_fill((attention_mask == 0)[..., None], 0)
+    return (out, state) if return_state else out
+
+
+def _windowed(backend: str, value: Tensor) -> Callable:
+    """The operator for several queries of the causal windowed forms; all have the signature of `windowed_chunks`."""
+    if is_exporting():
+        return windowed_chunks
+    if backend == "triton" and not triton_can_run(value.device):
+        raise _refuse("backend", "one that can run: 'triton' needs the package triton and a CUDA device", backend)
+    # In float64 matrix products on a GPU have no tensor cores to gain from.
+    helps = backend == "auto" and value.device.type == "cuda" and value.dtype != torch.float64
+    if backend == "triton" or (helps and triton_can_run(value.device)):
+        return windowed_triton
+    return windowed_cpu if value.device.type == "cpu" else windowed_chunks
+
+
+def _refuse(name: str, allowed: str, got) -> ValueError:
+    # Made only for what is wrong: to format a size under torch.compile would bind the graph to it.
+    return ValueError(f"`{name}` must be {allowed}, got {got}.")
+
+
+def _validate(query, key, value, position_bias, window_bias, causal, attention_mask, position_ids, initial_state):
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() != 3:
+            raise _refuse(name, "a tensor of 3 dimensions [B, T, channels]", tuple(tensor.shape))
+        if not tensor.is_floating_point():
+            raise _refuse(name, "a floating-point tensor", tensor.dtype)
+    batch, length, channels = value.shape
+    if length < 1:
+        raise _refuse("value", "at least one token long", tuple(value.shape))
+    if query.shape != value.shape:
+        raise _refuse("query", f"of the shape of value {tuple(value.shape)}", tuple(query.shape))
+    heads = key.shape[-1]
+    if key.shape[:2] != value.shape[:2] or not 1 <= heads <= channels or channels % heads != 0:
+        raise _refuse("key", f"[{batch}, {length}, H] with H a divisor of {channels}", tuple(key.shape))
+
+    if position_bias is not None and window_bias is not None:
+        raise _refuse("position_bias", "None when window_bias is given (they belong to different forms)", "both")
+    table = None
+    if position_bias is not None:
+        shape = position_bias.shape
+        if len(shape) == 3:
+            fits = shape[0] == batch and shape[1] == length
+        else:
+            fits = len(shape) == 2 and shape[0] == shape[1]
+        if not fits:
+            raise _refuse("position_bias", f"[N, N] or [{batch}, {length}, N]", tuple(shape))
+        table = shape[-1]
+    if window_bias is not None:
+        shape = window_bias.shape
+        fits = len(shape) == 3 or (len(shape) == 4 and shape[1] == batch and shape[2] == length)
+        if not fits or shape[0] < 1 or heads % shape[0] != 0:
+            allowed = f"[h, N or 1, n] or [h, {batch}, {length}, n] with h a divisor of the {heads} key channels"
+            raise _refuse("window_bias", allowed, tuple(shape))
+        if not causal and shape[-1] > 0 and shape[-1] % 2 == 0:
+            raise _refuse("window_bias", "of odd n when causal is False", tuple(shape))
+        table = shape[1] if len(shape) == 3 and shape[1] > 1 and shape[2] > 0 else None
+    for name, tensor in (("attention_mask", attention_mask), ("position_ids", position_ids)):
+        if tensor is not None and (tensor.dim() != 2 or tensor.shape[0] != batch or tensor.shape[1] != length):
+            raise _refuse(name, f"[{batch}, {length}]", tuple(tensor.shape))
+    if initial_state is not None:
+        _validate_state(initial_state, key, value, position_bias, window_bias, causal)
+    if table is not None:
+        _validate_positions(table, length, attention_mask, position_ids, initial_state)
+
+
+def _validate_state(state, key, value, position_bias, window_bias, causal):
+    if not causal:
+        raise _refuse("initial_state", "None when causal is False", "a state")
+    if (state.key_position is not None) != (position_bias is not None):
+        raise _refuse("initial_state", "of the form it is given to", "another form's")
+    for name, old, new in (("key", state.key, key), ("value", state.value, value)):
+        if old.shape[0] != new.shape[0] or old.shape[2] != new.shape[2]:
+            allowed = f"of batch {new.shape[0]} and {new.shape[2]} {name} channels"
+            raise _refuse("initial_state", allowed, f"{old.shape[0]} and {old.shape[2]}")
+    window = 0 if window_bias is None else max(window_bias.shape[-1] - 1, 0)
+    if position_bias is None and state.key.shape[1] != window:
+        raise _refuse("initial_state", f"of a window of {window} past tokens", state.key.shape[1])
+
+
+def _validate_positions(table, length, attention_mask, position_ids, initial_state):
+    """Raises if a kept token lies beyond the bias table. Reads tensors on the CPU only, where it waits for nothing."""
+    given = [t for t in (attention_mask, position_ids, initial_state and initial_state.position) if t is not None]
+    first = 0
+    if not given:
+        last = length - 1
+    elif torch.compiler.is_compiling() or any(t.device.type != "cpu" for t in given):
+        return
+    elif position_ids is not None:
+        kept = position_ids if attention_mask is None else position_ids.masked_fill(attention_mask == 0, 0)
+        first, last = int(kept.min()), int(kept.max())
+    else:
+        count = length if attention_mask is None else attention_mask.long().sum(1)
+        last = int(torch.as_tensor(count + (0 if initial_state is None else initial_state.position)).max()) - 1
+    if first < 0:
+        raise _refuse("position_ids", "at least 0 where a token is kept", first)
+    if last >= table:
+        raise ValueError(
+            f"Position {last} lies beyond the bias table, which ends at position {table - 1} (N = {table})."
+        )

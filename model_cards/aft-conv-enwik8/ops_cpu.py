@@ -1,0 +1,379 @@
+# Copyright 2026 The modeling_aft authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""AFT-simple, -local and -conv on the CPU: one operator that goes over time in blocks small enough for the cache.
+
+The work of a block is a few passes over its keys and values and one product of matrices per chunk of queries: the
+weights exp(w) of the keys in reach times [exp(k), exp(k) v], added to the sum of all older keys, which is carried from
+block to block. The gradient is the same product with time reversed: each key sums up over the queries that see it.
+Nothing but the results is longer than a block.
+
+Exponentials are taken as they are. `_is_safe` tells where that loses nothing, which is everywhere but for inputs of
+extreme size; those go the way of ops_chunks.py, which is exact for all.
+
+Shapes: h heads of the bias, each of k = K / h key channels and k x r value channels, w = k + k r columns of a product.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .ops_chunks import windowed_chunks
+from .ops_panel import operator
+from .ops_reference import QUERY_ACTIVATIONS
+
+
+_CHUNK = 32  # queries per product of matrices, where the window is not longer
+_ROWS = 1024  # queries per block
+_LARGEST_EXPONENT = 30.0  # of keys and biases: their sums over any text stay finite in float32
+_LARGEST_VALUE = 1e10
+_SMALLEST_TOTAL = 1e-20  # a denominator of this size is exact to rounding, as terms count down to 1e-38
+# The gradient with respect to the input of an activation, from the gradient and the output.
+_DERIVATIVES = {
+    "sigmoid": torch.ops.aten.sigmoid_backward,
+    "tanh": torch.ops.aten.tanh_backward,
+    "relu": lambda grad, out: grad * (out > 0),
+    "identity": lambda grad, out: grad,
+}
+
+
+class _Plan:
+    """Sizes, the blocks, and the layout of the products of matrices."""
+
+    def __init__(self, key: Tensor, value: Tensor, rows: Tensor):
+        self.batch, self.length = value.shape[:2]
+        self.heads, row_batch, steps, self.taps = rows.shape
+        self.reach = self.taps - 1
+        self.key_width = key.shape[2] // self.heads
+        self.ratio = value.shape[2] // key.shape[2]
+        self.width = self.key_width * (1 + self.ratio)
+        self.chunk = min(max(_CHUNK, self.taps), self.length)
+        self.padded_length = -(-self.length // self.chunk) * self.chunk
+        self.shared = row_batch == 1 and steps == 1  # one matrix of weights for all chunks
+        self.per_row = row_batch > 1  # matrices for each row of the batch
+        self.by_head = self.shared and self.heads > 1
+
+    def blocks(self):
+        """Slices of time (of whole chunks: the last may end beyond the text), each with slices of the batch."""
+        chunks = self.padded_length // self.chunk
+        per_block = max(1, min(chunks, _ROWS // self.chunk))
+        group = max(1, _ROWS // (per_block * self.chunk))
+        for first in range(0, chunks, per_block):
+            time = slice(first * self.chunk, min(first + per_block, chunks) * self.chunk)
+            yield time, [slice(b, min(b + group, self.batch)) for b in range(0, self.batch, group)]
+
+    def keys(self, tensor: Tensor) -> Tensor:
+        return tensor.unflatten(-1, (self.heads, self.key_width))
+
+    def values(self, tensor: Tensor) -> Tensor:
+        return tensor.unflatten(-1, (self.heads, self.key_width, self.ratio))
+
+    def means(self, sums: Tensor) -> Tensor:
+        """[.., D] from the sums [.., h, w] of the weights and of the weighted values."""
+        denominator, numerator = self.parts(sums)
+        return (numerator / denominator[..., None]).flatten(-3)
+
+    def parts(self, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """The columns [.., h, w] that belong to keys, [.., h, k], and to values, [.., h, k, r]."""
+        own, rest = columns[..., : self.key_width], columns[..., self.key_width :]
+        return own, rest.unflatten(-1, (self.key_width, self.ratio))
+
+    def weights(self, factors: Tensor, time: slice, batch: slice, of_keys: bool) -> Tensor:
+        """Left sides of the products, [h, 1 or b, 1 or chunks, C, C + reach], from factors = exp(w), laid out as the
+        rows of the bias.
+
+        For each query of a chunk: the `reach` keys before the chunk, and those of the chunk; or, `of_keys`, for each
+        key of a chunk: the queries of the chunk, and the `reach` after it. Keys older than the window have weight 1,
+        keys that come after the query 0.
+        """
+        chunk, reach = self.chunk, self.reach
+        chunks = 1 if self.shared else (time.stop - time.start) // chunk
+        length = chunks * chunk + reach
+        if self.shared:
+            factors = factors.expand(-1, -1, length, -1)
+        else:
+            factors = factors[:, batch if self.per_row else slice(None), time.start : time.start + length]
+            factors = F.pad(factors, (0, 0, 0, length - factors.shape[2]), value=1.0)
+        factors = factors.contiguous()
+        row, column = torch.arange(chunk)[:, None], torch.arange(chunk + reach)
+        beyond = column > row + reach if of_keys else column < row
+        weights = beyond.to(factors.dtype).expand(*factors.shape[:2], chunks, -1, -1).contiguous()
+        band = self.band(weights)
+        if of_keys:  # key r and query r + j are j apart
+            strides = (*factors.stride()[:2], chunk * self.taps, self.taps, self.taps + 1)
+            band.copy_(factors.as_strided(band.shape, strides))
+        else:
+            band.copy_(factors[:, :, : chunks * chunk].unflatten(2, (chunks, chunk)).flip(-1))
+        return weights
+
+    def band(self, pairs: Tensor) -> Tensor:
+        """Of [.., C, C + reach] the entries inside the window, [.., C, n]: a view."""
+        strides = (*pairs.stride()[:-2], pairs.shape[-1] + 1, 1)
+        return pairs.as_strided((*pairs.shape[:-1], self.taps), strides, pairs.storage_offset())
+
+    def panels(self, columns: Tensor, chunks: int) -> Tensor:
+        """Right sides, a view [b, chunks, C + reach, h, w] of columns [b, chunks C + reach, h, w]: C rows and the
+        `reach` that overlap with the next."""
+        batch, rows, *inner = columns.stride()
+        size = (columns.shape[0], chunks, self.chunk + self.reach, self.heads, self.width)
+        return columns.as_strided(size, (batch, self.chunk * rows, rows, *inner))
+
+    def multiply(self, weights: Tensor, columns: Tensor, beyond: Tensor, out: Tensor) -> None:
+        """out [b, time, h, w] = weights times the panels of columns, plus beyond [b, chunks, h, w]."""
+        chunks = beyond.shape[1]
+        panels = self.panels(columns, chunks)
+        out = out.unflatten(1, (chunks, self.chunk))
+        if self.by_head:  # small matrices: those of all chunks and of the batch side by side
+            columns = panels.permute(3, 2, 0, 1, 4).flatten(2)
+            first = beyond.permute(2, 0, 1, 3).flatten(1)[:, None].expand(-1, self.chunk, -1)
+            product = torch.baddbmm(first, weights[:, 0, 0], columns)
+            out.copy_(product.unflatten(2, (*beyond.shape[:2], -1)).permute(2, 3, 1, 0, 4))
+            return
+        weights = weights.expand(-1, len(out), chunks, -1, -1)
+        beyond = beyond.unsqueeze(2).expand(-1, -1, self.chunk, -1, -1)
+        for row in range(len(out)):
+            for head in range(self.heads):
+                where = (row, ..., head, slice(None))
+                torch.baddbmm(beyond[where], weights[head, row], panels[where], out=out[where])
+
+    def pairs(self, queries: Tensor, keys: Tensor, chunks: int) -> Tensor:
+        """Products of the rows of the queries of each chunk with those of the keys in reach, [h, 1 or b, chunks or 1,
+        C, C + reach], both given as columns."""
+        queries, keys = self.panels(queries, chunks)[:, :, : self.chunk], self.panels(keys, chunks)
+        if self.by_head:
+            queries, keys = (t.permute(3, 2, 0, 1, 4).flatten(2) for t in (queries, keys))
+            return torch.bmm(queries, keys.transpose(1, 2))[:, None, None]
+        size = (self.heads, len(keys) if self.per_row else 1, chunks, self.chunk, self.chunk + self.reach)
+        out = keys.new_zeros(size)
+        for row in range(len(keys)):
+            for head in range(self.heads):
+                where = (row, ..., head, slice(None))
+                part = out[head, row if self.per_row else 0]
+                torch.baddbmm(part, queries[where], keys[where].transpose(1, 2), out=part)
+        return out
+
+
+def _is_safe(key, value, rows, maximum) -> bool:
+    """Whether plain exponentials can be used. A NaN is not safe."""
+    limits = (key, _LARGEST_EXPONENT), (maximum, _LARGEST_EXPONENT), (rows, _LARGEST_EXPONENT), (value, _LARGEST_VALUE)
+    below = all(bool(tensor.amax() <= limit) for tensor, limit in limits)
+    return below and bool(rows.amin() >= -_LARGEST_EXPONENT) and bool(value.amin() >= -_LARGEST_VALUE)
+
+
+def _fill(plan, columns, key, value, start) -> None:
+    """columns [b, rows, h, w]: exp(k) and exp(k) v of the tokens from `start` on, 0 where there is none."""
+    first, last = max(start, 0), min(start + columns.shape[1], plan.length)
+    columns[:, : first - start].zero_()
+    columns[:, last - start :].zero_()
+    weight, term = plan.parts(columns[:, first - start : last - start])
+    key = plan.keys(key[:, first:last])
+    torch.exp(key, out=weight) if key.dtype == weight.dtype else weight.copy_(key).exp_()
+    torch.mul(weight[..., None], plan.values(value[:, first:last]), out=term)
+
+
+def _older(columns, carry, chunks):
+    """For each chunk the sum of what comes before, [b, chunks, h, w], and the sum of all; columns [b, time, h, w]."""
+    sums = columns.unflatten(1, (chunks, -1)).sum(2)
+    sums = torch.cat([carry[:, None], sums], 1).cumsum(1)
+    return sums[:, :-1], sums[:, -1]
+
+
+def _newer(columns, carry, chunks):
+    """For each chunk the sum of what comes after it, and the sum of all."""
+    sums = columns.unflatten(1, (chunks, -1)).sum(2)
+    sums = torch.cat([sums, carry[:, None]], 1).flip(1).cumsum(1).flip(1)
+    return sums[:, 1:], sums[:, 0]
+
+
+def _product(first: Tensor, second: Tensor, out: Tensor | None = None) -> Tensor:
+    """Sum over the value channels that share a key channel, [.., k, r] twice to [.., k]."""
+    if first.shape[-1] == 1:
+        return torch.mul(first[..., 0], second[..., 0], out=out)
+    return torch.sum(first * second, -1, out=out)
+
+
+def _initial(plan, maximum, normalizer, average) -> Tensor:
+    """The sum of the keys before the first, as columns [B, h, w]."""
+    weight = plan.keys(maximum.exp() * normalizer)
+    return torch.cat([weight, (weight[..., None] * plan.values(average)).flatten(-2)], -1)
+
+
+def _forward(plan, query, key, value, rows, carry, activation):
+    out = query.new_empty(value.shape)
+    sums = carry.new_empty(plan.batch, plan.padded_length, plan.heads, plan.width)
+    factors = rows.exp()
+    for time, batches in plan.blocks():
+        chunks, steps = (time.stop - time.start) // plan.chunk, slice(time.start, min(time.stop, plan.length))
+        weights = None
+        for batch in batches:
+            if weights is None or plan.per_row:
+                weights = plan.weights(factors, time, batch, of_keys=False)
+            columns = carry.new_empty(len(carry[batch]), plan.reach + chunks * plan.chunk, plan.heads, plan.width)
+            _fill(plan, columns, key[batch], value[batch], time.start - plan.reach)
+            older, carry[batch] = _older(columns[:, : chunks * plan.chunk], carry[batch], chunks)
+            plan.multiply(weights, columns, older, sums[batch, time])
+            gate = QUERY_ACTIVATIONS[activation](query[batch, steps].to(carry.dtype))
+            torch.mul(gate, plan.means(sums[batch, steps]), out=out[batch, steps])
+    return out, sums
+
+
+def _is_exact(plan, sums) -> bool:
+    return bool(plan.parts(sums)[0].amin() >= _SMALLEST_TOTAL)
+
+
+def _exact(query, key, value, rows, maximum, normalizer, average, activation):
+    return windowed_chunks(query, key, value, rows, None, (maximum, normalizer, average), activation)
+
+
+@operator("windowed")
+def windowed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: Tensor,
+    maximum: Tensor,
+    normalizer: Tensor,
+    average: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """activation(query) times the mean of the values [B, T, D], and for the backward pass the sums of the weights and
+    of the weighted values [B, T or more, h, w] (0: the exact way was taken).
+
+    Arguments as for [`~modeling_aft.ops_chunks.windowed_chunks`], without keys before the first query.
+    """
+    plan = _Plan(key, value, rows)
+    if _is_safe(key, value, rows, maximum):
+        out, sums = _forward(plan, query, key, value, rows, _initial(plan, maximum, normalizer, average), activation)
+        if _is_exact(plan, sums):
+            return out, sums
+    out = _exact(query, key, value, rows, maximum, normalizer, average, activation)
+    return out, average.new_zeros(plan.batch, plan.padded_length, plan.heads, plan.width)
+
+
+@windowed.register_fake
+def _(query, key, value, rows, maximum, normalizer, average, activation):
+    plan = _Plan(key, value, rows)
+    sums = average.new_empty(plan.batch, plan.padded_length, plan.heads, plan.width)
+    return query.new_empty(value.shape), sums
+
+
+def _backward(plan, grad, sums, query, key, value, rows, activation, needs_rows):
+    d_query, d_key, d_value = (torch.empty(t.shape, dtype=t.dtype) for t in (query, key, value))
+    d_rows = torch.zeros(rows.shape, dtype=rows.dtype)
+    factors = rows.exp()
+    carry = sums.new_zeros(plan.batch, plan.heads, plan.width)
+    for time, batches in reversed(list(plan.blocks())):
+        chunks, steps = (time.stop - time.start) // plan.chunk, slice(time.start, min(time.stop, plan.length))
+        own = steps.stop - steps.start
+        seeing = slice(time.start, min(time.stop + plan.reach, plan.length))
+        weights = None
+        for batch in batches:
+            if weights is None or plan.per_row:
+                weights = plan.weights(factors, time, batch, of_keys=True)
+            columns = carry.new_empty(len(carry[batch]), chunks * plan.chunk + plan.reach, plan.heads, plan.width)
+            key_columns, d_sums = torch.empty_like(columns), torch.empty_like(columns[:, plan.reach :])
+            upstream, mean = grad[batch, seeing].to(carry.dtype), plan.means(sums[batch, seeing])
+            gate = QUERY_ACTIVATIONS[activation](query[batch, seeing].to(carry.dtype))
+            d_query[batch, steps] = _DERIVATIVES[activation](upstream[:, :own] * mean[:, :own], gate[:, :own])
+            # With respect to the sums of each query: the columns of the denominator, and of the numerator.
+            columns[:, gate.shape[1] :].zero_()
+            d_denominator, d_numerator = plan.parts(columns[:, : gate.shape[1]])
+            denominator, _ = plan.parts(sums[batch, seeing])
+            torch.div(plan.values(gate.mul_(upstream)), denominator[..., None], out=d_numerator)
+            _product(d_numerator, plan.values(mean.neg_()), out=d_denominator)
+            newer, carry[batch] = _newer(columns[:, plan.reach :], carry[batch], chunks)
+            # With respect to exp(k), and to exp(k) v.
+            plan.multiply(weights, columns, newer, d_sums)
+            d_weight, d_term = plan.parts(d_sums[:, :own])
+            _fill(plan, key_columns, key[batch], value[batch], time.start - plan.reach)
+            weight, _ = plan.parts(key_columns[:, plan.reach : plan.reach + own])
+            torch.mul(d_term, weight[..., None], out=plan.values(d_value[batch, steps]))
+            d_weight = _product(d_term, plan.values(value[batch, steps])).add_(d_weight)
+            torch.mul(d_weight, weight, out=plan.keys(d_key[batch, steps]))
+            if needs_rows:
+                band = plan.band(plan.pairs(columns, key_columns, chunks)).flip(-1).flatten(2, 3)
+                if plan.shared:
+                    d_rows += band.sum(2, keepdim=True)
+                else:
+                    d_rows[:, batch if plan.per_row else slice(None), steps] += band[:, :, :own]
+            if time.start == 0:
+                carry[batch] += columns[:, : plan.reach].sum(1)
+    return d_query, d_key, d_value, d_rows.mul_(factors), carry
+
+
+def _exact_backward(grad, inputs, activation):
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    with torch.enable_grad():
+        grads = torch.autograd.grad(_exact(*inputs, activation), inputs, grad, allow_unused=True)
+    return tuple(torch.zeros_like(t) if g is None else g for g, t in zip(grads, inputs, strict=True))
+
+
+@operator("windowed_backward")
+def windowed_backward(
+    grad: Tensor,
+    sums: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: Tensor,
+    maximum: Tensor,
+    normalizer: Tensor,
+    average: Tensor,
+    activation: str,
+    needs_rows: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `windowed` with respect to its first seven arguments (rows: zeros unless `needs_rows`)."""
+    plan = _Plan(key, value, rows)
+    if not _is_exact(plan, sums):
+        inputs = (query, key, value, rows, maximum, normalizer, average)
+        # Autograd is off inside of an operator, but not in a thread of its own.
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(_exact_backward, grad, inputs, activation).result()
+    grads = _backward(plan, grad, sums, query, key, value, rows, activation, needs_rows)
+    # The sum of the keys before the first is exp(maximum) normalizer, and that times the average.
+    d_weight, d_term = plan.parts(grads[-1])
+    d_average = (d_term * plan.keys(maximum.exp() * normalizer)[..., None]).flatten(-3)
+    d_normalizer = (d_weight + _product(d_term, plan.values(average))).flatten(-2) * maximum.exp()
+    return *grads[:-1], d_normalizer * normalizer, d_normalizer, d_average
+
+
+@windowed_backward.register_fake
+def _(grad, sums, query, key, value, rows, maximum, normalizer, average, activation, needs_rows):
+    inputs = (query, key, value, rows, maximum, normalizer, average)
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs)
+
+
+def _save_for_backward(ctx, inputs, output):
+    *tensors, ctx.activation = inputs
+    ctx.save_for_backward(output[1], *tensors)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, grad, _):
+    if grad is None:
+        return (None,) * 8
+    grads = windowed_backward(grad, *ctx.saved_tensors, ctx.activation, ctx.needs_input_grad[3])
+    return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), None
+
+
+windowed.register_autograd(_differentiate, setup_context=_save_for_backward)
+
+
+def windowed_cpu(query, key, value, rows, past, initial, activation) -> Tensor:
+    """See [`~modeling_aft.ops_chunks.windowed_chunks`]."""
+    if rows is None:
+        rows = initial[0].new_zeros(1, 1, 1, 1)
+    left = 0 if past is None else past[0].shape[1]
+    if left > 0:  # queries whose results nobody reads stand before those keys
+        query = F.pad(query, (0, 0, left, 0))
+        key, value = torch.cat([past[0].to(key.dtype), key], 1), torch.cat([past[1].to(value.dtype), value], 1)
+        rows = F.pad(rows, (0, 0, left, 0)) if rows.shape[2] > 1 else rows
+    return windowed(query, key, value, rows, *initial, activation)[0][:, left:]

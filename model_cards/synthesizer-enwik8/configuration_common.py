@@ -1,0 +1,108 @@
+# Copyright 2026 The modeling_aft authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""The configuration fields that both model families share, and their checks."""
+
+from functools import wraps
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+
+
+POSITION_EMBEDDING_TYPES = ("learned", "none")
+
+
+def strict_config(config_class):
+    """`@strict` of huggingface_hub, with all fields of a wrong type in one ValueError instead of the first."""
+    config_class = strict(config_class)
+    init = config_class.__init__
+
+    @wraps(init)
+    def init_with_one_error(self, *args, **fields):
+        problems = []
+        for name, value in fields.items():
+            for validator in config_class.__validators__.get(name, ()):
+                try:
+                    validator(value)
+                except (TypeError, ValueError) as error:
+                    problems.append(str(error))
+        if problems:
+            raise ValueError(f"{config_class.__name__}: " + "; ".join(problems) + ".")
+        init(self, *args, **fields)
+
+    config_class.__init__ = init_with_one_error
+    return config_class
+
+
+@strict_config
+class MixerConfig(PreTrainedConfig):
+    """Fields of every model in the package; see [`AFTConfig`] and [`SynthesizerConfig`], which document them."""
+
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 256
+    hidden_size: int = 512
+    num_hidden_layers: int = 12
+    intermediate_size: int | None = None
+    hidden_act: str = "gelu"
+    max_position_embeddings: int = 1024
+    num_attention_heads: int = 1
+    position_embedding_type: str = "learned"
+    hidden_dropout_prob: float | int = 0.1
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    is_decoder: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.validate_fields()
+
+    def validate_layer_type(self):
+        """Replaces the check of the base class, which knows only the layer types of the library."""
+
+    def validate_fields(self):
+        """Raises one ValueError that lists every field with a value that is not allowed."""
+        if problems := self._problems():
+            raise ValueError(f"{type(self).__name__}: " + "; ".join(problems) + ".")
+
+    def _problems(self) -> list[str]:
+        problems = [
+            self._problem(name, "at least 1")
+            for name in ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings")
+            if getattr(self, name) < 1
+        ]
+        if self.num_attention_heads < 1:
+            problems.append(self._problem("num_attention_heads", "at least 1"))
+        if self.intermediate_size is not None and self.intermediate_size < 1:
+            problems.append(self._problem("intermediate_size", "None or at least 1"))
+        if self.hidden_act not in ACT2FN:
+            problems.append(self._problem("hidden_act", "a name in transformers.activations.ACT2FN"))
+        if self.position_embedding_type not in POSITION_EMBEDDING_TYPES:
+            problems.append(self._problem("position_embedding_type", f"one of {', '.join(POSITION_EMBEDDING_TYPES)}"))
+        if not 0 <= self.hidden_dropout_prob < 1:
+            problems.append(self._problem("hidden_dropout_prob", "in [0, 1)"))
+        if self.layer_norm_eps <= 0:
+            problems.append(self._problem("layer_norm_eps", "positive"))
+        if self.initializer_range < 0:
+            problems.append(self._problem("initializer_range", "at least 0"))
+        return problems
+
+    def _problem(self, name: str, allowed: str) -> str:
+        return f"`{name}` must be {allowed}, got {getattr(self, name)!r}"
+
+    def _heads_problem(self) -> list[str]:
+        """What is wrong where the heads share out the channels."""
+        if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads == 0:
+            return []
+        return [self._problem("num_attention_heads", f"a divisor of hidden_size ({self.hidden_size})")]

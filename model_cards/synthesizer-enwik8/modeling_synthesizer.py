@@ -1,0 +1,361 @@
+# Copyright 2026 The modeling_aft authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""The Synthesizer (arXiv 2005.00743): its logits, mixer, model, language model."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, initialization
+
+from .cache_aft import SynthesizerCacheLayer  # noqa: F401  (registers the layer type of the config)
+from .configuration_synthesizer import SynthesizerConfig
+from .modeling_common import Linear, MixerBlock, MixerForCausalLM, MixerModel, MixerPreTrainedModel
+from .modeling_heads import MixerForMaskedLM, MixerForSequenceClassification, MixerForTokenClassification
+from .ops_export import first
+from .ops_padding import compact, expand, kept_rank
+from .ops_synthesizer import Logits, SynthesizerState, attend, attend_fused, columns, outer
+
+
+def _rows(table: Tensor, positions: Tensor | None, length: int) -> Tensor:
+    """Rows of table [H, N, .] at the positions [B, T], or the first `length` for None: [1 or B, H, T, .]."""
+    if positions is None:
+        return first(table, 1, length)[None]
+    return table[:, positions.clamp_min(0)].transpose(0, 1)
+
+
+class ComponentLogits(nn.Module):
+    """The logits of one component, from the query [B, H, T, d] and the positions [B, T] (None for 0 to T - 1).
+
+    Both forms are had by calling the module: hooks on it, such as those that fetch offloaded weights, see only calls.
+    """
+
+    def forward(self, query: Tensor, positions: Tensor | None, by_parts: bool = False) -> Tensor | Logits:
+        """Logits over all N key positions, [1 or B, H, T, N], or with `by_parts` those over the T keys, by parts."""
+        return self.parts(query, positions) if by_parts else self.whole(query, positions)
+
+
+class DenseLogits(ComponentLogits):
+    """relu(q) W2 + b2: every token gives one logit per position. W2 [H, d, N], b2 [H, N]."""
+
+    def __init__(self, config):
+        super().__init__()
+        heads, length = config.num_attention_heads, config.max_position_embeddings
+        self.weight = nn.Parameter(torch.empty(heads, config.hidden_size // heads, length))
+        self.bias = nn.Parameter(torch.empty(heads, length))
+
+    def init_weights(self, std: float):
+        initialization.normal_(self.weight, mean=0.0, std=std)
+        initialization.zeros_(self.bias)
+
+    def whole(self, query: Tensor, positions: Tensor | None) -> Tensor:
+        return query.relu() @ self.weight + self.bias[:, None]
+
+    def parts(self, query: Tensor, positions: Tensor | None) -> Logits:
+        table = torch.cat([self.weight.transpose(1, 2), self.bias[..., None]], -1)  # [H, N, d + 1]
+        ones = torch.ones_like(query[..., :1])
+        return Logits(query=torch.cat([query.relu(), ones], -1), key=_rows(table, positions, query.shape[2]))
+
+
+class RandomLogits(ComponentLogits):
+    """R [H, N, N]: the logits of a pair of positions, whatever stands there."""
+
+    trainable = True
+
+    def __init__(self, config):
+        super().__init__()
+        heads, length = config.num_attention_heads, config.max_position_embeddings
+        table = torch.empty(heads, length, length)
+        if self.trainable:
+            self.table = nn.Parameter(table)
+        else:
+            self.register_buffer("table", table)
+
+    def init_weights(self, std: float):
+        initialization.normal_(self.table, mean=0.0, std=std)
+
+    def whole(self, query: Tensor, positions: Tensor | None) -> Tensor:
+        return _rows(self.table, positions, query.shape[2])
+
+    def parts(self, query: Tensor, positions: Tensor | None) -> Logits:
+        return Logits(bias=columns(self.whole(query, positions), positions, query.shape[2]))
+
+
+class FixedRandomLogits(RandomLogits):
+    """R [H, N, N] as it was drawn: a buffer, which no optimizer sees and every checkpoint holds."""
+
+    trainable = False
+
+
+class FactorizedRandomLogits(ComponentLogits):
+    """R1 R2^T with R1, R2 [H, N, k]."""
+
+    def __init__(self, config):
+        super().__init__()
+        size = (config.num_attention_heads, config.max_position_embeddings, config.factorized_rank)
+        self.query_factors = nn.Parameter(torch.empty(size))
+        self.key_factors = nn.Parameter(torch.empty(size))
+
+    def init_weights(self, std: float):
+        # The product, a sum of k terms, then has the deviation `std`.
+        factor_std = math.sqrt(std / math.sqrt(self.key_factors.shape[-1]))
+        initialization.normal_(self.query_factors, mean=0.0, std=factor_std)
+        initialization.normal_(self.key_factors, mean=0.0, std=factor_std)
+
+    def whole(self, query: Tensor, positions: Tensor | None) -> Tensor:
+        return _rows(self.query_factors, positions, query.shape[2]) @ self.key_factors.transpose(1, 2)
+
+    def parts(self, query: Tensor, positions: Tensor | None) -> Logits:
+        length = query.shape[2]
+        return Logits(
+            query=_rows(self.query_factors, positions, length), key=_rows(self.key_factors, positions, length)
+        )
+
+
+class FactorizedDenseLogits(ComponentLogits):
+    """All N = a * b products of two dense rows, A repeated and B tiled: the logits are A[n // b] B[n % b]."""
+
+    def __init__(self, config):
+        super().__init__()
+        heads, size = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+        self.sizes = config.dense_factors
+        self.weight_a, self.weight_b = (nn.Parameter(torch.empty(heads, size, n)) for n in self.sizes)
+        self.bias_a, self.bias_b = (nn.Parameter(torch.empty(heads, n)) for n in self.sizes)
+
+    def init_weights(self, std: float):
+        initialization.normal_(self.weight_a, mean=0.0, std=std)
+        initialization.normal_(self.weight_b, mean=0.0, std=std)
+        # Around 1, where the product of two values learns as fast as each of them.
+        initialization.ones_(self.bias_a)
+        initialization.zeros_(self.bias_b)
+
+    def whole(self, query: Tensor, positions: Tensor | None) -> Tensor:
+        return outer(*self._factors(query))
+
+    def parts(self, query: Tensor, positions: Tensor | None) -> Logits:
+        return Logits(product=self._factors(query), key_position=positions)
+
+    def _factors(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        query = query.relu()
+        return query @ self.weight_a + self.bias_a[:, None], query @ self.weight_b + self.bias_b[:, None]
+
+
+LOGITS = {
+    "dense": DenseLogits,
+    "random": RandomLogits,
+    "fixed_random": FixedRandomLogits,
+    "factorized_dense": FactorizedDenseLogits,
+    "factorized_random": FactorizedRandomLogits,
+}
+
+
+class SynthesizerMixer(nn.Module):
+    """softmax(sum_i alpha_i S_i(X)) X W_v W_o: one or several kinds of logits, mixed before the softmax."""
+
+    def __init__(self, config: SynthesizerConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.is_causal = config.is_decoder
+        self.heads = config.num_attention_heads
+        self.limit = config.max_position_embeddings if config.has_position_table else None
+        self.names = list(config.components)
+        width = config.hidden_size
+        self.scaling = (width // self.heads) ** -0.5
+        # The query is the dot product's, and the first layer of the dense types.
+        self.has_query = bool({"dense", "factorized_dense", "dot_product"} & set(self.names))
+        self.has_key = "dot_product" in self.names
+        self.qkv_proj = Linear(width, (self.has_query + self.has_key + 1) * width, bias=False)
+        self.o_proj = Linear(width, width)
+        self.logits = nn.ModuleDict({name: LOGITS[name](config) for name in self.names if name in LOGITS})
+        self.mixture_logits = None
+        if len(self.names) > 1:
+            self.mixture_logits = nn.Parameter(torch.empty(self.heads, len(self.names)))
+
+    def mixture_weights(self) -> dict[str, Tensor | None]:
+        """alpha of each component, [H, 1, 1]; they sum to 1 for each head."""
+        if self.mixture_logits is None:
+            return dict.fromkeys(self.names)
+        return dict(zip(self.names, self.mixture_logits.softmax(1)[..., None, None].unbind(1), strict=True))
+
+    def forward(
+        self, hidden_states, attention_mask=None, position_ids=None, past_key_values=None, output_attentions=False
+    ):
+        """hidden_states [B, T, D], attention_mask and position_ids [B, T] or None.
+
+        Returns:
+            The output [B, T, D], and the attention weights [B, H, T, S] if `output_attentions`, else None.
+        """
+        mixture = self.mixture_weights()  # here, as hooks that fetch offloaded weights do so for `forward` alone
+        if past_key_values is None:
+            inputs = hidden_states, attention_mask, position_ids
+            (out, weights), _ = self._mix(mixture, *inputs, None, False, output_attentions)
+            return out, weights
+
+        def mix(state, length):
+            new = (None if t is None else t[:, :length] for t in (hidden_states, attention_mask, position_ids))
+            return self._mix(mixture, *new, state, True, output_attentions)
+
+        (out, weights), _ = past_key_values.update(hidden_states, hidden_states, self.layer_idx, mix)
+        return out, weights
+
+    def _mix(self, mixture, hidden_states, attention_mask, position_ids, state, return_state, output_attentions):
+        batch, length, _ = hidden_states.shape
+        explicit = state is not None or output_attentions
+        rank = count = None
+        if attention_mask is not None and not explicit:
+            rank, count = kept_rank(attention_mask), attention_mask.long().sum(1)
+            # Behind the tables there can be nothing but padding, which `expand` takes from nowhere.
+            hidden_states, rank = compact(hidden_states, rank)[:, : self.limit], rank.clamp_max(self.limit or length)
+            if position_ids is not None:
+                position_ids = compact(position_ids[..., None], rank, -1).squeeze(-1)[:, : self.limit]
+        *others, value = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for part in self.qkv_proj(hidden_states).split(hidden_states.shape[-1], -1)
+        )
+        query = others[0] if self.has_query else value  # of which only the length is read
+        key = others[-1] if self.has_key else None
+        new_state = None
+        if return_state or explicit:
+            new_state = self._state(key, value, attention_mask, count, position_ids, state)
+        weights = None
+        if explicit:
+            out, weights = self._explicit(mixture, query, new_state, length)
+        else:
+            out = attend_fused(self._parts(mixture, query, key, position_ids), value, self.is_causal, count)
+        out = out.transpose(1, 2).flatten(2)
+        out = self.o_proj(expand(out, rank) if rank is not None else out)
+        return (out, weights if output_attentions else None), new_state
+
+    def _state(self, key, value, attention_mask, count, position_ids, state) -> SynthesizerState:
+        """The state after these tokens; `count` is given where they are compacted."""
+        batch, length = value.shape[0], value.shape[2]
+        first = value.new_zeros(batch, dtype=torch.long) if state is None else state.position
+        places = torch.arange(length, device=value.device)
+        if count is not None:
+            keep = places < count[:, None]
+        elif attention_mask is not None:
+            keep = attention_mask.bool()
+        else:
+            keep = torch.ones(batch, length, dtype=torch.bool, device=value.device)
+        positions = position_ids if position_ids is not None else first[:, None] + keep.long().cumsum(1) - 1
+        key_position = torch.where(keep, positions, -1)
+        position = torch.maximum(first, key_position.amax(1) + 1)
+        if state is not None:
+            key = key if key is None else torch.cat([state.key, key], 2)
+            value = torch.cat([state.value, value], 2)
+            key_position = torch.cat([state.key_position, key_position], 1)
+        return SynthesizerState(position, key, value, key_position)
+
+    def _explicit(self, mixture, query, state: SynthesizerState, length: int) -> tuple[Tensor, Tensor]:
+        """The definition: logits over all positions, of which those of the present keys are taken."""
+        positions = state.key_position[:, -length:]
+        logits = 0
+        for name, alpha in mixture.items():
+            if name == "dot_product":
+                part = self.scaling * query @ state.key.transpose(2, 3)
+            else:
+                part = columns(self.logits[name](query, positions), state.key_position, length)
+            logits = logits + (part if alpha is None else alpha * part)
+        visible = (state.key_position >= 0)[:, None, None]  # [B, 1, 1, S]
+        if self.is_causal:
+            places = torch.arange(state.key_position.shape[1], device=query.device)
+            visible = visible & (places <= places[-length:, None])
+        return attend(logits, state.value, visible.expand(-1, -1, length, -1))
+
+    def _parts(self, mixture, query, key, positions) -> Logits:
+        """The weighted sum of the components' logits, by parts."""
+        queries, keys, biases, product = [], [], [], None
+        for name, alpha in mixture.items():
+            if name == "dot_product":
+                part = Logits(query=self.scaling * query, key=key)
+            else:
+                part = self.logits[name](query, positions, by_parts=True)
+            alpha = 1 if alpha is None else alpha
+            if part.query is not None:
+                queries.append(alpha * part.query)
+                keys.append(part.key)
+            if part.bias is not None:
+                biases.append(alpha * part.bias)
+            if part.product is not None:
+                product = (alpha * part.product[0], part.product[1])
+        bias = sum(biases) if biases else None
+        return Logits(_concatenate(queries), _concatenate(keys), bias, product, positions)
+
+
+def _concatenate(parts: list[Tensor]) -> Tensor | None:
+    """Along the last dimension, with the batch dimension (1 or B) made equal; None of nothing."""
+    if not parts:
+        return None
+    batch = max(part.shape[0] for part in parts)
+    return torch.cat([part.expand(batch, -1, -1, -1) for part in parts], -1)
+
+
+class SynthesizerBlock(MixerBlock):
+    mixer_class = SynthesizerMixer
+
+
+class SynthesizerPreTrainedModel(MixerPreTrainedModel):
+    config_class = SynthesizerConfig
+    _no_split_modules = ["SynthesizerBlock"]
+    _can_record_outputs = {"hidden_states": SynthesizerBlock, "attentions": SynthesizerMixer}
+    _auto_map = {
+        "AutoModel": "modeling_synthesizer.SynthesizerModel",
+        "AutoModelForCausalLM": "modeling_synthesizer.SynthesizerForCausalLM",
+        "AutoModelForMaskedLM": "modeling_synthesizer.SynthesizerForMaskedLM",
+        "AutoModelForSequenceClassification": "modeling_synthesizer.SynthesizerForSequenceClassification",
+        "AutoModelForTokenClassification": "modeling_synthesizer.SynthesizerForTokenClassification",
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, tuple(LOGITS.values())):
+            module.init_weights(self.config.initializer_range)
+        elif isinstance(module, SynthesizerMixer) and module.mixture_logits is not None:
+            initialization.zeros_(module.mixture_logits)
+
+
+class SynthesizerModel(SynthesizerPreTrainedModel, MixerModel):
+    """The Synthesizer without a head: see [`SynthesizerConfig`] for its types."""
+
+    block_class = SynthesizerBlock
+
+
+class SynthesizerForCausalLM(SynthesizerPreTrainedModel, MixerForCausalLM, GenerationMixin):
+    """The Synthesizer with a language-model head."""
+
+    model_class = SynthesizerModel
+
+
+class SynthesizerForMaskedLM(SynthesizerPreTrainedModel, MixerForMaskedLM):
+    """The bidirectional Synthesizer with a language-model head; needs `is_decoder=False`."""
+
+    model_class = SynthesizerModel
+
+
+class SynthesizerForSequenceClassification(SynthesizerPreTrainedModel, MixerForSequenceClassification):
+    """The Synthesizer with a classifier on the mean over the kept tokens."""
+
+    model_class = SynthesizerModel
+
+
+class SynthesizerForTokenClassification(SynthesizerPreTrainedModel, MixerForTokenClassification):
+    """The Synthesizer with a classifier on every token."""
+
+    model_class = SynthesizerModel
+
+
+__all__ = [
+    "SynthesizerForCausalLM",
+    "SynthesizerForMaskedLM",
+    "SynthesizerForSequenceClassification",
+    "SynthesizerForTokenClassification",
+    "SynthesizerModel",
+    "SynthesizerPreTrainedModel",
+]

@@ -1,0 +1,47 @@
+# Copyright 2026 The modeling_aft authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""What torch.export needs done differently: in torch's own operators, and without regard to the example's sizes."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .ops_panel import exact_weights, finite, spread, underflown_rows
+
+
+def is_exporting() -> bool:
+    """Whether torch.export is at work. Under torch.compile, torch 2.11 says so too; the flag behind it is right."""
+    flag = getattr(torch.compiler, "_is_exporting_flag", None)
+    return torch.compiler.is_exporting() if flag is None else flag
+
+
+def first(table: Tensor, dim: int, length: int) -> Tensor:
+    """The first `length` places of `table` along `dim`: a view, or in an exported program a copy, because the strides
+    of a view would depend on whether all of the table is used."""
+    if is_exporting():
+        return table.index_select(dim, torch.arange(length, device=table.device))
+    return table[(slice(None),) * dim + (slice(length),)]
+
+
+def panel_for_export(
+    key: Tensor, value: Tensor, maximum: Tensor, normalizer: Tensor, average: Tensor, bias: Tensor, visible: int
+) -> Tensor:
+    """The average that `panel` gives. `visible` is not read: it is in the bias already."""
+    count = torch.cat([normalizer, torch.ones_like(key)], 1)
+    logits, values = torch.cat([maximum, key], 1), torch.cat([average, value], 1)
+    weight = (logits - finite(logits.amax(1, keepdim=True))).exp() * count
+    pair_weight = (bias - finite(bias.amax(-1, keepdim=True))).exp()
+    total = (pair_weight @ weight.flatten(2)).unflatten(2, key.shape[2:])
+    out = (pair_weight @ (spread(weight, values) * values).flatten(2)).unflatten(2, value.shape[2:])
+    out = out / spread(torch.where(total == 0, torch.ones_like(total), total), out)
+    # And the first row in any case: some runtimes cannot do with tensors of no row at all.
+    index = g, c, p = F.pad(underflown_rows(total, bias), (0, 0, 1, 0)).unbind(1)
+    weights = exact_weights(index, key, maximum, normalizer, bias)
+    values = values[g, :, p]
+    return out.index_put(index, (spread(weights, values) * values).sum(1))

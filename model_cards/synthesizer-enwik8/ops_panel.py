@@ -1,0 +1,236 @@
+# Copyright 2026 The modeling_aft authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""The core of AFT as one differentiable operator: a panel of C queries and S keys under [C, S] log weights.
+
+A panel is computed as exp(w - row max) @ exp(k - column max), which is exact wherever its row sum does not underflow.
+The rows below `_TINY` (a later key of the panel is larger by 69 or more, say) are computed again in log space. The
+choice depends on the data, so both directions are torch.library operators: torch.compile sees one opaque node.
+
+Shapes: G independent panels, C queries, S keys, Z in {0, 1, 2} sums of further keys, P columns (batch, or batch x
+chunks), K key channels, V = K x R value channels (R value channels share a key channel).
+"""
+
+import re
+from functools import wraps
+
+import torch
+from torch import Tensor
+
+
+# Remote code may load this file under several module names in one process: each gets its own operators.
+_NAMESPACE = re.sub(r"\W", "_", __name__)
+_TINY = {torch.float32: 1e-30, torch.float64: 1e-280}
+_FULL_ROWS = 256  # queries per matrix product where `visible` is given: it skips the keys that none of them sees
+_EXACT_ELEMENTS = 2**22  # elements of the largest tensor when rows are computed again in log space
+
+
+def spread(per_key_channel: Tensor, values: Tensor) -> Tensor:
+    """Repeats [..., K] over the value channels that share each key channel: [..., V]."""
+    shared = values.shape[-1] // per_key_channel.shape[-1]
+    return per_key_channel if shared == 1 else per_key_channel.repeat_interleave(shared, dim=-1)
+
+
+def gather(per_value_channel: Tensor, keys: Tensor) -> Tensor:
+    """Sums [..., V] over the value channels that share a key channel: [..., K]."""
+    if per_value_channel.shape[-1] == keys.shape[-1]:
+        return per_value_channel
+    return per_value_channel.unflatten(-1, (keys.shape[-1], -1)).sum(-1)
+
+
+def finite(maximum: Tensor) -> Tensor:
+    """Replaces the maximum of nothing (minus infinity), so that differences with it stay numbers."""
+    return torch.where(maximum == -torch.inf, torch.zeros_like(maximum), maximum)
+
+
+def _exponentials(key, value, maximum, normalizer, average, bias):
+    """exp(k - column max) of sums and keys [G, Z+S, P, K], the same times values, and exp(w - row max) [G, C, Z+S]."""
+    groups, sums = maximum.shape[:2]
+    reference = torch.cat([maximum, key], 1) if sums else key
+    reference = finite(reference.amax(1, keepdim=True))
+    size = (groups, sums + key.shape[1], *key.shape[2:])
+    weight = key.new_empty(size)
+    torch.sub(key, reference, out=weight[:, sums:])
+    torch.sub(maximum, reference, out=weight[:, :sums])
+    weight.exp_()
+    weight[:, :sums] *= normalizer
+    term = value.new_empty((*size[:-1], value.shape[-1]))
+    torch.mul(spread(weight[:, sums:], value), value, out=term[:, sums:])
+    torch.mul(spread(weight[:, :sums], average), average, out=term[:, :sums])
+    pair_weight = (bias - finite(bias.amax(-1, keepdim=True))).exp_()
+    return weight, term, pair_weight
+
+
+def _row_blocks(queries: int, keys: int, visible: int):
+    """Slices of queries, and how many keys each sees. `visible` > 0: query 0 sees that many, each later one more."""
+    if visible <= 0:
+        return [(slice(0, queries), keys)]
+    starts = range(0, queries, _FULL_ROWS)
+    return [(slice(t, min(t + _FULL_ROWS, queries)), min(visible + t + _FULL_ROWS - 1, keys)) for t in starts]
+
+
+def underflown_rows(total: Tensor, bias: Tensor) -> Tensor:
+    """[R, 3]: the places (g, c, p) of the rows to compute in log space."""
+    sees_something = bias.amax(-1) > -torch.inf  # [G, C]; other rows are 0
+    return ((total < _TINY[total.dtype]).any(-1) & sees_something[..., None]).nonzero()
+
+
+def _exact_rows(total: Tensor, bias: Tensor, channels: int):
+    """Indices (g, c, p) of the rows to compute in log space, in groups of bounded memory."""
+    rows = underflown_rows(total, bias)
+    group = max(1, _EXACT_ELEMENTS // (bias.shape[2] * channels))
+    return [index.unbind(1) for index in rows.split(group)] if len(rows) else []
+
+
+def exact_weights(index, key, maximum, normalizer, bias):
+    """Normalised weights [R, Z+S, K] of the rows `index`; all zero where a row sees nothing."""
+    g, c, p = index
+    logits = torch.cat([maximum[g, :, p], key[g, :, p]], 1) + bias[g, c][..., None]
+    weights = (logits - finite(logits.amax(1, keepdim=True))).exp_()
+    sums = maximum.shape[1]
+    weights[:, :sums] *= normalizer[g, :, p]
+    total = weights.sum(1, keepdim=True)
+    return weights.div_(torch.where(total == 0, torch.ones_like(total), total))
+
+
+def operator(name: str):
+    """Registers a function as an operator. It runs in full precision under autocast, and, as it reads data, outside of
+    CUDA graphs."""
+
+    def register(function):
+        @wraps(function)
+        def in_full_precision(*args, **kwargs):
+            with torch.autocast(args[0].device.type, enabled=False):
+                return function(*args, **kwargs)
+
+        registered = torch.library.custom_op(
+            f"{_NAMESPACE}::{name}", in_full_precision, mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
+        )
+        registered.plain = function
+        return registered
+
+    return register
+
+
+@operator("panel")
+def panel(
+    key: Tensor, value: Tensor, maximum: Tensor, normalizer: Tensor, average: Tensor, bias: Tensor, visible: int
+) -> tuple[Tensor, Tensor]:
+    """Weighted average [G, C, P, V] and, for the backward pass, its denominator [G, C, P, K].
+
+    key [G, S, P, K], value [G, S, P, V]; maximum, normalizer [G, Z, P, K], average [G, Z, P, V]; bias [G, C, Z+S].
+    """
+    weight, term, pair_weight = _exponentials(key, value, maximum, normalizer, average, bias)
+    groups, queries, columns = bias.shape[0], bias.shape[1], key.shape[2]
+    total = key.new_empty(groups, queries, columns * key.shape[3])
+    out = value.new_empty(groups, queries, columns * value.shape[3])
+    for rows, seen in _row_blocks(queries, bias.shape[2], visible):
+        torch.bmm(pair_weight[:, rows, :seen], weight[:, :seen].flatten(2), out=total[:, rows])
+        torch.bmm(pair_weight[:, rows, :seen], term[:, :seen].flatten(2), out=out[:, rows])
+    total = total.unflatten(2, (columns, -1))
+    out = out.unflatten(2, (columns, -1))
+    out /= spread(torch.where(total == 0, torch.ones_like(total), total), out)
+    for index in _exact_rows(total, bias, value.shape[3]):
+        g, c, p = index
+        weights = exact_weights(index, key, maximum, normalizer, bias)
+        values = torch.cat([average[g, :, p], value[g, :, p]], 1)
+        out[g, c, p] = (spread(weights, values) * values).sum(1)
+    return out, total
+
+
+@panel.register_fake
+def _(key, value, maximum, normalizer, average, bias, visible):
+    size = (bias.shape[0], bias.shape[1], key.shape[2])
+    return value.new_empty((*size, value.shape[3])), key.new_empty((*size, key.shape[3]))
+
+
+@operator("panel_backward")
+def panel_backward(
+    grad: Tensor,
+    out: Tensor,
+    total: Tensor,
+    key: Tensor,
+    value: Tensor,
+    maximum: Tensor,
+    normalizer: Tensor,
+    average: Tensor,
+    bias: Tensor,
+    visible: int,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `panel` with respect to its first six arguments (bias: empty unless `needs_bias`)."""
+    weight, term, pair_weight = _exponentials(key, value, maximum, normalizer, average, bias)
+    sums, keys, columns = maximum.shape[1], bias.shape[2], key.shape[2]
+    underflow = total < _TINY[key.dtype]
+    # A row computed in log space has no meaningful denominator: it is left out here and added below.
+    inverse = torch.where(underflow.any(-1, keepdim=True), torch.zeros_like(total), 1 / total)
+    grad_term = grad * spread(inverse, grad)
+    grad_weight = gather(grad_term * out, key).neg_()
+    grad_term, grad_weight = grad_term.flatten(2), grad_weight.flatten(2)
+    d_term = value.new_zeros(term.shape[0], keys, grad_term.shape[2])
+    d_weight = key.new_zeros(weight.shape[0], keys, grad_weight.shape[2])
+    d_bias = torch.zeros_like(bias) if needs_bias else bias.new_empty(0)
+    for rows, seen in _row_blocks(bias.shape[1], keys, visible):
+        transposed = pair_weight[:, rows, :seen].transpose(1, 2)
+        d_term[:, :seen] += transposed @ grad_term[:, rows]
+        d_weight[:, :seen] += transposed @ grad_weight[:, rows]
+        if needs_bias:
+            d_pair = torch.bmm(grad_term[:, rows], term[:, :seen].flatten(2).transpose(1, 2))
+            d_pair.baddbmm_(grad_weight[:, rows], weight[:, :seen].flatten(2).transpose(1, 2))
+            torch.mul(d_pair, pair_weight[:, rows, :seen], out=d_bias[:, rows, :seen])
+    d_term, d_weight = d_term.unflatten(2, (columns, -1)), d_weight.unflatten(2, (columns, -1))
+    d_value = d_term[:, sums:] * spread(weight[:, sums:], value)
+    d_average = d_term[:, :sums] * spread(weight[:, :sums], average)
+    d_key = gather(d_term[:, sums:] * value, key).add_(d_weight[:, sums:]).mul_(weight[:, sums:])
+    d_maximum = gather(d_term[:, :sums] * average, key).add_(d_weight[:, :sums]).mul_(weight[:, :sums])
+    counted = normalizer > 0
+    d_normalizer = torch.where(counted, d_maximum / normalizer, torch.zeros_like(normalizer))
+    for index in _exact_rows(total, bias, value.shape[3]):
+        g, c, p = index
+        weights = exact_weights(index, key, maximum, normalizer, bias)
+        values = torch.cat([average[g, :, p], value[g, :, p]], 1)
+        grads = grad[g, c, p][:, None]  # [R, 1, V]
+        d_values = spread(weights, values) * grads
+        d_logits = weights * gather(grads * (values - out[g, c, p][:, None]), key)
+        d_value.transpose(1, 2).index_put_((g, p), d_values[:, sums:], accumulate=True)
+        d_key.transpose(1, 2).index_put_((g, p), d_logits[:, sums:], accumulate=True)
+        if needs_bias:
+            d_bias.index_put_((g, c), d_logits.sum(-1), accumulate=True)
+        if sums:
+            d_average.transpose(1, 2).index_put_((g, p), d_values[:, :sums], accumulate=True)
+            d_maximum.transpose(1, 2).index_put_((g, p), d_logits[:, :sums], accumulate=True)
+            count = normalizer[g, :, p]
+            d_count = torch.where(count > 0, d_logits[:, :sums] / count, torch.zeros_like(count))
+            d_normalizer.transpose(1, 2).index_put_((g, p), d_count, accumulate=True)
+    return d_key, d_value, d_maximum, d_normalizer, d_average, d_bias
+
+
+@panel_backward.register_fake
+def _(grad, out, total, key, value, maximum, normalizer, average, bias, visible, needs_bias):
+    like = [
+        torch.empty_like(t, memory_format=torch.contiguous_format) for t in (key, value, maximum, normalizer, average)
+    ]
+    return (*like, torch.empty_like(bias) if needs_bias else bias.new_empty(0))
+
+
+def _save_for_backward(ctx, inputs, output):
+    key, value, maximum, normalizer, average, bias, ctx.visible = inputs
+    ctx.save_for_backward(*output, key, value, maximum, normalizer, average, bias)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, _):
+    if grad is None:
+        return (None,) * 7
+    needs_bias = ctx.needs_input_grad[5]
+    grads = panel_backward(grad.contiguous(), *ctx.saved_tensors, ctx.visible, needs_bias)
+    return (*grads[:5], grads[5] if needs_bias else None, None)
+
+
+panel.register_autograd(_backward, setup_context=_save_for_backward)

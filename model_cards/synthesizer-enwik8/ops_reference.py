@@ -1,0 +1,182 @@
+# Copyright 2026 The modeling_aft authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""The AFT operator as the paper writes it: one query at a time, in plain sums. All other backends are tested on it."""
+
+from typing import NamedTuple
+
+import torch
+
+
+class AFTState(NamedTuple):
+    """What [`~modeling_aft.ops.aft_attention`] needs of the past to go on; opaque to callers. Tensors are [B, ...].
+
+    The tokens that have left the window (all tokens, for AFT-simple) are summed up by three fp32 tensors: the largest
+    key, the sum of `exp(key - largest)`, and the average of their values under those weights. Keeping the maximum
+    apart from the sum, instead of their log-sum-exp, loses nothing to rounding, however large the keys or long the
+    text.
+
+    Attributes:
+        position: [B] int64, the position that the next kept token will have.
+        key: [B, S, D or H] in the dtype of the keys: the last S = n - 1 kept tokens, oldest first, or, for the full
+            form, all S past tokens. Minus infinity where there is no token.
+        value: [B, S, D], 0 where there is no token.
+        key_position: [B, S] int64, the position of each key (full form only, else None).
+        maximum: [B, D or H] fp32, minus infinity if no token has left the window (None in the full form).
+        normalizer: [B, D or H] fp32, 0 if no token has left the window, else at least 1 (None in the full form).
+        average: [B, D] fp32 (None in the full form).
+    """
+
+    position: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    key_position: torch.Tensor | None = None
+    maximum: torch.Tensor | None = None
+    normalizer: torch.Tensor | None = None
+    average: torch.Tensor | None = None
+
+
+def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """Sums and exponentials are taken in float64 if one of the tensors is in float64, else in float32."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+QUERY_ACTIVATIONS = {"sigmoid": torch.sigmoid, "tanh": torch.tanh, "relu": torch.relu, "identity": lambda query: query}
+
+
+def gated(query: torch.Tensor, average: torch.Tensor, activation: str) -> torch.Tensor:
+    """activation(query) times the average, in the dtype of the query."""
+    return (QUERY_ACTIVATIONS[activation](query.to(average.dtype)) * average).to(query.dtype)
+
+
+def _tap_bias(row: torch.Tensor, offset: torch.Tensor, causal: bool) -> torch.Tensor:
+    """Bias [J, heads] at the offsets [J] for the query whose window bias is `row` [heads, n]; 0 outside the window."""
+    taps = row.shape[-1]
+    tap = offset if causal else offset + (taps - 1) // 2
+    inside = (tap >= 0) & (tap < taps)
+    bias = row[:, tap.clamp(0, taps - 1)].T  # [J, heads]
+    return torch.where(inside[:, None], bias, torch.zeros_like(bias))
+
+
+def _attend(keys, values, bias, state_of_row):
+    """Weighted average [D] of `values` [J, D] under exp(keys + bias) [J, H], one of the terms of eq. 2."""
+    logits, terms = keys + bias, values
+    if state_of_row is not None:
+        maximum, normalizer, average = state_of_row
+        logits = torch.cat([(maximum + normalizer.log())[None], logits])
+        terms = torch.cat([average[None], terms])
+    weights = logits.softmax(0)  # [J, H]
+    weights = weights.repeat_interleave(terms.shape[-1] // weights.shape[-1], dim=-1)  # [J, D]
+    return (weights * terms).sum(0)
+
+
+def aft_attention_reference(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    position_bias: torch.Tensor | None,
+    window_bias: torch.Tensor | None,
+    causal: bool,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    state: AFTState | None,
+) -> tuple[torch.Tensor, AFTState]:
+    """The average of eq. 2, 4, 5 or 6 without the query gate, [B, T, D], and the state after the last token.
+
+    Same arguments as [`~modeling_aft.ops.aft_attention`], already validated. O(B T^2 D) time, slow on purpose.
+    """
+    dtype = torch.promote_types(compute_dtype(key), compute_dtype(value))
+    batch, length, _ = key.shape
+    kept = torch.ones(batch, length, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    rows, states = [], []
+    for b in range(batch):
+        index = kept[b].nonzero().squeeze(-1).to(key.device)
+        first = 0 if state is None else int(state.position[b])
+        position = (
+            torch.arange(len(index), device=key.device) + first if position_ids is None else position_ids[b, index]
+        )
+        keys, values, key_position = key[b, index], value[b, index], position
+        past = 0
+        if state is not None:
+            seen = (state.key[b] > -torch.inf).any(-1)
+            if position_bias is not None:
+                key_position = torch.cat([state.key_position[b, seen], key_position])
+            keys = torch.cat([state.key[b, seen], keys])
+            values = torch.cat([state.value[b, seen], values])
+            past = int(seen.sum())
+        state_of_row = None
+        if state is not None and state.normalizer is not None and bool((state.normalizer[b] > 0).all()):
+            state_of_row = (state.maximum[b].to(dtype), state.normalizer[b].to(dtype), state.average[b].to(dtype))
+
+        keys_c, values_c = keys.to(dtype), values.to(dtype)
+        out = [
+            torch.zeros_like(values_c[0]) if len(values_c) else value.new_zeros(value.shape[-1], dtype=dtype)
+        ] * length
+        for i, t in enumerate(index.tolist()):
+            visible = past + i + 1 if causal else len(keys)
+            bias = torch.zeros(visible, 1, dtype=dtype, device=key.device)
+            if position_bias is not None:
+                row = position_bias[position[i]] if position_bias.dim() == 2 else position_bias[b, t]
+                bias = row[key_position[:visible]].to(dtype)[:, None]
+            elif window_bias is not None:
+                offset = past + i - torch.arange(visible, device=key.device)
+                table_row = int(position[i]) if window_bias.shape[1] > 1 else 0
+                row = window_bias[:, table_row] if window_bias.dim() == 3 else window_bias[:, b, t]
+                bias = _tap_bias(row, offset, causal).to(dtype)
+                bias = bias.repeat_interleave(keys.shape[-1] // bias.shape[-1], dim=-1)
+            out[t] = _attend(keys_c[:visible], values_c[:visible], bias, state_of_row)
+        rows.append(torch.stack(out))
+        next_position = torch.tensor(max([first, *(position + 1).tolist()]), device=key.device)
+        window = 0 if window_bias is None else max(window_bias.shape[-1] - 1, 0)
+        states.append((next_position, keys, values, state_of_row, window))
+    average = torch.stack(rows)
+    if position_bias is not None:
+        return average, _full_state(key, value, kept, position_ids, state, [s[0] for s in states])
+    return average, _window_state(states, dtype)
+
+
+def _window_state(states, dtype) -> AFTState:
+    """Splits the tokens of each batch row into the last n - 1 and the sum of those before."""
+    position, key, value, maximum, normalizer, average = [], [], [], [], [], []
+    for next_position, keys, values, older, window in states:
+        split = max(len(keys) - window, 0)
+        missing = window - (len(keys) - split)
+        position.append(next_position)
+        key.append(torch.nn.functional.pad(keys[split:], (0, 0, missing, 0), value=-torch.inf))
+        value.append(torch.nn.functional.pad(values[split:], (0, 0, missing, 0)))
+        logits, terms = keys[:split].to(dtype), values[:split].to(dtype)
+        counts = torch.ones_like(logits)
+        if older is not None:
+            logits, counts = torch.cat([older[0][None], logits]), torch.cat([older[1][None], counts])
+            terms = torch.cat([older[2][None], terms])
+        if len(logits) == 0:
+            maximum.append(logits.new_full(keys.shape[1:], -torch.inf))
+            normalizer.append(logits.new_zeros(keys.shape[1:]))
+            average.append(terms.new_zeros(values.shape[1:]))
+            continue
+        maximum.append(logits.amax(0))
+        weights = counts * (logits - maximum[-1]).exp()
+        normalizer.append(weights.sum(0))
+        weights = (weights / normalizer[-1]).repeat_interleave(terms.shape[-1] // weights.shape[-1], dim=-1)
+        average.append((weights * terms).sum(0))
+    stack = torch.stack
+    return AFTState(stack(position), stack(key), stack(value), None, stack(maximum), stack(normalizer), stack(average))
+
+
+def _full_state(key, value, kept, position_ids, state, next_position) -> AFTState:
+    """All keys and values so far, in their place, with the padded ones made invisible."""
+    batch = key.shape[0]
+    kept = kept.to(key.device)
+    first = torch.zeros(batch, dtype=torch.long, device=key.device) if state is None else state.position
+    key_position = first[:, None] + kept.long().cumsum(1) - 1 if position_ids is None else position_ids
+    key = key.masked_fill(~kept[..., None], -torch.inf)
+    value = value.masked_fill(~kept[..., None], 0)
+    key_position = key_position.clamp_min(0)
+    if state is not None:
+        key, value = torch.cat([state.key, key], 1), torch.cat([state.value, value], 1)
+        key_position = torch.cat([state.key_position, key_position], 1)
+    return AFTState(torch.stack(next_position), key, value, key_position)

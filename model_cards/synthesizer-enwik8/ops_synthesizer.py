@@ -1,0 +1,171 @@
+# Copyright 2026 The modeling_aft authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""Attention with synthesized logits: the plain form, and the same through factors, fused kernels and shared weights.
+
+Most synthesized logits are a product q k^T with keys that do not depend on the input: relu(x W1) W2 + b2 of the dense
+type is [relu(x W1), 1] [W2, b2]^T, and the factorized random matrix is R1 R2^T. A weighted sum of such logits is one
+product of the concatenated (weighted) queries and keys. Fused attention therefore computes them without a [T, T]
+tensor, where it exists. Logits that depend on positions alone need one softmax for the whole batch. All others are
+computed for one block of queries at a time, and again in the backward pass.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from .ops_export import first, is_exporting
+
+
+_BLOCK = 128  # queries per block, where neither factors nor one matrix for the batch will do
+
+
+class SynthesizerState(NamedTuple):
+    """What a layer of the Synthesizer keeps of the past.
+
+    Attributes:
+        position: [B] int64, the position that the next kept token will have.
+        key: [B, H, S, d] keys of the past tokens, or None where no dot product is among the components.
+        value: [B, H, S, d] their values.
+        key_position: [B, S] int64, their positions, -1 for padding.
+    """
+
+    position: Tensor
+    key: Tensor | None
+    value: Tensor
+    key_position: Tensor
+
+
+class Logits(NamedTuple):
+    """The parts of attention logits, query @ key^T + bias + product, each None where there is none.
+
+    Attributes:
+        query: [1 or B, H, T, K].
+        key: [1 or B, H, S, K].
+        bias: [1 or B, H, T, S].
+        product: [B, H, T, a] and [B, H, T, b]: position n has the logit `first[n // b] * second[n % b]`.
+        key_position: [B, S] the positions of the keys, which `product` needs; None where they are 0 to S - 1.
+    """
+
+    query: Tensor | None = None
+    key: Tensor | None = None
+    bias: Tensor | None = None
+    product: tuple[Tensor, Tensor] | None = None
+    key_position: Tensor | None = None
+
+
+def outer(first: Tensor, second: Tensor) -> Tensor:
+    """[..., a] and [..., b] to [..., a * b]: the first repeated, the second tiled, multiplied."""
+    return (first[..., :, None] * second[..., None, :]).flatten(-2)
+
+
+def columns(logits: Tensor, key_position: Tensor | None, length: int) -> Tensor:
+    """The columns of logits [1 or B, H, T, N] at the key positions [B, S], or the first `length` for None."""
+    if key_position is None:
+        return first(logits, 3, length)
+    index = key_position.clamp_min(0)[:, None, None]
+    return logits.expand(index.shape[0], -1, -1, -1).gather(3, index.expand(-1, *logits.shape[1:3], -1))
+
+
+def attend(logits: Tensor, value: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Softmax over the visible keys, times the values: the definition.
+
+    Args:
+        logits (`Tensor` [1 or B, H, T, S]): floating point.
+        value (`Tensor` [B, H, S, d]): the values.
+        visible (`Tensor` [1 or B, 1, T, S], *optional*): which keys each query sees, bool; None for all.
+
+    Returns:
+        The output [B, H, T, d] and the weights [1 or B, H, T, S]. A query that sees nothing gets 0 for both.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if visible is not None:
+        logits = logits.masked_fill(~visible, torch.finfo(logits.dtype).min)
+    weights = logits.softmax(-1)
+    if visible is not None:
+        weights = weights.masked_fill(~visible, 0)
+    weights = weights.to(value.dtype)
+    if weights.shape[0] < value.shape[0]:  # one product for the batch: a broadcast one would copy the weights
+        columns = value.permute(1, 2, 0, 3)  # [H, S, B, d]
+        out = (weights[0] @ columns.flatten(2)).unflatten(2, columns.shape[2:])
+        return out.permute(2, 0, 1, 3), weights
+    return weights @ value, weights
+
+
+def attend_fused(logits: Logits, value: Tensor, causal: bool, count: Tensor | None) -> Tensor:
+    """`attend` for keys and queries at the same T places: the output [B, H, T, d], without a [T, T] tensor per row.
+
+    Args:
+        logits: their parts.
+        value (`Tensor` [B, H, T, d]): the values.
+        causal (`bool`): whether a query sees only its own and earlier places.
+        count (`Tensor` [B], *optional*): how many places, from the first, hold a token; None for all. A causal query
+            needs no other mask than its place; what queries behind the tokens get has no meaning.
+    """
+    if causal:
+        count = None
+    elif count is not None:
+        count = count.clamp_min(1)  # a row without any token sees its first place, so that no softmax is over nothing
+    if logits.bias is None and logits.product is None:
+        return _attend_factors(logits, value, causal, count)
+    if logits.query is None and logits.product is None and logits.bias.shape[0] == 1 and count is None:
+        return attend(logits.bias, value, _visible(slice(0, value.shape[2]), value, causal, None))[0]
+    return _attend_in_blocks(logits, value, causal, count)
+
+
+def _visible(rows: slice, value: Tensor, causal: bool, count: Tensor | None) -> Tensor | None:
+    """Which of the keys up to the last row (causal) or of all keys the queries `rows` see: [1 or B, 1, 1 or T, S]."""
+    places = torch.arange(value.shape[2], device=value.device)
+    if causal:
+        return (places[: rows.stop] <= places[rows, None])[None, None]
+    return None if count is None else (places < count[:, None])[:, None, None]
+
+
+def _attend_factors(logits: Logits, value: Tensor, causal: bool, count: Tensor | None) -> Tensor:
+    batch, width = value.shape[0], value.shape[-1]
+    # Fused kernels want one head size for all three, and those of GPUs a multiple of 8.
+    size = max(logits.query.shape[-1], width)
+    size = size if value.device.type == "cpu" else -(-size // 8) * 8
+    query, key, value = (F.pad(t, (0, size - t.shape[-1])) for t in (logits.query, logits.key, value))
+    query, key = (t.expand(batch, -1, -1, -1) for t in (query, key))
+    mask = None if causal else _visible(slice(None), value, causal, count)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=1.0)[..., :width]
+
+
+def _attend_in_blocks(logits: Logits, value: Tensor, causal: bool, count: Tensor | None) -> Tensor:
+    out, length = [], value.shape[2]
+    if is_exporting():  # a number of blocks would be fixed by the example
+        return _attend_block(logits, value, _visible(slice(0, length), value, causal, count))
+    for start in range(0, length, _BLOCK):
+        rows = slice(start, min(start + _BLOCK, length))
+        keys = rows.stop if causal else length
+        part = Logits(
+            query=None if logits.query is None else logits.query[:, :, rows],
+            key=None if logits.key is None else logits.key[:, :, :keys],
+            bias=None if logits.bias is None else logits.bias[:, :, rows, :keys],
+            product=None if logits.product is None else tuple(t[:, :, rows] for t in logits.product),
+            key_position=None if logits.key_position is None else logits.key_position[:, :keys],
+        )
+        arguments = part, value[:, :, :keys], _visible(rows, value, causal, count)
+        if torch.is_grad_enabled():
+            out.append(checkpoint(_attend_block, *arguments, use_reentrant=False, preserve_rng_state=False))
+        else:
+            out.append(_attend_block(*arguments))
+    return torch.cat(out, 2)
+
+
+def _attend_block(part: Logits, value: Tensor, visible: Tensor | None) -> Tensor:
+    logits = 0 if part.query is None else part.query @ part.key.transpose(2, 3)
+    if part.bias is not None:
+        logits = logits + part.bias
+    if part.product is not None:
+        logits = logits + columns(outer(*part.product), part.key_position, value.shape[2])
+    return attend(logits, value, visible)[0]

@@ -1,0 +1,90 @@
+"""The checkpoints in model_cards/: they load without the package, have learned, and say what they are."""
+
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from push_to_hub import main as push
+from run_log import fill_model_card, final_scores, read_log
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = sorted(path.parent for path in (ROOT / "model_cards").glob("*/config.json"))
+BY_NAME = {"argvalues": FOLDERS, "ids": lambda folder: folder.name}
+
+
+def test_each_family_is_there_and_all_are_small():
+    types = sorted(AutoModelForCausalLM.from_pretrained(folder).config.model_type for folder in FOLDERS)
+    assert types == ["aft", "synthesizer"]
+    sizes = [path.stat().st_size for folder in FOLDERS for path in folder.iterdir() if path.is_file()]
+    assert sum(sizes) < 25e6
+
+
+def test_first_example_of_the_readme_writes_text(tmp_path):
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    assert "model_cards/" in blocks[0]
+    without_package = "import sys, torch; sys.modules['modeling_aft'] = None; torch.manual_seed(0)\n"
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", without_package + blocks[0]],
+        cwd=ROOT,
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    words = re.findall(r"[a-z]+", done.stdout)  # a model that has learned nothing writes few letters in a row
+    assert len(words) > 20 and sum(map(len, words)) > 0.5 * len(done.stdout)
+
+
+@pytest.mark.parametrize("folder", **BY_NAME)
+def test_it_has_learned_english(folder):
+    """Text that no data set of these models holds, the license: bytes at random take 8 bits, `xz -9e` 3.1."""
+    content = (ROOT / "LICENSE").read_bytes()[:4096]
+    input_ids = torch.tensor(list(content)).view(16, 256)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        assert model(input_ids, labels=input_ids).loss.item() / math.log(2) < 2.8
+
+
+@pytest.mark.parametrize("folder", **BY_NAME)
+def test_code_is_that_of_the_package(folder):
+    package = ROOT / "modeling_aft"
+    different = [path.name for path in folder.glob("*.py") if path.read_text() != (package / path.name).read_text()]
+    advice = 'for f in model_cards/*/*.py; do cp "modeling_aft/${f##*/}" "$f"; done'
+    assert not different, f"{different} in {folder}: when the package has changed, {advice}"
+
+
+@pytest.mark.parametrize("folder", **BY_NAME)
+def test_card_is_what_the_log_makes(folder):
+    events = read_log(folder / "run.jsonl")
+    advice = "write fill_model_card(read_log(folder / 'run.jsonl')) of scripts/run_log.py into it"
+    assert (folder / "README.md").read_text(encoding="utf-8") == fill_model_card(events), advice
+    release = next(event for event in events if event["event"] == "release")
+    assert abs(release["storage_cost"]) < 0.005
+    assert {picture["file"] for picture in release["pictures"]} <= {path.name for path in folder.iterdir()}
+    with safe_open(folder / "model.safetensors", "pt") as weights:
+        dtypes = {weights.get_tensor(name).dtype for name in weights.keys()}
+    assert dtypes == {getattr(torch, release["dtype"])}
+
+
+def test_aft_is_ahead_of_the_compressor():
+    folder = next(folder for folder in FOLDERS if folder.name.startswith("aft"))
+    events = read_log(folder / "run.jsonl")
+    release = next(event for event in events if event["event"] == "release")
+    scores = [event["bits_per_byte"] for event in final_scores(events) if event["split"] == "test"]
+    assert max(scores) < release["xz_bits_per_byte"] - 0.1
+
+
+@pytest.mark.parametrize("folder", **BY_NAME)
+def test_it_is_ready_to_push(folder, capsys):
+    push([str(folder), f"me/{folder.name}", "--dry_run"])
+    printed = capsys.readouterr().out
+    for name in ("model.safetensors", "config.json", "generation_config.json", "tokenizer_config.json", "README.md"):
+        assert f" {name}\n" in printed
