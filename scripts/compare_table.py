@@ -22,7 +22,7 @@ from run_log import describe_protocol, read_log
 
 RESULT = "result.json"
 COLUMNS = (
-    *("run", "parameters", "steps", "tokens", "seeds", "valid", "valid_std", "test", "test_std"),
+    *("run", "parameters", "steps", "tokens", "seeds", "train", "valid", "valid_std", "test", "test_std"),
     *("seconds", "seconds_std", "equal_seconds", "valid_at_equal_seconds", "tokens_per_second", "peak_bytes"),
     *("valid_protocol", "test_protocol", "hardware", "precision", "versions"),
     *("data", "data_sha256", "date", "command"),
@@ -33,6 +33,7 @@ SHOWN = (
     ("parameters", "parameters", "{:,}"),
     ("steps", "steps", "{:,}"),
     ("tokens", "tokens", "{:,}"),
+    ("train", "train", "{:.3f}"),
     ("valid", "valid", "{:.3f}"),
     ("test", "test", "{:.3f}"),
     ("valid at equal wall-clock", "valid_at_equal_seconds", "{:.3f}"),
@@ -63,6 +64,8 @@ def read_run(folder: Path) -> dict:
     )
     seconds = {event["step"]: event["seconds"] for event in train}  # a line stands before each evaluation
     per_step = config["tokens_per_step"]
+    last = [event["step"] > 0.9 * train[-1]["step"] for event in train]
+    lengths = np.diff([event["step"] for event in train], prepend=0) * last  # steps that a line of the end sums up
     versions = {name: config["versions"][name] for name in ("Python", "torch", "transformers")}
     versions["modeling_aft"] = result["modeling_aft"]
     return {
@@ -70,6 +73,7 @@ def read_run(folder: Path) -> dict:
         "parameters": config["parameters"],
         "steps": train[-1]["step"],
         "tokens": train[-1]["step"] * per_step,
+        "train": float(np.average([event["bits_per_byte"] for event in train], weights=lengths)),
         "valid": valid[-1]["bits_per_byte"],
         "test": test[-1]["bits_per_byte"],
         "seconds": train[-1]["seconds"],
@@ -112,7 +116,7 @@ def join_seeds(name: str, runs: list[dict], equal_seconds: float | None) -> dict
     row |= {column: runs[0][column] for column in ("parameters", "steps", "tokens")}
     for column in (*CONDITIONS, *ORIGINS):
         row[column] = "; ".join(dict.fromkeys(run[column] for run in runs))
-    for column in ("valid", "test", "seconds", "tokens_per_second"):
+    for column in ("train", "valid", "test", "seconds", "tokens_per_second"):
         row[column] = fmean(run[column] for run in runs)
     for column in ("valid", "test", "seconds"):
         row[f"{column}_std"] = stdev(run[column] for run in runs) if len(runs) > 1 else None
@@ -185,7 +189,8 @@ def markdown(title: str, rows: list[dict], origin: str, missing: list[str], pict
     for row in rows:
         lines.append("| " + " | ".join(cell(row, column, form, best) for _, column, form in shown) + " |")
     notes = [
-        "Scores are bits per byte; means over the seeds ± their sample standard deviation, the best on valid bold.",
+        "Scores are bits per byte; means over the seeds ± their sample standard deviation, the best on valid bold;",
+        "train is what the last tenth of the training read, as it went by, with dropout where there is any.",
         "Tokens/s is the median over the lines of the log, peak MiB what a process held beyond its libraries, the",
         "least of the seeds.",
     ]

@@ -216,6 +216,8 @@ def test_table_says_what_the_logs_say(finished):
             assert float(row[f"{split}_std"]) == pytest.approx(stdev(scores[split]), rel=1e-5)
             assert found[0][-1]["bytes_scored"] == 160
         assert scores["valid"][0] != scores["valid"][1]
+        last = [events(folder, "train")[-1] for folder in folders]  # of step 6, the only one in the last tenth
+        assert float(row["train"]) == pytest.approx(fmean(event["bits_per_byte"] for event in last), rel=1e-5)
         (config,) = events(folders[0], "config")
         assert (row["parameters"], row["steps"], row["seeds"]) == (str(config["parameters"]), "6", "0 1")
         assert int(row["tokens"]) == 6 * batch_size * 16
