@@ -1,4 +1,4 @@
-"""The commands and imports in the documents exist: scripts, flags, presets, make targets, public names."""
+"""The commands and imports in the documents exist: scripts, flags, presets, make targets, names. The first runs."""
 
 import ast
 import re
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
+from test_remote_code import run_without_package
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,6 +90,16 @@ def test_python_compiles_and_imports_exist(block):
             names = {alias.name for alias in node.names}
             module = __import__(node.module, fromlist=sorted(names))
             assert all(hasattr(module, name) for name in names), f"from {node.module} import {names}"
+
+
+def test_first_example_of_the_readme_writes_text(tmp_path):
+    (example,) = code_blocks("python")[0].values
+    assert "model_cards/" in example
+    start = f"import os, torch; os.chdir({str(ROOT)!r}); torch.manual_seed(0)\n"
+    done = run_without_package(ROOT, tmp_path, start + example)
+    assert done.returncode == 0, done.stderr
+    words = re.findall(r"[a-z]+", done.stdout)  # a model that has learned nothing writes few letters in a row
+    assert len(words) > 20 and sum(map(len, words)) > 0.5 * len(done.stdout)
 
 
 def test_makefile_calls_what_exists():
