@@ -30,10 +30,9 @@ import argparse
 import csv
 import ctypes
 import gc
-import os
 import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from datetime import date
@@ -54,6 +53,7 @@ from benchmark_contestants import (
     operator_contestants,
     train_contestants,
 )
+from whole_files import write_rows
 
 import modeling_aft
 
@@ -278,17 +278,6 @@ def add_rows(path: Path, rows: list[dict]) -> None:
     new = {key(row) for row in rows}
     rows = sorted([row for row in read_rows(path) if key(row) not in new] + rows, key=lambda row: int(row["length"]))
     write_rows(path, COLUMNS, rows)
-
-
-def write_rows(path: Path, columns: Iterable[str], rows: list[dict]) -> None:
-    """Replaces the file when all of the new one is there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(columns))
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(temporary, path)
 
 
 def length_of_name(text: str) -> tuple[str, int]:

@@ -24,10 +24,11 @@ from pathlib import Path
 
 import torch
 from benchmark import parse_arguments as parse_benchmark
-from benchmark import read_rows, write_rows
+from benchmark import read_rows
 from benchmark_contestants import operator_contestants
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+from whole_files import write_rows
 
 from modeling_aft import ops_cpu
 

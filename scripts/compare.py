@@ -7,17 +7,19 @@
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
 """
-Trains the models of a plan on the same data, and writes one table and one picture of them to benchmarks/.
+Trains the models of a plan on the same data, and writes one table and one picture of them.
 
     python scripts/compare.py configuration/compare/variants.yaml --dataset_path FILE
     python scripts/compare.py configuration/compare/windows.yaml --dataset_path FILE --seeds 0 1 2 --max_steps 3000 \\
         --warmup_steps 300
-    python scripts/compare.py configuration/compare/variants.yaml --only aft-simple transformer --max_hours 2
-    python scripts/compare.py configuration/compare/variants.yaml --table_only
+    python scripts/compare.py configuration/compare/variants.yaml --dataset_path FILE --only aft-simple transformer \\
+        --max_hours 2
+    python scripts/compare.py configuration/compare/variants.yaml --table_only --output_dir benchmarks
 
 Each run is pretrain_enwik8.py in a process of its own, with the folder <runs_dir>/<plan>/<run>-seed<k>. Flags that are
 not listed below go to every run, and win over the plan. A finished run is skipped and an interrupted one continues
-from its last checkpoint; a run of which the plan, the flags or the data have changed since is an error.
+from its last checkpoint; a run of which the plan, the flags or the data have changed since is an error (--table_only,
+which knows neither flags nor data, notices a changed model).
 
 A plan is a YAML file:
 
@@ -52,6 +54,7 @@ from pretrain_enwik8 import load_data
 from pretrain_enwik8 import main as pretrain
 from pretraining_arguments import GROUPS, PATHS, build_config, check_arguments, parse_arguments
 from run_log import read_log
+from whole_files import write_whole
 
 import modeling_aft
 
@@ -100,6 +103,11 @@ class PlannedRun:
         return (self.folder / RESULT).is_file()
 
 
+def are_seeds(numbers: list[int]) -> bool:
+    """Whether these can be the seeds of a run: no two are the same, which would count one run twice."""
+    return min(numbers) >= 0 and len(set(numbers)) == len(numbers)
+
+
 def read_plan(path: Path) -> Plan:
     """
     The plan in a YAML file, with all paths made absolute.
@@ -143,8 +151,13 @@ def read_plan(path: Path) -> Plan:
         run["training"] = check_keys(run.get("training", {}), of_run, f"run {name}: training")
         runs[str(name)] = run
     seeds = content.get("seeds", [0])
-    if not isinstance(seeds, list) or not seeds or any(type(seed) is not int or seed < 0 for seed in seeds):
-        problems.append(f"seeds must be a list of whole numbers from 0, got {seeds!r}")
+    if (
+        not isinstance(seeds, list)
+        or not seeds
+        or any(type(seed) is not int for seed in seeds)
+        or not are_seeds(seeds)
+    ):
+        problems.append(f"seeds must be a list of different whole numbers from 0, got {seeds!r}")
     reference = content.get("reference")
     if reference is not None and reference not in runs:
         problems.append(f"reference must be one of the runs ({', '.join(runs)}), got {reference!r}")
@@ -260,9 +273,7 @@ def train(run: PlannedRun, command: str) -> None:
         peak = None  # this process has only scored
     result = {"name": run.name, "seed": run.seed, "peak_bytes": peak, "processor": processor_name(device)}
     result |= {"modeling_aft": modeling_aft.__version__, "command": command}
-    temporary = run.folder / f"{RESULT}.tmp"
-    temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(run.folder / RESULT)
+    write_whole(run.folder / RESULT, json.dumps(result, indent=2) + "\n")
 
 
 def run_process(run: PlannedRun, command: str, seconds: float) -> bool:
@@ -294,8 +305,7 @@ def train_all(planned: list[PlannedRun], entries: list[dict], command: str, hour
         print(f"{number}/{len(planned)} {run.folder.name}: {what}", flush=True)
         if run.finished or left <= 0:
             continue
-        run.folder.mkdir(parents=True, exist_ok=True)
-        (run.folder / ENTRY).write_text(json.dumps(entry, indent=2) + "\n", encoding="utf-8")
+        write_whole(run.folder / ENTRY, json.dumps(entry, indent=2) + "\n")
         if not run_process(run, command, left):
             failed.append(run)
     return failed
@@ -318,12 +328,12 @@ def parse_own_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]
     parser.add_argument("--seconds", type=float, help="the budget at equal wall-clock, in place of the plan's")
     parser.add_argument("--table_only", action="store_true", help="train nothing: table and picture of what is there")
     parser.add_argument("--runs_dir", type=Path, default=Path("runs/compare"), help="default: %(default)s")
-    parser.add_argument("--output_dir", type=Path, default=Path("benchmarks"), help="default: %(default)s")
+    parser.add_argument("--output_dir", type=Path, help="of table and picture; default: <runs_dir>/<plan>")
     args, more_flags = parser.parse_known_args(argv)
     problems = [
         f"--{name} must be {allowed}, got {getattr(args, name)!r}"
         for name, ok, allowed in (
-            ("seeds", args.seeds is None or min(args.seeds) >= 0, "at least 0"),
+            ("seeds", args.seeds is None or are_seeds(args.seeds), "different whole numbers from 0"),
             ("max_hours", args.max_hours > 0, "positive"),
             ("seconds", args.seconds is None or args.seconds > 0, "positive"),
         )
@@ -361,9 +371,8 @@ def main(argv: list[str] | None = None) -> list[Path]:
     check_seeds(folders)
     written = []
     if any(folders.values()):
-        written = write_table(
-            args.output_dir / f"compare-{plan.name}", folders, plan.reference, args.seconds or plan.seconds
-        )
+        stem = (args.output_dir or args.runs_dir / plan.name) / f"compare-{plan.name}"
+        written = write_table(stem, folders, plan.reference, args.seconds or plan.seconds)
     elif args.table_only:
         raise ValueError(f"--table_only needs finished runs of the plan, and {args.runs_dir / plan.name} has none")
     for path in written:

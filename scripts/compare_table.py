@@ -8,7 +8,6 @@
 # specific language governing permissions and limitations under the License.
 """Table and picture of what `compare.py` has trained, made of nothing but the folders of the runs."""
 
-import csv
 import json
 from pathlib import Path
 from statistics import fmean, median, stdev
@@ -18,12 +17,13 @@ from drawing import line_style, save_figure, tidy
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from run_log import describe_protocol, read_log
+from whole_files import write_rows, write_whole
 
 
 RESULT = "result.json"
 COLUMNS = (
     *("run", "parameters", "steps", "tokens", "seeds", "train", "valid", "valid_std", "test", "test_std"),
-    *("seconds", "seconds_std", "equal_seconds", "valid_at_equal_seconds", "tokens_per_second", "peak_bytes"),
+    *("seconds", "equal_seconds", "valid_at_equal_seconds", "tokens_per_second", "peak_bytes"),
     *("valid_protocol", "test_protocol", "hardware", "precision", "versions"),
     *("data", "data_sha256", "date", "command"),
 )
@@ -51,8 +51,8 @@ def read_run(folder: Path) -> dict:
     One finished run.
 
     Returns:
-        `dict`: values of `COLUMNS` for its one seed, and `curve`, float [evaluations of valid, 3]: tokens, training
-        seconds, and bits per byte.
+        `dict`: values of `COLUMNS` for its one seed, and `curve`, float [evaluations of valid, 2]: tokens and bits
+        per byte.
     """
     result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
     events = read_log(folder / "run.jsonl")
@@ -62,7 +62,6 @@ def read_run(folder: Path) -> dict:
         [event for event in events if event["event"] == "evaluation" and event["split"] == split]
         for split in ("valid", "test")
     )
-    seconds = {event["step"]: event["seconds"] for event in train}  # a line stands before each evaluation
     per_step = config["tokens_per_step"]
     last = [event["step"] > 0.9 * train[-1]["step"] for event in train]
     lengths = np.diff([event["step"] for event in train], prepend=0) * last  # steps that a line of the end sums up
@@ -76,7 +75,6 @@ def read_run(folder: Path) -> dict:
         "train": float(np.average([event["bits_per_byte"] for event in train], weights=lengths)),
         "valid": valid[-1]["bits_per_byte"],
         "test": test[-1]["bits_per_byte"],
-        "seconds": train[-1]["seconds"],
         "tokens_per_second": median(event["tokens_per_second"] for event in train),
         "peak_bytes": result["peak_bytes"],
         "valid_protocol": describe_protocol(valid[-1]),
@@ -88,13 +86,13 @@ def read_run(folder: Path) -> dict:
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         "date": config["date"],
         "command": result["command"],
-        "curve": np.array([[e["step"] * per_step, seconds[e["step"]], e["bits_per_byte"]] for e in valid]),
+        "curve": np.array([[event["step"] * per_step, event["bits_per_byte"]] for event in valid]),
     }
 
 
-def value_at(curve: np.ndarray, seconds: float) -> float | None:
+def value_at(curve: np.ndarray, tokens: float) -> float | None:
     """
-    Bits per byte after so much training, on the straight line between two evaluations.
+    Bits per byte after so many tokens, on the straight line between two evaluations.
 
     Args:
         curve (`np.ndarray`): as `read_run` returns it.
@@ -102,29 +100,37 @@ def value_at(curve: np.ndarray, seconds: float) -> float | None:
     Returns:
         None before the first evaluation, and the last value where training ended earlier.
     """
-    if seconds < curve[0, 1]:
+    if tokens < curve[0, 0]:
         return None
-    return float(np.interp(seconds, curve[:, 1], curve[:, 2]))
+    return float(np.interp(tokens, curve[:, 0], curve[:, 1]))
 
 
-def join_seeds(name: str, runs: list[dict], equal_seconds: float | None) -> dict:
+def join_seeds(name: str, runs: list[dict]) -> dict:
     """
-    One row: means over the seeds, sample standard deviations of scores and seconds, and of the peaks of memory the
-    least, as what a process holds beyond that is an accident of its allocator.
+    One row without equal wall-clock: means of the scores over the seeds and their sample standard deviations, and the
+    best of the speeds and the peaks of memory, as what else a machine does only slows a run, and what a process holds
+    beyond the least is an accident of its allocator.
     """
-    row = {"run": name, "seeds": " ".join(str(run["seed"]) for run in runs), "equal_seconds": equal_seconds}
+    row = {"run": name, "seeds": " ".join(str(run["seed"]) for run in runs)}
     row |= {column: runs[0][column] for column in ("parameters", "steps", "tokens")}
     for column in (*CONDITIONS, *ORIGINS):
         row[column] = "; ".join(dict.fromkeys(run[column] for run in runs))
-    for column in ("train", "valid", "test", "seconds", "tokens_per_second"):
+    for column in ("train", "valid", "test"):
         row[column] = fmean(run[column] for run in runs)
-    for column in ("valid", "test", "seconds"):
+    for column in ("valid", "test"):
         row[f"{column}_std"] = stdev(run[column] for run in runs) if len(runs) > 1 else None
+    row["tokens_per_second"] = max(run["tokens_per_second"] for run in runs)
+    row["seconds"] = row["tokens"] / row["tokens_per_second"]
     peaks = [run["peak_bytes"] for run in runs]
     row["peak_bytes"] = None if None in peaks else min(peaks)
-    at_budget = [None if equal_seconds is None else value_at(run["curve"], equal_seconds) for run in runs]
-    row["valid_at_equal_seconds"] = None if None in at_budget else fmean(at_budget)
     return row
+
+
+def score_at(row: dict, runs: list[dict], seconds: float | None) -> float | None:
+    """The mean score on valid after so many seconds of training at the speed of the row; None before the first."""
+    tokens = None if seconds is None else min(seconds * row["tokens_per_second"], row["tokens"])
+    values = [None if tokens is None else value_at(run["curve"], tokens) for run in runs]
+    return None if None in values else fmean(values)
 
 
 def write_table(
@@ -136,7 +142,7 @@ def write_table(
     Args:
         stem: path of the files without their suffix.
         folders: for each name, the folders of its seeds; names without any are left out.
-        reference: the run whose mean training time is the budget at equal wall-clock, where `seconds` is None.
+        reference: the run whose training time is the budget at equal wall-clock, where `seconds` is None.
 
     Returns:
         The files: csv, Markdown, picture.
@@ -146,24 +152,24 @@ def write_table(
     """
     runs = {name: [read_run(folder) for folder in each] for name, each in folders.items() if each}
     if len({run["data_sha256"] for each in runs.values() for run in each}) > 1:
-        found = ", ".join(f"{name} {each[0]['data']}" for name, each in runs.items())
-        raise ValueError(f"the runs of a table must have the same data, got {found}")
+        found = [f"{name} of seed {run['seed']} {run['data_sha256']}" for name, each in runs.items() for run in each]
+        raise ValueError(f"the runs of a table must have data of the same sha256, got {', '.join(found)}")
+    rows = {name: join_seeds(name, each) for name, each in runs.items()}
     origin = ""
-    if seconds is None and reference in runs:
-        seconds, origin = fmean(run["seconds"] for run in runs[reference]), f", as {reference} took"
-    rows = [join_seeds(name, each, seconds) for name, each in runs.items()]
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    picture = save_figure(draw_curves(runs, seconds), stem.with_suffix(".svg"))
-    with open(stem.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=COLUMNS)
-        writer.writeheader()
-        writer.writerows(
-            {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()} for row in rows
-        )
+    if seconds is None and reference in rows:
+        seconds, origin = rows[reference]["seconds"], f", as {reference} took"
+    for name, row in rows.items():
+        row |= {"equal_seconds": seconds, "valid_at_equal_seconds": score_at(row, runs[name], seconds)}
+    picture = save_figure(draw_curves(runs, rows, seconds), stem.with_suffix(".svg"))
+    rounded = [
+        {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
+        for row in rows.values()
+    ]
+    write_rows(table := stem.with_suffix(".csv"), COLUMNS, rounded)
     missing = [name for name, each in folders.items() if not each]
-    text = markdown(stem.name, rows, origin, missing, picture.name)
-    stem.with_suffix(".md").write_text(text, encoding="utf-8")
-    return [stem.with_suffix(".csv"), stem.with_suffix(".md"), picture]
+    text = markdown(stem.name, list(rows.values()), origin, missing, picture.name)
+    write_whole(document := stem.with_suffix(".md"), text)
+    return [table, document, picture]
 
 
 def cell(row: dict, column: str, form: str, best: float) -> str:
@@ -191,13 +197,14 @@ def markdown(title: str, rows: list[dict], origin: str, missing: list[str], pict
     notes = [
         "Scores are bits per byte; means over the seeds ± their sample standard deviation, the best on valid bold;",
         "train is what the last tenth of the training read, as it went by, with dropout where there is any.",
-        "Tokens/s is the median over the lines of the log, peak MiB what a process held beyond its libraries, the",
-        "least of the seeds.",
+        "Tokens/s is the median over the lines of a log, the best of the seeds; seconds are the training at that",
+        "speed, without evaluations. Peak MiB is what a process held beyond its libraries, the least of the seeds; it",
+        "differs by tens of MiB between equal runs.",
     ]
     if (seconds := rows[0]["equal_seconds"]) is not None:
         notes += [
-            f"Equal wall-clock is {seconds:,.1f} s of training without evaluations{origin}, read off the curve of",
-            "valid, whose learning rate was meant for the whole run. An asterisk marks a run that ended before.",
+            f"Equal wall-clock is {seconds:,.1f} s{origin}, read off the curve of valid, whose learning rate was",
+            "meant for the whole run. An asterisk marks a run that ended before.",
         ]
     lines += ["", " ".join(notes), ""]
     for column in (*CONDITIONS, *ORIGINS):
@@ -209,19 +216,19 @@ def markdown(title: str, rows: list[dict], origin: str, missing: list[str], pict
     return "\n".join([*lines, "", f"![Learning curves]({picture})", ""])
 
 
-def draw_curves(runs: dict[str, list[dict]], seconds: float | None) -> Figure:
+def draw_curves(runs: dict[str, list[dict]], rows: dict[str, dict], seconds: float | None) -> Figure:
     """Bits per byte on valid over tokens and over training seconds: means of the seeds, shaded from best to worst."""
     figure = Figure(figsize=(13, 5), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for index, (name, each) in enumerate(runs.items()):
         curves = np.stack([run["curve"] for run in each])  # the seeds of a run are evaluated at the same steps
-        mean = curves.mean(0)
-        for column, axes in enumerate(panels):
+        tokens, scores = curves[0, :, 0], curves[..., 1]
+        for x, axes in zip((tokens, tokens / rows[name]["tokens_per_second"]), panels, strict=True):
             style = line_style(index)
-            axes.plot(mean[:, column], mean[:, 2], label=name, linewidth=1.4, marker=".", markersize=4, **style)
+            axes.plot(x, scores.mean(0), label=name, linewidth=1.4, marker=".", markersize=4, **style)
             if len(each) > 1:
-                low, high = curves[..., 2].min(0), curves[..., 2].max(0)
-                axes.fill_between(mean[:, column], low, high, color=style["color"], alpha=0.15, linewidth=0)
+                low, high = scores.min(0), scores.max(0)
+                axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
     if seconds is not None:
         panels[1].axvline(seconds, color="#888888", linewidth=1)
         panels[1].annotate(" equal wall-clock", (seconds, 1), xycoords=("data", "axes fraction"), va="top", fontsize=8)
@@ -231,7 +238,7 @@ def draw_curves(runs: dict[str, list[dict]], seconds: float | None) -> Figure:
     panels[0].xaxis.set_major_formatter(EngFormatter(sep=""))
     panels[0].set_ylabel("bits per byte, valid")
     handles, labels = panels[0].get_legend_handles_labels()
-    final = {name: fmean(run["valid"] for run in each) for name, each in runs.items()}
+    final = {name: row["valid"] for name, row in rows.items()}
     order = sorted(range(len(labels)), key=lambda index: -final[labels[index]])  # as the curves end, from the top
     figure.legend(
         [handles[i] for i in order],

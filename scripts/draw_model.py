@@ -270,18 +270,17 @@ def draw_fields(fields: dict[str, np.ndarray]) -> Figure:
 
 
 def draw_receptive_fields(
-    models: dict, dataset_path: Path | None, path: Path, length: int | None = None, num_windows: int = 4
-) -> Path:
+    models: dict, dataset_path: Path | None, length: int | None = None, num_windows: int = 4
+) -> Figure:
     """
-    Draws the receptive fields of AFT models over the same windows as `path`; returns the file that was written.
+    The receptive fields of AFT models over the same windows.
 
     Args:
         length: bytes of a window; the least max_position_embeddings of the models by default.
     """
     length = length or min(model.config.max_position_embeddings for model in models.values())
     windows = read_windows(dataset_path, length, num_windows)
-    fields = {name: receptive_field(model, windows) for name, model in models.items()}
-    return save_figure(draw_fields(fields), path)
+    return draw_fields({name: receptive_field(model, windows) for name, model in models.items()})
 
 
 def read_windows(path: Path | None, length: int, count: int) -> torch.Tensor:
@@ -296,21 +295,21 @@ def read_windows(path: Path | None, length: int, count: int) -> torch.Tensor:
     count = min(count, (stop - start) // length)
     if count < 1:
         raise ValueError(
-            f"--dataset_path needs a valid split of {length} bytes or more (--length), got {stop - start}"
+            f"--dataset_path needs a valid split of one window, {length} bytes, or more, got {stop - start}"
         )
     text = np.frombuffer(content[start : start + count * length], dtype=np.uint8).astype(np.int64)
     return torch.from_numpy(text).view(count, length)
 
 
-def draw_model(name: str, model, folder: Path) -> list[Path]:
-    """Draws what one model has by itself: biases and mixture weights; returns the files, none if it has neither."""
+def draw_model(name: str, model) -> dict[str, Figure]:
+    """What one model has by itself, biases and mixture weights, by the names of the files; empty if it has neither."""
     mixers = [layer.mixer for layer in model.layers]
     length, causal = model.config.max_position_embeddings, model.config.is_decoder
-    written = []
+    figures = {}
     biases = [bias for mixer in mixers if (bias := position_bias(mixer, length)) is not None]
     if biases:
-        written.append(save_figure(draw_maps(name, biases, length, causal), folder / f"{name}-bias-map.png"))
-        written.append(save_figure(draw_bias_curves(name, biases, length, causal), folder / f"{name}-bias-curve.svg"))
+        figures[f"{name}-bias-map.png"] = draw_maps(name, biases, length, causal)
+        figures[f"{name}-bias-curve.svg"] = draw_bias_curves(name, biases, length, causal)
     if getattr(mixers[0], "mixture_logits", None) is not None:
         mixtures = [
             {
@@ -319,8 +318,8 @@ def draw_model(name: str, model, folder: Path) -> list[Path]:
             }
             for mixer in mixers
         ]
-        written.append(save_figure(draw_mixture(name, mixtures), folder / f"{name}-mixture.svg"))
-    return written
+        figures[f"{name}-mixture.svg"] = draw_mixture(name, mixtures)
+    return figures
 
 
 def load_models(folders: list[Path]) -> dict[str, torch.nn.Module]:
@@ -381,21 +380,22 @@ def main(argv: list[str] | None = None) -> list[Path]:
     args = parse_arguments(argv)
     transformers.utils.logging.disable_progress_bar()
     models = load_models(args.models)
-    written = []
+    figures = {}
     afts = {name: model for name, model in models.items() if model.config.model_type == "aft"}
     for name, model in models.items():
-        drawn = draw_model(name, model, args.output_dir)
+        drawn = draw_model(name, model)
         if not drawn and name not in afts:
             raise ValueError(
                 f"{name} has nothing to draw: neither AFT, nor a mixture, nor any of {', '.join(STATIC)}, but "
                 f"{', '.join(model.config.components)}"
             )
-        written += drawn
+        figures |= drawn
     if afts:
         if no_bytes := [name for name, model in afts.items() if model.config.vocab_size < 256]:
             raise ValueError(f"models: must have a vocab_size of 256 or more, not so {', '.join(no_bytes)}")
-        path = args.output_dir / "receptive-field.svg"
-        written.append(draw_receptive_fields(afts, args.dataset_path, path, args.length, args.num_windows))
+        fields = draw_receptive_fields(afts, args.dataset_path, args.length, args.num_windows)
+        figures["receptive-field.svg"] = fields
+    written = [save_figure(figure, args.output_dir / name) for name, figure in figures.items()]
     for path in written:
         print(f"wrote {path}")
     return written

@@ -8,10 +8,12 @@
 # specific language governing permissions and limitations under the License.
 """What the pictures of several scripts have in common: colours, line styles, and files of a bounded size."""
 
+from io import BytesIO
 from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
+from whole_files import write_whole
 
 
 # The palette of Okabe and Ito, which the colour-blind can tell apart; its yellow is too faint for lines.
@@ -40,17 +42,21 @@ def save_figure(figure: Figure, path: Path) -> Path:
     Returns:
         The file that was written: `path`, or the same name with the suffix .png.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def render(suffix: str, **options) -> bytes:
+        figure.savefig(file := BytesIO(), format=suffix[1:], **options)
+        return file.getvalue()
+
+    content = None
     if path.suffix == ".svg":
         # Letters stay letters, which keeps the file small; the same figure gives the same file.
         with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "modeling_aft"}):
-            figure.savefig(path, metadata={"Date": None})
-        if path.stat().st_size <= LARGEST:
-            return path
-        path.unlink()
+            content = render(path.suffix, metadata={"Date": None})
+    if content is None or len(content) > LARGEST:
         path = path.with_suffix(".png")
-    for dpi in (150, 120, 90, 70, 50, 35):
-        figure.savefig(path, dpi=dpi)
-        if path.stat().st_size <= LARGEST:
-            break
+        for dpi in (150, 120, 90, 70, 50, 35):
+            content = render(path.suffix, dpi=dpi)
+            if len(content) <= LARGEST:
+                break
+    write_whole(path, content)
     return path

@@ -27,7 +27,6 @@ files, and with --predict_file predictions.jsonl: text, label (the likeliest) an
 
 import json
 import math
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -56,6 +55,7 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
+from whole_files import write_whole
 
 from modeling_aft import ByteTokenizer
 
@@ -343,13 +343,12 @@ def classifier_task(inputs: InputArguments, args: FinetuningArguments, config, t
 
 def write_predictions(path: Path, texts: list[str], logits: np.ndarray, names: dict[int, str]) -> None:
     """One JSON object per text: the text, the likeliest label, and the score of every label."""
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        for text, scores in zip(texts, torch.from_numpy(logits).double().softmax(-1), strict=True):
-            named = {names[index]: score for index, score in enumerate(scores.tolist())}
-            line = {"text": text, "label": names[int(scores.argmax())], "scores": named}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    os.replace(temporary, path)
+    lines = []
+    for text, scores in zip(texts, torch.from_numpy(logits).double().softmax(-1), strict=True):
+        named = {names[index]: score for index, score in enumerate(scores.tolist())}
+        line = {"text": text, "label": names[int(scores.argmax())], "scores": named}
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    write_whole(path, "".join(lines))
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:

@@ -9,18 +9,22 @@
 """The log of a training run, one JSON object per line, and what is made of it: training curve and model card."""
 
 import json
-import os
 from datetime import UTC, datetime
 from pathlib import Path
 
 import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 from pretraining_arguments import PATHS
+from whole_files import write_whole
 
 
 CARD_TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "template.md"
 OF_THE_MACHINE = {"training_preset", *PATHS}  # arguments that tell others nothing; the command is on the card
 HUB_DATASETS = {"enwik8": "LTCB/enwik8"}  # the data of a run that the Hub has
+PAPERS = {
+    "aft": "an [Attention Free Transformer](https://arxiv.org/abs/2105.14103)",
+    "synthesizer": "a [Synthesizer](https://arxiv.org/abs/2005.00743)",
+}
 PIPELINE_TAGS = {
     "AutoModel": "feature-extraction",
     "AutoModelForCausalLM": "text-generation",
@@ -54,9 +58,7 @@ class RunLog:
         if not active:
             return
         kept = continues.read_text(encoding="utf-8").splitlines(keepends=True)[:keep_lines] if continues else []
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, path)
+        write_whole(path, "".join(kept))
         self.num_lines = len(kept)
         if tensorboard is not None:
             from torch.utils.tensorboard import SummaryWriter
@@ -139,6 +141,7 @@ def card_values(events: list[dict]) -> dict:
     )
     return {
         "name": final["model_name"],
+        "path": one["release"]["folder"] if "release" in one else config["arguments"]["output_dir"],
         "model_type": model_type,
         "model_class": model_class,
         "auto_class": "AutoModelForCausalLM",
@@ -202,8 +205,9 @@ def fill_model_card(events: list[dict], **values) -> str:
 
     Args:
         events (`list[dict]`): the log of a finished run, empty if there is none.
-        values: `name`, `model_type`, `model_class`, `auto_class` and `parameters` (an int) of the model, needed if
-            there is no log, and `metrics`, a dict of what else it was evaluated by.
+        values: `name`, `path` (what `from_pretrained` gets), `model_type`, `model_class`, `auto_class` and
+            `parameters` (an int) of the model, needed if there is no log, and `metrics`, a dict of what else it was
+            evaluated by.
 
     Raises:
         jinja2.UndefinedError: the template asks for a value that there is not.
@@ -211,7 +215,8 @@ def fill_model_card(events: list[dict], **values) -> str:
     values = {"metrics": {}, **(card_values(events) if events else {}), **values, "run": bool(events)}
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     template = environment.from_string(CARD_TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(**values, metadata=card_metadata(values).to_yaml())
+    paper = PAPERS[values["model_type"]]
+    return template.render(**values, paper=paper, metadata=card_metadata(values).to_yaml())
 
 
 def today() -> str:

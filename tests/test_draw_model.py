@@ -131,7 +131,7 @@ def test_several_models_share_the_receptive_field(folders, tmp_path):
 @pytest.mark.parametrize(
     "more, message",
     [
-        pytest.param(["{dense}"], "dense has nothing to draw", id="dense"),
+        pytest.param(["{local}", "{dense}"], "dense has nothing to draw", id="dense"),
         pytest.param(["{dot_product-nopos}"], "has nothing to draw: .*dot_product", id="transformer"),
         pytest.param(["nowhere"], "nowhere must be a folder with a saved model", id="no-model"),
         pytest.param(["{local}", "--length", "1"], "--length must be at least 2, got 1", id="length"),
@@ -139,7 +139,9 @@ def test_several_models_share_the_receptive_field(folders, tmp_path):
         pytest.param(["{local}", "--length", str(LIMIT + 1)], "max_position_embeddings", id="long"),
         pytest.param(["{local}", "--dataset_path", "nowhere"], "no such file: nowhere", id="no-data"),
         pytest.param(
-            ["{simple}", "--dataset_path", "{short}"], "valid split of 48 bytes or more .*got 10", id="short"
+            ["{simple}", "--dataset_path", "{short}"],
+            "valid split of one window, 48 bytes, or more, got 10",
+            id="short",
         ),
     ],
 )
@@ -148,7 +150,8 @@ def test_wrong_input_is_refused(folders, tmp_path, more, message):
     paths = {**folders, "short": str(tmp_path / "short")}
     argv = [paths.get(word.strip("{}"), word) for word in more]
     with pytest.raises(ValueError, match=message):
-        draw_model.main([*argv, "--output_dir", str(tmp_path)])
+        draw_model.main([*argv, "--output_dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_models_of_one_name_are_told_apart(folders, tmp_path):
