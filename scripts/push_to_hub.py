@@ -147,7 +147,7 @@ def make_card(args: argparse.Namespace, events: list[dict], values: dict) -> str
     results, readme = (args.folder / name for name in ("eval_results.json", "README.md"))
     metrics = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
     metrics = {name.removeprefix("eval_"): value for name, value in metrics.items() if not TIMINGS.search(name)}
-    card = made = ModelCard(fill_model_card(events, name=args.repo_id, metrics=metrics, **values))
+    card = made = ModelCard(fill_model_card(events, name=args.repo_id, path=args.repo_id, metrics=metrics, **values))
     if readme.is_file() and (args.keep_card or not events):
         card = ModelCard(readme.read_text(encoding="utf-8"))
         for name, value in vars(made.data).items():

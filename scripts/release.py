@@ -35,6 +35,7 @@ from accelerate import Accelerator
 from bpb_evaluation import evaluate_split
 from byte_data import file_bytes, pydoc_bytes, split_ranges
 from draw_model import draw_model, draw_receptive_fields, load_models
+from drawing import save_figure
 from pretrain_enwik8 import sample_text
 from pretraining_arguments import has_length_limit
 from run_log import OF_THE_MACHINE, fill_model_card, plot_training_curve, read_log, today
@@ -91,10 +92,23 @@ def save_weights(model, folder: Path, dtype: torch.dtype) -> None:
 
 def draw(name: str, models: dict, folder: Path, dataset_path: Path | None) -> list[dict]:
     """Draws the model `name` into `folder`, if of AFT with the fields of all `models`; returns files and captions."""
-    files = draw_model(name, models[name], folder)
+    figures, captions = draw_model(name, models[name]), dict(CAPTIONS)
     if models[name].config.model_type == "aft":
-        files.append(draw_receptive_fields(models, dataset_path, folder / f"{name}-receptive-field.svg"))
-    return [{"file": path.name, "caption": CAPTIONS[path.stem.removeprefix(f"{name}-")]} for path in files]
+        figures[f"{name}-receptive-field.svg"] = draw_receptive_fields(models, dataset_path)
+        captions["receptive-field"] += describe_company({key: models[key] for key in models if key != name})
+    files = [save_figure(figure, folder / file) for file, figure in figures.items()]
+    return [{"file": path.name, "caption": captions[path.stem.removeprefix(f"{name}-")]} for path in files]
+
+
+def describe_company(models: dict) -> str:
+    """What the other AFT models of a picture are, in a sentence; nothing if there are none."""
+    parts = []
+    for name, model in models.items():
+        config = model.config
+        window = f" of window {config.window_size}" if config.aft_type in ("local", "conv") else ""
+        size = f"{config.num_hidden_layers} layers of {config.hidden_size} channels"
+        parts.append(f"{name} is AFT-{config.aft_type}{window} with {size}")
+    return f" Beside it, {'; '.join(parts)}." if parts else ""
 
 
 def score(model, content: bytes, length: int, splits: tuple[str, ...], protocols: dict[str, list[str]]) -> list[dict]:
@@ -204,6 +218,8 @@ def main(argv: list[str] | None = None) -> Path:
             "event": "release",
             "command": shlex.join(["python", "scripts/release.py", *argv]),
             "date": today(),
+            "folder": str(args.folder),
+            "weights_sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
             "dataset_note": args.dataset_note,
             "dtype": args.dtype,
             "storage_cost": after["bits_per_byte"] - before["bits_per_byte"],

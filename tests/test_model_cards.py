@@ -1,5 +1,6 @@
 """The checkpoints in model_cards/: they load without the package, have learned, and say what they are."""
 
+import hashlib
 import math
 from pathlib import Path
 
@@ -50,6 +51,7 @@ def test_card_is_what_the_log_makes(folder):
     assert (folder / "README.md").read_text(encoding="utf-8") == fill_model_card(events), advice
     release = next(event for event in events if event["event"] == "release")
     assert abs(release["storage_cost"]) < 0.005
+    assert hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() == release["weights_sha256"]
     assert {picture["file"] for picture in release["pictures"]} <= {path.name for path in folder.iterdir()}
     with safe_open(folder / "model.safetensors", "pt") as weights:
         dtypes = {weights.get_tensor(name).dtype for name in weights.keys()}
