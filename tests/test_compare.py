@@ -140,7 +140,9 @@ def test_plan_of_the_variants_has_all_of_them():
 
 def test_plans_of_windows_and_lengths():
     assert [config.window_size for config in configs("windows").values()] == [0, 1, 2, 4, 8, 32, 64, 128, 256]
-    assert [args.sequence_length for args in arguments("lengths").values()] == 2 * [256, 512, 1024]
+    lengths = {name: args.sequence_length for name, args in arguments("lengths").items()}
+    assert list(lengths.values()) == [256, 512, 1024, 512, 1024, 256, 512, 1024]
+    assert all(f"t-{length}" in name for name, length in lengths.items())
 
 
 @pytest.mark.parametrize(
