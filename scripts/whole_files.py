@@ -19,8 +19,12 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """Writes a file beside `path`, makes it `path` when all of it is there, and folders before that."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_rows(path: Path, columns: Iterable[str], rows: list[dict]) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
 from checkpointing import complete_checkpoints
-from compare_table import COLUMNS, RESULT, value_at
+from compare_table import COLUMNS, RESULT, score_at, value_at
 from pretraining_arguments import build_config, check_arguments, parse_arguments
 from run_log import read_log
 
@@ -391,6 +391,13 @@ def test_process_of_its_own(inputs, monkeypatch):
 def test_value_at(tokens, expected):
     curve = np.array([[10, 5.0], [20, 3.0]])
     assert value_at(curve, tokens) == expected
+
+
+@pytest.mark.parametrize("seconds, expected", [(None, None), (0.5, None), (1.5, 4.5), (2, 3.5), (9, 3.5)])
+def test_score_at(seconds, expected):
+    """Two seeds of 20 tokens at 10 tokens per second."""
+    runs = [{"curve": np.array([[10, 5.0], [20, 3.0]])}, {"curve": np.array([[10, 6.0], [20, 4.0]])}]
+    assert score_at({"tokens": 20, "tokens_per_second": 10}, runs, seconds) == expected
 
 
 def test_table_lies_beside_the_runs_unless_told(inputs):

@@ -2,6 +2,7 @@
 
 import json
 import lzma
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -115,6 +116,7 @@ def test_card_shows_the_pictures(released, name, kinds):
     if name == "conv":  # both models stand in one picture
         text = (folder / "my-conv-receptive-field.svg").read_text()
         assert "my-conv<" in text and "simple<" in text
+        assert re.search(r"Beside it, simple is AFT-simple with \d layers? of \d+ channels\.\n", content)
 
 
 def test_card_names_the_compressor_and_no_path(released, data):

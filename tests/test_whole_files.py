@@ -28,7 +28,7 @@ def test_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "write_bytes", stop_half_way)
     with pytest.raises(OSError, match="No space left"):
         write_whole(path, "new and longer")
-    assert path.read_text() == "old"
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_rows(tmp_path):
