@@ -103,9 +103,11 @@ class PlannedRun:
         return (self.folder / RESULT).is_file()
 
 
-def are_seeds(numbers: list[int]) -> bool:
-    """Whether these can be the seeds of a run: no two are the same, which would count one run twice."""
-    return min(numbers) >= 0 and len(set(numbers)) == len(numbers)
+def are_seeds(value) -> bool:
+    """Whether this is a list of different whole numbers from 0: one that stands twice would count a run twice."""
+    if not isinstance(value, list) or not value or any(type(seed) is not int or seed < 0 for seed in value):
+        return False
+    return len(set(value)) == len(value)
 
 
 def read_plan(path: Path) -> Plan:
@@ -151,12 +153,7 @@ def read_plan(path: Path) -> Plan:
         run["training"] = check_keys(run.get("training", {}), of_run, f"run {name}: training")
         runs[str(name)] = run
     seeds = content.get("seeds", [0])
-    if (
-        not isinstance(seeds, list)
-        or not seeds
-        or any(type(seed) is not int for seed in seeds)
-        or not are_seeds(seeds)
-    ):
+    if not are_seeds(seeds):
         problems.append(f"seeds must be a list of different whole numbers from 0, got {seeds!r}")
     reference = content.get("reference")
     if reference is not None and reference not in runs:

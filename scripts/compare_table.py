@@ -128,8 +128,9 @@ def join_seeds(name: str, runs: list[dict]) -> dict:
 
 def score_at(row: dict, runs: list[dict], seconds: float | None) -> float | None:
     """The mean score on valid after so many seconds of training at the speed of the row; None before the first."""
-    tokens = None if seconds is None else min(seconds * row["tokens_per_second"], row["tokens"])
-    values = [None if tokens is None else value_at(run["curve"], tokens) for run in runs]
+    if seconds is None:
+        return None
+    values = [value_at(run["curve"], seconds * row["tokens_per_second"]) for run in runs]
     return None if None in values else fmean(values)
 
 

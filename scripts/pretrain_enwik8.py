@@ -49,6 +49,7 @@ from pretraining_arguments import RESUMABLE_CHANGES, check_arguments, has_length
 from run_log import RunLog, fill_model_card, plot_training_curve, read_log, today
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
+from whole_files import write_whole
 
 from modeling_aft import ByteTokenizer
 
@@ -269,8 +270,7 @@ class Run:
             self.log.write("final", **final)
             events = read_log(self.log.path)
             plot_training_curve(events, self.folder / "training_curve.png")
-            card = fill_model_card(events)
-            (self.folder / "README.md").write_text(card, encoding="utf-8")
+            write_whole(self.folder / "README.md", fill_model_card(events))
             print(f"--- sample\n{final['sample']}\n---")
             print(f"test: {test['bits_per_byte']:.4f} bits per byte\nmodel: {path}")
         self.accelerator.wait_for_everyone()
