@@ -10,7 +10,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from .cache_aft import load_cache, save_cache
+from .cache_files import load_cache, save_cache
 from .configuration_aft import AFTConfig
 from .configuration_synthesizer import SynthesizerConfig
 from .modeling_aft import (

@@ -8,6 +8,7 @@
 # specific language governing permissions and limitations under the License.
 """The configuration fields that both model families share, and their checks."""
 
+import json
 from functools import wraps
 
 from huggingface_hub.dataclasses import strict
@@ -44,7 +45,10 @@ def strict_config(config_class):
 class MixerConfig(PreTrainedConfig):
     """Fields of every model in the package; see [`AFTConfig`] and [`SynthesizerConfig`], which document them."""
 
-    keys_to_ignore_at_inference = ["past_key_values"]
+    # What Trainer does not gather from the outputs: the cache, by the names that releases of transformers give it.
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
+    # The fields that decide what a state means.
+    _state_fields = ("model_type", "hidden_size", "num_hidden_layers", "position_embedding_type")
 
     vocab_size: int = 256
     hidden_size: int = 512
@@ -63,6 +67,14 @@ class MixerConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
+
+    @property
+    def state_kind(self) -> str:
+        """What the caches of such models have in common, as JSON: no other fits (not serialised)."""
+        fields = {name: getattr(self, name) for name in self._state_fields}
+        if self.has_position_table:
+            fields["max_position_embeddings"] = self.max_position_embeddings
+        return json.dumps(fields)
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)

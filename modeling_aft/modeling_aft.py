@@ -13,15 +13,18 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import GenerationMixin, initialization
+from transformers import initialization
 
-from .cache_aft import AFTCacheLayer, AFTFullCacheLayer  # noqa: F401  (registers the layer types of the config)
+from .cache_state import GrowingStateLayer, NewTokens, StateLayer, commit_state, read_state
+from .compatibility import list_in_library
 from .configuration_aft import AFTConfig
-from .modeling_common import Linear, MixerBlock, MixerForCausalLM, MixerModel, MixerPreTrainedModel
+from .modeling_causal_lm import MixerForCausalLM, StateGenerationMixin
+from .modeling_common import MixerBlock, MixerModel, MixerPreTrainedModel
 from .modeling_heads import MixerForMaskedLM, MixerForSequenceClassification, MixerForTokenClassification
-from .ops import aft_attention
+from .ops import aft_attention, aft_attention_weights
 from .ops_export import first, is_exporting
-from .ops_reference import compute_dtype
+from .ops_reference import AFTState, compute_dtype
+from .ops_torch import advance
 
 
 FACTOR_STD = 0.01  # of u and v in w = u v^T
@@ -123,6 +126,42 @@ class ConvPositionBias(nn.Module):
         return {"window_bias": bias[:, None]}
 
 
+class AFTStateLayer(StateLayer):
+    """State of one layer of AFT-simple, AFT-local or AFT-conv: sums, and the keys and values of the window."""
+
+    _layer_type = "aft_state"
+    state_class = AFTState
+    advance = staticmethod(advance)
+
+    @staticmethod
+    def shapes(config, batch: int, length: int) -> dict[str, tuple[int, ...]]:
+        window = max(config.window_size - 1, 0) if config.aft_type in ("local", "conv") else 0
+        width = config.hidden_size
+        keys = config.num_attention_heads if config.aft_type == "conv" else width
+        return {
+            "position": (batch,),
+            "key": (batch, window, keys),
+            "value": (batch, window, width),
+            "maximum": (batch, keys),
+            "normalizer": (batch, keys),
+            "average": (batch, width),
+        }
+
+
+class AFTFullStateLayer(GrowingStateLayer):
+    """State of one layer of AFT-full: every key and value so far, because each position weighs all of them anew."""
+
+    _layer_type = "aft_full_state"
+    state_class = AFTState
+    advance = staticmethod(advance)
+    per_token = {"key": (-2, -torch.inf), "value": (-2, 0), "key_position": (-1, 0)}
+
+    @staticmethod
+    def shapes(config, batch: int, length: int) -> dict[str, tuple[int, ...]]:
+        size = (batch, length, config.hidden_size)
+        return {"position": (batch,), "key": size, "value": size, "key_position": (batch, length)}
+
+
 class AFTMixer(nn.Module):
     """y_t = W_o (sigmoid(q_t) * weighted average of the values), the weights being exp(k + w) (eq. 2 and 4 to 6)."""
 
@@ -133,8 +172,8 @@ class AFTMixer(nn.Module):
         width = config.hidden_size
         key_width = config.num_attention_heads if config.aft_type == "conv" else width
         self.widths = [width, key_width, width]
-        self.qkv_proj = Linear(width, sum(self.widths), bias=False)
-        self.o_proj = Linear(width, width)
+        self.qkv_proj = nn.Linear(width, sum(self.widths), bias=False)
+        self.o_proj = nn.Linear(width, width)
         left = config.window_size - 1
         right = 0 if config.is_decoder else left
         self.position_bias = None
@@ -145,33 +184,81 @@ class AFTMixer(nn.Module):
         elif config.aft_type == "conv" and config.window_size > 0:
             self.position_bias = ConvPositionBias(config, left, right)
 
-    def forward(self, hidden_states, attention_mask=None, position_ids=None, past_key_values=None):
-        """hidden_states [B, T, D], attention_mask [B, T] or None, position_ids [B, T], None only without a past.
-
-        Returns [B, T, D] and None.
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache=None,
+        packing=None,
+        output_attentions: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
-        query, key, value = self.qkv_proj(hidden_states).split(self.widths, -1)
+        Args:
+            hidden_states (`Tensor` [B, T, D]): what to mix.
+            attention_mask (`Tensor` [B, T], *optional*): 1 or True keeps a token.
+            position_ids (`LongTensor` [B, T], *optional*): needed with a cache that holds tokens, else counted.
+            cache (`Cache`, *optional*): holds the state of this layer, which the new one replaces.
+            packing (`Packing`, *optional*): how rows of several documents are taken apart; in place of the two above.
+            output_attentions: whether to return the weights of the average as well.
 
-        def mix(state, length):
-            new = query, key, value, attention_mask, position_ids
-            if length is not None:
-                new = (None if t is None else t[:, :length] for t in new)
-            *inputs, mask, positions = new
-            return aft_attention(
-                *inputs,
-                **self._bias(inputs[1], positions),
-                causal=self.is_causal,
-                attention_mask=mask,
-                position_ids=positions,
-                initial_state=state,
-                return_state=past_key_values is not None,
+        Returns:
+            [B, T, D], and the weights [B, D or H, T, T], which sum to 1 over the last dimension, or None.
+
+        Raises:
+            ValueError: weights are asked for, and keys that a state has summed up would have some.
+        """
+        if attention_mask is not None and attention_mask.dim() != 2:
+            allowed = "[B, T]: the sums of AFT know no mask of pairs"
+            raise ValueError(f"`attention_mask` must be {allowed}, got {list(attention_mask.shape)}.")
+        query, key, value = self.qkv_proj(hidden_states).split(self.widths, -1)
+        state = read_state(cache, self.layer_idx)
+        weights = None
+        if output_attentions:
+            if state is not None:
+                raise ValueError(
+                    "`output_attentions` must be False where a cache holds tokens, got True: AFT keeps sums of them, "
+                    "and no weights. Give the whole text with `use_cache=False`."
+                )
+            weights = self._weights(key, attention_mask, position_ids, packing)
+        if packing is not None:
+            mixed = packing.map(self._mix_documents, query, key, value)
+        else:
+            mixed = self._mix(query, key, value, attention_mask, position_ids, state, return_state=cache is not None)
+        if cache is not None:
+            mixed, state = mixed
+            new = NewTokens(key, value, attention_mask, position_ids)
+            commit_state(cache, self.layer_idx, state, new)
+        return self.o_proj(mixed), weights
+
+    def _mix(self, query, key, value, attention_mask, position_ids, state=None, return_state=False):
+        return aft_attention(
+            query,
+            key,
+            value,
+            **self._bias(key, position_ids),
+            causal=self.is_causal,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            initial_state=state,
+            return_state=return_state,
+        )
+
+    def _mix_documents(self, group, query, key, value):
+        # Behind the end of a document there is nothing that a causal query sees.
+        mask = None if self.is_causal else group.attention_mask
+        return self._mix(query, key, value, mask, group.position_ids)
+
+    def _weights(self, key, attention_mask, position_ids, packing):
+        def weights(mask, positions, key):
+            bias = self._bias(key, positions)
+            return aft_attention_weights(
+                key, **bias, causal=self.is_causal, attention_mask=mask, position_ids=positions
             )
 
-        if past_key_values is None:
-            mixed = mix(None, None)
-        else:
-            mixed, _ = past_key_values.update(key, value, self.layer_idx, mix)
-        return self.o_proj(mixed), None
+        if packing is None:
+            return weights(attention_mask, position_ids, key)
+        return packing.map_pairs(lambda group, key: weights(group.attention_mask, group.position_ids, key), key)
 
     def _bias(self, key, position_ids) -> dict[str, torch.Tensor]:
         if self.position_bias is None:
@@ -190,7 +277,7 @@ class AFTBlock(MixerBlock):
 class AFTPreTrainedModel(MixerPreTrainedModel):
     config_class = AFTConfig
     _no_split_modules = ["AFTBlock"]
-    _can_record_outputs = {"hidden_states": AFTBlock}
+    _can_record_outputs = {"hidden_states": AFTBlock, "attentions": AFTMixer}
     _auto_map = {
         "AutoModel": "modeling_aft.AFTModel",
         "AutoModelForCausalLM": "modeling_aft.AFTForCausalLM",
@@ -221,7 +308,7 @@ class AFTModel(AFTPreTrainedModel, MixerModel):
     block_class = AFTBlock
 
 
-class AFTForCausalLM(AFTPreTrainedModel, MixerForCausalLM, GenerationMixin):
+class AFTForCausalLM(AFTPreTrainedModel, MixerForCausalLM, StateGenerationMixin):
     """The Attention Free Transformer with a language-model head."""
 
     model_class = AFTModel
@@ -244,6 +331,17 @@ class AFTForTokenClassification(AFTPreTrainedModel, MixerForTokenClassification)
 
     model_class = AFTModel
 
+
+list_in_library(
+    AFTConfig.model_type,
+    {
+        "AutoModel": AFTModel,
+        "AutoModelForCausalLM": AFTForCausalLM,
+        "AutoModelForMaskedLM": AFTForMaskedLM,
+        "AutoModelForSequenceClassification": AFTForSequenceClassification,
+        "AutoModelForTokenClassification": AFTForTokenClassification,
+    },
+)
 
 __all__ = [
     "AFTForCausalLM",

@@ -21,6 +21,14 @@ def is_exporting() -> bool:
     return torch.compiler.is_exporting() if flag is None else flag
 
 
+def is_static() -> bool:
+    """Whether a graph is being made, by torch.compile, torch.export, torch.jit.trace or the capture of a CUDA graph:
+    what a tensor holds must then decide nothing."""
+    if torch.compiler.is_compiling() or is_exporting() or torch.jit.is_tracing():
+        return True
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def first(table: Tensor, dim: int, length: int) -> Tensor:
     """The first `length` places of `table` along `dim`: a view, or in an exported program a copy, because the strides
     of a view would depend on whether all of the table is used."""

@@ -44,6 +44,32 @@ class SynthesizerState(NamedTuple):
     key_position: Tensor
 
 
+def advance(before: SynthesizerState | None, new, like: SynthesizerState | None = None) -> SynthesizerState:
+    """
+    The state after new tokens.
+
+    Args:
+        before: that before them, None at the start.
+        new: has `key` [B, H, T, d] or None, `value` [B, H, T, d], `attention_mask` [B, T] or None (all kept), and
+            `position_ids` [B, T] or None (counted).
+        like: not read; other states need to know more of their form.
+    """
+    batch, length = new.value.shape[0], new.value.shape[2]
+    first = new.value.new_zeros(batch, dtype=torch.long) if before is None else before.position
+    if new.attention_mask is not None:
+        keep = new.attention_mask.bool()
+    else:
+        keep = torch.ones(batch, length, dtype=torch.bool, device=new.value.device)
+    positions = first[:, None] + keep.long().cumsum(1) - 1 if new.position_ids is None else new.position_ids
+    key_position = torch.where(keep, positions, -1)
+    position = torch.maximum(first, key_position.amax(1) + 1)
+    if before is None:
+        return SynthesizerState(position, new.key, new.value, key_position)
+    key = None if new.key is None else torch.cat([before.key, new.key], 2)
+    value, key_position = torch.cat([before.value, new.value], 2), torch.cat([before.key_position, key_position], 1)
+    return SynthesizerState(position, key, value, key_position)
+
+
 class Logits(NamedTuple):
     """The parts of attention logits, query @ key^T + bias + product, each None where there is none.
 

@@ -109,8 +109,8 @@ class Bigram(torch.nn.Module):
         super().__init__()
         self.table = torch.nn.Embedding(256, 256)
 
-    def forward(self, input_ids, use_cache, past_key_values=None):
-        return SimpleNamespace(logits=self.table(input_ids), past_key_values="state")
+    def forward(self, input_ids, use_cache, cache=None):
+        return SimpleNamespace(logits=self.table(input_ids), cache="state")
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)

@@ -376,16 +376,16 @@ def test_a_model_can_be_copied_and_pickled(variant):
 @torch.no_grad()
 def test_a_copied_cache_is_a_conversation_of_its_own(variant, recording):
     model, other = make_model(variant), make_ids(6, seed=9)
-    cache = model(IDS[:, :6], use_cache=True).past_key_values
+    cache = model(IDS[:, :6], use_cache=True).cache
     if recording:
         cache.activate_past_recording()
-        model(other[:, :3], past_key_values=cache)
+        model(other[:, :3], cache=cache)
     fork = copy.deepcopy(cache)
     if recording:
         fork.crop(-3)
         cache.crop(-3)
     for past, ids in ((fork, other), (cache, IDS[:, 6:])):
-        parts = [model(part, past_key_values=past).logits for part in ids.split([4, 1, 1], 1)]
+        parts = [model(part, cache=past).logits for part in ids.split([4, 1, 1], 1)]
         whole = model(torch.cat([IDS[:, :6], ids], 1), use_cache=False).logits
         torch.testing.assert_close(torch.cat(parts, 1), whole[:, 6:])
 
@@ -394,8 +394,8 @@ def test_a_copied_cache_is_a_conversation_of_its_own(variant, recording):
     ("wrong", "message"),
     [
         (make_ids(LIMIT), f"max_position_embeddings={LIMIT}"),
-        (make_ids(4, batch=1), "past_key_values.*batch"),
-        (make_ids(4, batch=3), "past_key_values.*batch"),
+        (make_ids(4, batch=1), "`cache` must hold a batch"),
+        (make_ids(4, batch=3), "`cache` must hold a batch"),
     ],
     ids=["too-long", "smaller-batch", "larger-batch"],
 )
@@ -403,10 +403,10 @@ def test_a_copied_cache_is_a_conversation_of_its_own(variant, recording):
 @torch.no_grad()
 def test_a_refused_input_leaves_the_cache_as_it_was(variant, wrong, message):
     model = make_model(variant)
-    cache = model(IDS[:, :6], use_cache=True).past_key_values
+    cache = model(IDS[:, :6], use_cache=True).cache
     with pytest.raises(ValueError, match=message):
-        model(wrong, past_key_values=cache)
-    logits = model(IDS[:, 6:], past_key_values=cache).logits
+        model(wrong, cache=cache)
+    logits = model(IDS[:, 6:], cache=cache).logits
     torch.testing.assert_close(logits, model(IDS, use_cache=False).logits[:, 6:])
 
 

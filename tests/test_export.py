@@ -10,6 +10,8 @@ from torch.export import Dim
 from transformers.exporters.configs import OnnxConfig
 from transformers.exporters.exporter_onnx import OnnxExporter
 
+from modeling_aft.compatibility import CACHE_NAME
+
 
 EVERYTHING = "dense+random+factorized_dense+dot_product"
 SIZES = [(1, 1), (3, 2), (1, 20), (2, LIMIT)]  # batch and length, none of which is the example's
@@ -123,7 +125,9 @@ def test_onnx_decodes_token_by_token_from_the_state_of_a_prefill(variant):
     inputs["attention_mask"][:, 9:] = 1
     inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
     first, *later = zip(*(tensor.split([9] + 7 * [1], 1) for tensor in inputs.values()), strict=True)
-    nothing = {i.name: 0 for i in prefill.get_inputs() if "past_key_values" in i.name}  # how long an empty cache is
+    nothing = {
+        i.name: 0 for i in prefill.get_inputs() if f"{CACHE_NAME}.layers" in i.name
+    }  # how long an empty cache is
     state = run(prefill, {**dict(zip(inputs, first, strict=True)), **nothing})
     logits = [state.pop("logits")]
     for token in later:

@@ -139,7 +139,7 @@ def test_bidirectional_models_see_both_sides(variant):
     changed = ids.clone()
     changed[:, 19] = 7
     before, after = model(ids), model(changed)
-    assert before.past_key_values is None
+    assert before.cache is None
     assert (before.last_hidden_state - after.last_hidden_state)[:, 0].abs().max() > 1e-6
     with pytest.raises(ValueError, match="is_decoder=True"):
         model(ids, use_cache=True)
@@ -172,10 +172,10 @@ def test_positions_beyond_the_tables_are_refused_with_both_numbers(variant):
         model(make_ids(LIMIT + 1))
     with pytest.raises(ValueError, match=f"Position 99 .*{LIMIT}"):
         model(make_ids(2), position_ids=torch.tensor([[98, 99], [0, 1]]))
-    past = model(make_ids(LIMIT - 1)).past_key_values
-    past = model(make_ids(1), past_key_values=past).past_key_values
+    past = model(make_ids(LIMIT - 1)).cache
+    past = model(make_ids(1), cache=past).cache
     with pytest.raises(ValueError, match=f"Position {LIMIT} "):
-        model(make_ids(1), past_key_values=past)
+        model(make_ids(1), cache=past)
     # Positions count kept tokens, so padding does not use the tables up.
     mask = torch.ones(2, LIMIT + 4, dtype=torch.long)
     mask[:, :4] = 0
@@ -191,8 +191,8 @@ def test_padding_fed_to_a_row_that_has_used_its_table_up(variant):
     mask = torch.ones_like(ids)
     mask[1, :5], mask[0, LIMIT] = 0, 0
     with torch.no_grad():
-        past = model(ids[:, :LIMIT], attention_mask=mask[:, :LIMIT], use_cache=True).past_key_values
-        logits = model(ids[:, LIMIT:], attention_mask=mask, past_key_values=past).logits
+        past = model(ids[:, :LIMIT], attention_mask=mask[:, :LIMIT], use_cache=True).cache
+        logits = model(ids[:, LIMIT:], attention_mask=mask, cache=past).logits
         torch.testing.assert_close(logits[1], model(ids[1:, 5:], use_cache=False).logits[0, -1:])
 
 
@@ -228,8 +228,8 @@ def test_every_parameter_gets_a_gradient(variant):
 @variants
 def test_training_makes_no_cache_unless_asked(variant):
     model = make_model(variant).train()
-    assert model(make_ids(5)).past_key_values is None
-    assert model(make_ids(5), use_cache=True).past_key_values is not None
+    assert model(make_ids(5)).cache is None
+    assert model(make_ids(5), use_cache=True).cache is not None
 
 
 @variants

@@ -32,7 +32,7 @@ def test_logits_equal_the_full_forward_and_no_tensor_moves(variant):
     with torch.no_grad():
         for part in ids.split([9, 1, 1, 4, 1, 3, 1], 1):
             seen += part.shape[1]
-            parts.append(model(part, attention_mask=mask[:, :seen], past_key_values=cache).logits)
+            parts.append(model(part, attention_mask=mask[:, :seen], cache=cache).logits)
             assert int(cache.get_seq_length()) == seen
             places.add(tuple(addresses(cache)))
         expected = model(**inputs, use_cache=False).logits
@@ -56,14 +56,14 @@ def test_is_used_again_in_its_place_after_a_reset(variant):
     cache, places = StaticCache(config=model.config, max_cache_len=30), []
     expected = model.generate(**inputs, **GREEDY)
     for _ in range(2):
-        assert torch.equal(model.generate(**inputs, past_key_values=cache, **GREEDY), expected)
+        assert torch.equal(model.generate(**inputs, cache=cache, **GREEDY), expected)
         places.append(addresses(cache))
         with torch.no_grad():
             cache.reset()
         assert int(cache.get_seq_length()) == 0
     assert places[0] == places[1]
     other = {name: tensor[:1] for name, tensor in inputs.items()}  # another batch size needs other tensors
-    assert torch.equal(model.generate(**other, past_key_values=cache, **GREEDY), model.generate(**other, **GREEDY))
+    assert torch.equal(model.generate(**other, cache=cache, **GREEDY), model.generate(**other, **GREEDY))
 
 
 @pytest.mark.parametrize("removed", [0, 2, 5])
@@ -72,13 +72,13 @@ def test_crop_takes_tokens_back(variant, removed):
     model, ids = make_model(variant), make_ids(20)
     cache = StaticCache(config=model.config, max_cache_len=24)
     with torch.no_grad():
-        model(ids[:, :9], past_key_values=cache)
+        model(ids[:, :9], cache=cache)
         cache.activate_past_recording()
         for part in ids[:, 9:16].split([2, 1, 4], 1):
-            model(part, past_key_values=cache)
+            model(part, cache=cache)
         cache.crop(-removed)
         kept = torch.cat([ids[:, : 16 - removed], ids[:, 16:]], 1)
-        after = model(ids[:, 16:], past_key_values=cache).logits
+        after = model(ids[:, 16:], cache=cache).logits
         torch.testing.assert_close(after, model(kept, use_cache=False).logits[:, 16 - removed :])
 
 
@@ -88,7 +88,7 @@ def test_gradients_pass_through_it(variant):
     grads = []
     for cache in (StaticCache(config=model.config, max_cache_len=12), DynamicCache(config=model.config)):
         model.zero_grad()
-        parts = [model(part, past_key_values=cache).logits for part in ids.split([5, 1, 6], 1)]
+        parts = [model(part, cache=cache).logits for part in ids.split([5, 1, 6], 1)]
         torch.cat(parts, 1).square().mean().backward()
         grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     for a, b in zip(*grads, strict=True):
@@ -100,9 +100,9 @@ def test_more_tokens_than_it_has_room_for_are_refused(variant):
     model, ids = make_model(variant), make_ids(9)
     cache = StaticCache(config=model.config, max_cache_len=8)
     assert cache.get_max_length() == 8
-    model(ids[:, :8], past_key_values=cache)
+    model(ids[:, :8], cache=cache)
     with pytest.raises(ValueError, match="`max_cache_len` of this static cache is 8, but 9 are needed"):
-        model(ids[:, 8:], past_key_values=cache)
+        model(ids[:, 8:], cache=cache)
 
 
 compilations = []

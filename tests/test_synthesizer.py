@@ -187,7 +187,7 @@ def test_dot_product_alone_is_the_vanilla_transformer():
 @variants
 def test_the_cache_holds_keys_only_for_dot_products(variant):
     model = make_model(variant)
-    cache = model(make_ids(20), use_cache=True).past_key_values
+    cache = model(make_ids(20), use_cache=True).cache
     for layer in cache.layers:
         assert layer.state.value.shape == (2, HEADS, 20, SIZE)
         assert (layer.state.key is None) == ("dot_product" not in model.config.components)

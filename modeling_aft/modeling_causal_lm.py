@@ -1,0 +1,293 @@
+# Copyright 2026 The modeling_aft authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""Causal language models: the head, its loss, and what `generate` needs to know of states and tables of positions."""
+
+import functools
+
+import torch
+from torch import nn
+from transformers import (
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.cache_utils import Cache
+from transformers.utils import logging
+from transformers.utils.generic import can_return_tuple
+
+from .compatibility import CACHE_NAME, CausalLMOutputWithPast, one_cache
+from .modeling_common import MixerWithHead
+
+
+logger = logging.get_logger(__name__)
+
+
+class MixerForCausalLM(MixerWithHead):
+    """A mixer model with a language-model head. Subclasses name the model, and add `StateGenerationMixin`."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    loss_keywords = frozenset(["num_items_in_batch", "shift_labels", "ignore_index"])
+
+    def __init__(self, config):
+        super().__init__(config)
+        if not config.is_decoder:
+            raise ValueError("`is_decoder` must be True for a causal language model, got False.")
+        self.model = self.model_class(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        token_type_ids: torch.LongTensor | None = None,
+        seq_idx: torch.LongTensor | None = None,
+        cu_seq_lens_q: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        r"""
+        Args:
+            labels (`LongTensor` [B, T], *optional*):
+                Token ids, -100 where no loss is wanted. They are shifted inside: the output at t is scored on the
+                label at t + 1. A label does not count where the token before it is padding or ends another document.
+            logits_to_keep (`int` or `LongTensor`, defaults to 0):
+                How many of the last positions get logits (0: all of them), or the indices of those that do.
+            kwargs: those of the model without a head, and `num_items_in_batch` (the number of labels in all
+                accumulated batches, by which the loss is divided), `shift_labels` (labels in the place of the token
+                before them, scored as they are) and `ignore_index` (in place of -100).
+
+            The other arguments are those of the model without a head.
+
+        Returns:
+            `CausalLMOutputWithPast` with `logits` [B, T, vocab_size] and, if labels are given, `loss` in nats.
+        """
+        keywords = {"token_type_ids": token_type_ids, "seq_idx": seq_idx, "cu_seq_lens_q": cu_seq_lens_q, **kwargs}
+        cache = one_cache(cache, past_key_values)
+        tokens, outputs, loss_keywords = self._run(
+            input_ids, attention_mask, position_ids, inputs_embeds, keywords, cache=cache, use_cache=use_cache
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            if tokens.continues is not None:
+                ignored = loss_keywords.get("ignore_index", -100)
+                labels = labels.masked_fill(~tokens.continues.to(labels.device), ignored)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_keywords)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            **{CACHE_NAME: outputs[CACHE_NAME] if CACHE_NAME in outputs else None},
+        )
+
+
+class EndOfTables(StoppingCriteria):
+    """
+    Ends each row where the tables of positions end.
+
+    Args:
+        columns (`LongTensor` [B]): how long the ids of each row may become.
+    """
+
+    def __init__(self, columns: torch.Tensor):
+        self.columns = columns
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs) -> torch.BoolTensor:
+        columns = self.columns.to(input_ids.device).repeat_interleave(len(input_ids) // len(self.columns))
+        return input_ids.shape[1] >= columns
+
+
+class InVocabulary(LogitsProcessor):
+    """
+    Shows a processor that looks up the score of every id no id beyond the vocabulary, such as that of padding may be,
+    but in its place one that the row has anyway.
+
+    Args:
+        processor (`LogitsProcessor`): the one to show them to.
+    """
+
+    def __init__(self, processor: LogitsProcessor):
+        self.processor = processor
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        beyond = input_ids >= scores.shape[-1]
+        in_row = input_ids.masked_fill(beyond, 0).amax(1, keepdim=True)
+        return self.processor(torch.where(beyond, in_row, input_ids), scores)
+
+
+class StateGenerationMixin(GenerationMixin):
+    """`generate` for models whose cache is a state, and whose tables of positions may end."""
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask=None, inputs_embeds=None, **kwargs):
+        """Keeps `generate` from making [T, T] masks: padding is all that a mixer needs to know of its input."""
+        if attention_mask is None:
+            return None
+        # A copy, because a compiled step is specialised on strides, and those of a slice change with every token.
+        return attention_mask[:, -inputs_embeds.shape[1] :].clone(memory_format=torch.contiguous_format)
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Raises a ValueError, for `generate_batch` and all others that begin here."""
+        raise ValueError(
+            "Continuous batching keeps the keys and values of attention in pages, which these models do not have. "
+            "Use `generate` with a padded batch: the state of a row does not depend on its padding."
+        )
+
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, inputs=None, generation_config=None, **kwargs):
+        cache = one_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
+        if cache is not None:
+            kwargs[CACHE_NAME] = cache
+        if kwargs.get("position_ids") is not None:
+            kwargs["keeps_positions"] = True
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.dim() == 2:
+            kwargs["attention_mask"] = mask = self._check_prompt_mask(mask)
+        ids = inputs if inputs is not None else kwargs.get("input_ids")
+        prompt = ids if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        if prompt is None:
+            return super().generate(inputs, generation_config, **kwargs)
+        past = 0 if cache is None else int(cache.get_seq_length())
+        total = prompt.shape[1] if mask is None else mask.shape[1]
+        if past:
+            self._check_what_is_left(prompt, past, total, whole="inputs_embeds" in kwargs)
+        if not self.config.has_position_table:
+            return super().generate(inputs, generation_config, **kwargs)
+        start = 0 if ids is None else ids.shape[1]
+        kept = self._count_kept(prompt, mask, cache, past, total)
+        room = (self.config.max_position_embeddings - kept).clamp_min(1)
+        longest = int(room.max())
+        asked = self._new_tokens_asked(generation_config, kwargs, start)
+        if asked > longest:
+            kwargs.pop("max_length", None)
+            kwargs["max_new_tokens"] = longest
+        if int(room.min()) < min(asked, longest):
+            criteria = kwargs.get("stopping_criteria") or []
+            kwargs["stopping_criteria"] = StoppingCriteriaList([*criteria, EndOfTables(start + room)])
+            kwargs["last_column"] = total + room
+        result = super().generate(inputs, generation_config, **kwargs)
+        written = getattr(result, "sequences", result).shape[1] - start
+        if written >= int(room.min()) and asked > int(room.min()):
+            logger.warning(
+                f"A text has reached the end of the model's tables, max_position_embeddings="
+                f"{self.config.max_position_embeddings}, and ends there. Fewer `max_new_tokens`, or a shorter prompt, "
+                "would do."
+            )
+        return result
+
+    @staticmethod
+    def _check_prompt_mask(mask: torch.Tensor) -> torch.Tensor:
+        """The mask of a prompt as 0 and 1. What numbers documents would number what is written, too."""
+        number = mask.amax(1, keepdim=True)
+        if bool(((mask != 0) & (mask != number)).any()) or bool((mask < 0).any()):
+            raise ValueError("`attention_mask` must be 0 and 1 in `generate`, got several numbers in a row.")
+        return mask if mask.dtype == torch.bool else (mask != 0).long()
+
+    @staticmethod
+    def _check_what_is_left(prompt: torch.Tensor, past: int, total: int, whole: bool) -> None:
+        """
+        Checks that a prompt fits a cache that has read `past` tokens, of a text of `total` tokens.
+
+        Raises:
+            ValueError: nothing is left to read, or the prompt is neither the whole text nor what is left of it.
+        """
+        name, length, left = "inputs_embeds" if whole else "input_ids", prompt.shape[1], total - past
+        if left < 1:
+            raise ValueError(
+                f"`cache` has read {past} tokens, and `{name}` with `attention_mask` are {total}: nothing is left to "
+                "read. Give the whole text with at least one token more, or what is new and an `attention_mask` of "
+                "the whole text."
+            )
+        if length not in ((total,) if whole else (total, left)):
+            raise ValueError(
+                f"`{name}` must be {total} tokens (the whole text)"
+                + ("" if whole else f" or the last {left} of them (which `cache` has not read)")
+                + f", got {length}."
+            )
+
+    def _count_kept(self, prompt, mask, cache, past: int, total: int) -> torch.Tensor:
+        """[B]: the kept tokens of each row of the prompt, those in the cache included."""
+        rows = len(prompt)
+        if mask is None:
+            pad = self.generation_config.pad_token_id
+            new = torch.full((rows,), total - past, device=prompt.device)
+            if past == 0 and pad is not None and prompt.dim() == 2:
+                new = (prompt != pad).sum(1)  # as `generate` makes a mask of it
+        else:
+            new = (mask[:, past:] != 0).sum(1)
+        state = None if cache is None or not past else cache.layers[0].state
+        return (new if state is None else new + state.position.to(new.device)).cpu()
+
+    def _new_tokens_asked(self, generation_config, kwargs: dict, start: int) -> int:
+        """How many tokens a call of `generate` may write, by its arguments, the given config, or the model's."""
+        config = generation_config if generation_config is not None else self.generation_config
+        for source in (kwargs.get, lambda name: getattr(config, name, None)):
+            if (value := source("max_new_tokens")) is not None:
+                return value
+            if (value := source("max_length")) is not None:
+                return value - start
+        return 20  # what the library falls back on
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        inputs_embeds=None,
+        attention_mask=None,
+        last_column=None,
+        keeps_positions=False,
+        tokenizer=None,
+        assistant_tokenizer=None,
+        **kwargs,
+    ):
+        """
+        The arguments of the next forward pass, as the library makes them. It passes the tokenizers, which find strings
+        to stop at, this far.
+
+        Args:
+            last_column (`LongTensor` [B], *optional*):
+                How many columns of the mask each row may use: a row that has come to the end of the tables goes on as
+                padding while others are written.
+            keeps_positions (`bool`):
+                Whether `position_ids` are the user's own. Those that the library makes begin again behind padding at
+                the end of a prompt; the model counts its tokens by itself.
+        """
+        if not keeps_positions:
+            kwargs.pop("position_ids", None)
+        if last_column is not None and attention_mask is not None and attention_mask.shape[1] > int(last_column.min()):
+            columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+            within = columns < last_column[:, None].to(columns.device)
+            attention_mask = attention_mask * within
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs
+        )
+        ids = inputs.get("input_ids")
+        if ids is not None and not kwargs.get("is_first_iteration"):
+            # Rows that have ended are filled with a padding id, which need not be in the vocabulary.
+            inputs["input_ids"] = ids.masked_fill(ids >= self.config.vocab_size, 0)
+        return inputs
+
+    def _get_logits_processor(self, *args, **kwargs):
+        return LogitsProcessorList(
+            InVocabulary(processor) if isinstance(processor, RepetitionPenaltyLogitsProcessor) else processor
+            for processor in super()._get_logits_processor(*args, **kwargs)
+        )
