@@ -73,7 +73,7 @@ class MixerClassifier(MixerWithHead):
         self.post_init()
 
     def _encode(self, *inputs):
-        """What is known of the tokens, the outputs of the model, which caches nothing, and the keywords of the loss."""
+        """What is known of the tokens, the outputs of the model, without a cache, and the keywords of the loss."""
         return self._run(*inputs, use_cache=False)
 
 

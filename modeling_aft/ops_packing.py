@@ -8,9 +8,9 @@
 # specific language governing permissions and limitations under the License.
 """Packed documents: rows that hold several texts, none of which may see another.
 
-Every document becomes a row of its own, so that all operators treat it as if it stood alone. Documents are put together
-in groups whose lengths differ by less than a factor of two: at most half of a group is padding, and there are few
-groups. How many there are depends on the data, so this is not for compiled or exported programs.
+Every document becomes a row of its own, so that all operators treat it as if it stood alone. Documents are put
+together in groups whose lengths differ by less than a factor of two: at most half of a group is padding, and there are
+few groups. How many there are depends on the data, so this is not for compiled or exported programs.
 """
 
 from collections.abc import Callable
