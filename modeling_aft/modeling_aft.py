@@ -8,8 +8,6 @@
 # specific language governing permissions and limitations under the License.
 """The Attention Free Transformer (arXiv 2105.14103): mixer, model, language model."""
 
-from contextlib import nullcontext
-
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -22,7 +20,7 @@ from .modeling_causal_lm import MixerForCausalLM, StateGenerationMixin
 from .modeling_common import MixerBlock, MixerModel, MixerPreTrainedModel
 from .modeling_heads import MixerForMaskedLM, MixerForSequenceClassification, MixerForTokenClassification
 from .ops import aft_attention, aft_attention_weights
-from .ops_export import first, is_exporting
+from .ops_export import first, is_exporting, without_autocast
 from .ops_reference import AFTState, compute_dtype
 from .ops_torch import advance
 
@@ -264,9 +262,7 @@ class AFTMixer(nn.Module):
         if self.position_bias is None:
             return {}
         # The product of the factors goes into an exponential: half precision would not do.
-        device = key.device.type
-        under_autocast = device != "meta" and torch.is_autocast_enabled(device)
-        with torch.autocast(device, enabled=False) if under_autocast else nullcontext():
+        with without_autocast(key):
             return self.position_bias(key.shape[1], position_ids)
 
 

@@ -20,6 +20,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .cache_files import check_kind
 from .compatibility import CACHE_NAME, CACHE_NAMES, BaseModelOutputWithPast, one_cache, refuse_unknown
 from .modeling_tokens import Tokens, infer_mask, read_tokens
+from .ops_export import can_read
 
 
 # What `MixerModel.forward` knows beside its parameters. The longest documents need not be known here.
@@ -234,10 +235,10 @@ class MixerModel(MixerPreTrainedModel):
         if inputs.dim() != (2 if inputs_embeds is None else 3):
             name, shape = ("input_ids", "[B, T]") if inputs_embeds is None else ("inputs_embeds", "[B, T, D]")
             raise ValueError(f"`{name}` must be {shape}, got {list(inputs.shape)}.")
-        if token_type_ids is not None and inputs.device.type == "cpu" and bool(token_type_ids.any()):
+        if token_type_ids is not None and can_read(token_type_ids) and bool(token_type_ids.any()):
             raise ValueError("`token_type_ids` must all be 0, got others: these models know no types of tokens.")
         if (cu_seq_lens_q is None) != (cu_seq_lens_k is None) or (
-            cu_seq_lens_q is not None and not torch.equal(cu_seq_lens_q, cu_seq_lens_k)
+            cu_seq_lens_q is not None and can_read(cu_seq_lens_q) and not torch.equal(cu_seq_lens_q, cu_seq_lens_k)
         ):
             raise ValueError("`cu_seq_lens_q` and `cu_seq_lens_k` must be the same: a document sees itself alone.")
         pad, size = self.config.pad_token_id, self.embed_tokens.num_embeddings

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .ops_export import is_exporting, is_static
+from .ops_export import can_read, is_exporting
 from .ops_packing import Packing, pack
 
 
@@ -123,16 +123,11 @@ def infer_mask(input_ids: Tensor, pad_token_id: int, at_ends: bool) -> Tensor | 
     if at_ends:
         seen = token.long()
         token = (seen.cumsum(1) > 0) & (seen.flip(1).cumsum(1) > 0).flip(1)
-    return None if _can_read(token) and bool(token.all()) else token
+    return None if can_read(token) and bool(token.all()) else token
 
 
 def _refuse(name: str, allowed: str, got) -> ValueError:
     return ValueError(f"`{name}` must be {allowed}, got {got}.")
-
-
-def _can_read(tensor: Tensor) -> bool:
-    """Whether Python may look at what a tensor holds."""
-    return not is_static() and tensor.device.type != "meta"
 
 
 def _check_numbers(name: str, tensor: Tensor, inputs: Tensor) -> Tensor:
@@ -149,7 +144,7 @@ def _documents_of(cu_seq_lens: Tensor, inputs: Tensor) -> Tensor:
     allowed = f"[0, ..., {length}], rising, for a batch of one row of {length} tokens"
     if batch != 1 or cu_seq_lens.dim() != 1 or len(cu_seq_lens) < 2 or cu_seq_lens.is_floating_point():
         raise _refuse("cu_seq_lens", allowed, f"{list(cu_seq_lens.shape)} for {batch} rows")
-    if _can_read(cu_seq_lens):
+    if can_read(cu_seq_lens):
         borders = cu_seq_lens.tolist()
         if borders[0] != 0 or borders[-1] != length or any(a > b for a, b in zip(borders, borders[1:], strict=False)):
             raise _refuse("cu_seq_lens", allowed, borders)
@@ -166,7 +161,7 @@ def _check_mask(attention_mask: Tensor, inputs: Tensor) -> tuple[Tensor | None, 
         raise _refuse("attention_mask", allowed, list(attention_mask.shape))
     attention_mask = attention_mask[:, -length:]
     keep = attention_mask if attention_mask.dtype == torch.bool else attention_mask != 0
-    if not _can_read(attention_mask):
+    if not can_read(attention_mask):
         return keep, None
     if length == 1:  # a decoding step: no wait for a GPU, and nothing to tell apart
         return (None if attention_mask.device.type == "cpu" and bool(keep.all()) else keep), None
@@ -198,7 +193,7 @@ def _counted(inputs: Tensor, mask: Tensor | None, seen: Tensor | None) -> Tensor
 def _is_counted(position_ids: Tensor, counted: Tensor, mask: Tensor | None) -> bool:
     """Whether positions are what the model counts by itself, as those that `generate` makes are: the mixers are faster
     where a batch shares its positions. A single token is not worth the comparison."""
-    if position_ids.shape[1] == 1 or not _can_read(position_ids):
+    if position_ids.shape[1] == 1 or not can_read(position_ids):
         return False
     if mask is not None:
         position_ids = position_ids.masked_fill(~mask, 0)
@@ -208,7 +203,7 @@ def _is_counted(position_ids: Tensor, counted: Tensor, mask: Tensor | None) -> b
 def _find_documents(numbers: list[Tensor], mask, position_ids, inputs, seen) -> Packing | None:
     if not numbers and position_ids is None:
         return None
-    if not _can_read(inputs):
+    if not can_read(inputs):
         if numbers:
             raise ValueError(
                 "Packed documents (`seq_idx`, `cu_seq_lens_q` or numbers in `attention_mask`) need a model that is "
@@ -245,7 +240,7 @@ def check_positions(positions: Tensor, mask: Tensor | None, seen: Tensor | None,
         ValueError: a position is negative, or there is none such (limit).
     """
     length = positions.shape[1]
-    if not _can_read(positions):
+    if not can_read(positions):
         # A compiled model cannot raise for what stands in a tensor, but for what follows from its shape.
         last = length - 1 if mask is None and seen is None and torch.compiler.is_compiling() else None
         first = 0

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .ops_chunks import windowed_chunks
 from .ops_cpu import windowed_cpu
-from .ops_export import is_exporting, is_static
+from .ops_export import can_read, is_exporting, is_transformed, without_autocast
 from .ops_packing import pack
 from .ops_reference import QUERY_ACTIVATIONS, AFTState, aft_attention_reference, compute_dtype, gated
 from .ops_torch import aft_attention_torch
@@ -109,18 +109,19 @@ def aft_attention(
             position_ids = position_ids.masked_fill(~attention_mask, 0)
 
     arguments = (key, value, position_bias, window_bias, causal, attention_mask, position_ids, initial_state)
-    if backend == "reference":
-        average, state = aft_attention_reference(*arguments, seq_idx)
-        out = gated(query, average, query_activation)
-    else:
-        windowed = _windowed(backend, value)
-        packing = None
-        if seq_idx is not None:
-            packing = pack([seq_idx], attention_mask, position_ids, begin_again=False)
-        if packing is not None:
-            biases = (position_bias, window_bias)
-            return _by_documents(packing, query, key, value, *biases, causal, query_activation, windowed)
-        out, state = aft_attention_torch(query, *arguments, return_state, query_activation, windowed)
+    with without_autocast(value):
+        if backend == "reference":
+            average, state = aft_attention_reference(*arguments, seq_idx)
+            out = gated(query, average, query_activation)
+        else:
+            windowed = _windowed(backend, value)
+            packing = None
+            if seq_idx is not None:
+                packing = pack([seq_idx], attention_mask, position_ids, begin_again=False)
+            if packing is not None:
+                biases = (position_bias, window_bias)
+                return _by_documents(packing, query, key, value, *biases, causal, query_activation, windowed)
+            out, state = aft_attention_torch(query, *arguments, return_state, query_activation, windowed)
     if attention_mask is not None:
         out = out.masked_fill(~attention_mask[..., None], 0)
     return (out, state) if return_state else out
@@ -206,13 +207,13 @@ def _validate_documents(seq_idx, value, return_state, initial_state):
         raise _refuse("seq_idx", f"whole numbers [{value.shape[0]}, {value.shape[1]}]", got)
     if return_state or initial_state is not None:
         raise _refuse("seq_idx", "None with a state, which belongs to one document", "documents")
-    if is_static():
+    if not can_read(seq_idx):
         raise _refuse("seq_idx", "None in a graph: how many documents there are depends on the data", "documents")
 
 
 def _windowed(backend: str, value: Tensor) -> Callable:
     """The operator for several queries of the causal windowed forms; all have the signature of `windowed_chunks`."""
-    if is_exporting():
+    if is_exporting() or is_transformed():
         return windowed_chunks
     if backend == "triton" and not triton_can_run(value.device):
         raise _refuse("backend", "one that can run: 'triton' needs the package triton and a CUDA device", backend)
@@ -267,10 +268,13 @@ def _validate(query, key, value, position_bias, window_bias, causal, attention_m
     for name, tensor in (("attention_mask", attention_mask), ("position_ids", position_ids)):
         if tensor is not None and (tensor.dim() != 2 or tensor.shape[0] != batch or tensor.shape[1] != length):
             raise _refuse(name, f"[{batch}, {length}]", tuple(tensor.shape))
+    if attention_mask is not None and attention_mask.dtype != torch.bool and _is_cheap_to_read(attention_mask):
+        if (lowest := attention_mask.amin()) < 0:
+            allowed = "1 or True for a token and 0 or False for padding"
+            raise _refuse("attention_mask", allowed, float(lowest))
     if initial_state is not None:
         _validate_state(initial_state, key, value, position_bias, window_bias, causal)
-    if table is not None:
-        _validate_positions(table, length, attention_mask, position_ids, initial_state)
+    _validate_positions(table, length, attention_mask, position_ids, initial_state)
 
 
 def _validate_state(state, key, value, position_bias, window_bias, causal):
@@ -287,23 +291,28 @@ def _validate_state(state, key, value, position_bias, window_bias, causal):
         raise _refuse("initial_state", f"of a window of {window} past tokens", state.key.shape[1])
 
 
+def _is_cheap_to_read(tensor: Tensor) -> bool:
+    """Whether what a tensor holds can be read without waiting for a device."""
+    return tensor.device.type == "cpu" and can_read(tensor)
+
+
 def _validate_positions(table, length, attention_mask, position_ids, initial_state):
-    """Raises if a kept token lies beyond the bias table. Reads tensors on the CPU only, where it waits for nothing."""
+    """Raises if a kept token has a negative position or lies beyond the bias table, if there is one."""
     given = [t for t in (attention_mask, position_ids, initial_state and initial_state.position) if t is not None]
-    first = 0
+    first = last = 0
     if not given:
         last = length - 1
-    elif is_static() or any(t.device.type != "cpu" for t in given):
+    elif not all(map(_is_cheap_to_read, given)):
         return
     elif position_ids is not None:
         kept = position_ids if attention_mask is None else position_ids.masked_fill(attention_mask == 0, 0)
-        first, last = int(kept.min()), int(kept.max())
-    else:
-        count = length if attention_mask is None else attention_mask.long().sum(1)
+        first, last = (int(bound) for bound in kept.aminmax())
+    elif table is not None:
+        count = length if attention_mask is None else (attention_mask != 0).sum(1)
         last = int(torch.as_tensor(count + (0 if initial_state is None else initial_state.position)).max()) - 1
     if first < 0:
         raise _refuse("position_ids", "at least 0 where a token is kept", first)
-    if last >= table:
+    if table is not None and last >= table:
         raise ValueError(
             f"Position {last} lies beyond the bias table, which ends at position {table - 1} (N = {table})."
         )

@@ -8,8 +8,11 @@
 # specific language governing permissions and limitations under the License.
 """What torch.export needs done differently: in torch's own operators, and without regard to the example's sizes."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from .ops_panel import exact_weights, finite, spread, underflown_rows
@@ -27,6 +30,37 @@ def is_static() -> bool:
     if torch.compiler.is_compiling() or is_exporting() or torch.jit.is_tracing():
         return True
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def is_transformed() -> bool:
+    """Whether torch.func is at work (grad, vmap, jvp, ...), or forward-mode differentiation: operators of this package
+    have no rules for those."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether torch.func.vmap has hidden a dimension of the tensor, so that nobody can look at its numbers."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
+
+
+def can_read(tensor: Tensor) -> bool:
+    """Whether Python may look at what a tensor holds."""
+    return not is_static() and tensor.device.type != "meta" and not is_batched(tensor)
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager:
+    """Turns autocast off for the device of a tensor: sums of exponentials are not for half precision, and autocast
+    refuses to put together tensors of some types."""
+    device = tensor.device.type
+    under_autocast = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if under_autocast else nullcontext()
 
 
 def first(table: Tensor, dim: int, length: int) -> Tensor:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .ops_chunks import merge, nothing, summarize, weighted_average, windowed_average, with_past
+from .ops_chunks import bidirectional, merge, nothing, summarize, weighted_average, windowed_average, with_past
+from .ops_export import is_exporting
 from .ops_padding import compact, expand, kept_rank
 from .ops_panel import finite, spread
 from .ops_reference import AFTState, compute_dtype, gated
@@ -74,7 +75,9 @@ def _step(query, key, value, rows, state, keep, activation):
         keys, values = torch.cat([state.key, key], 1), torch.cat([average[:, None], state.value, value], 1)
         bias = rows[:, :, 0].flip(-1).permute(1, 2, 0)  # [1 or B, n, heads], oldest key first
         bias = bias if bias.shape[2] == 1 else spread(bias, keys)
-        older = (maximum + normalizer.log())[:, None]  # rounded as keys + bias are; the state itself never is
+        older = (maximum + normalizer.clamp_min(_NOTHING).log())[
+            :, None
+        ]  # rounded as keys + bias are; the state itself never is
         logits = torch.cat([older, keys + bias], 1).clamp_min(torch.finfo(older.dtype).min)
         out = (logits.softmax(1)[..., None] * values.unflatten(-1, split)).sum(1).flatten(-2)
         values = values[:, 1:]
@@ -270,10 +273,12 @@ def _window_form(
         rows = _bias_rows(bias.to(dtype), key.shape[1], position, rank, position_ids, state is not None)
         left = rows.shape[-1] - 1 if causal else (rows.shape[-1] - 1) // 2
     past, initial = _past(state, key, value, dtype)
-    if not causal:
-        out = gated(
-            query, windowed_average(*with_past(key, value, past, left, dtype), rows, False, initial), activation
-        )
+    if not causal and torch.compiler.is_compiling() and not is_exporting():
+        rows = initial[0].new_zeros(1, 1, 1, 1) if rows is None else rows
+        out = gated(query, bidirectional(key.to(dtype), value.to(dtype), rows), activation)
+    elif not causal:
+        average = windowed_average(*with_past(key, value, past, left, dtype), rows, False, initial)
+        out = gated(query, average, activation)
     else:
         out = windowed(query, key, value, rows, past, initial, activation)
     new_state = None
