@@ -109,6 +109,8 @@ class EndOfTables(StoppingCriteria):
         columns (`LongTensor` [B]): how long the ids of each row may become.
     """
 
+    eos_token_id = None  # by having one, a criterion asks for padding behind the end of a row
+
     def __init__(self, columns: torch.Tensor):
         self.columns = columns
 
@@ -170,7 +172,10 @@ class StateGenerationMixin(GenerationMixin):
         past = 0 if cache is None else int(cache.get_seq_length())
         total = prompt.shape[1] if mask is None else mask.shape[1]
         if past:
-            self._check_what_is_left(prompt, past, total, whole="inputs_embeds" in kwargs)
+            assisted = self._is_assisted(generation_config, kwargs)
+            self._check_what_is_left(prompt, past, total, whole=assisted or prompt is not ids)
+            # Of itself the library would give the whole prompt to a cache that has read some of it.
+            cache.layers[0].reads_rest = assisted
         if not self.config.has_position_table:
             return super().generate(inputs, generation_config, **kwargs)
         start = 0 if ids is None else ids.shape[1]
@@ -185,7 +190,12 @@ class StateGenerationMixin(GenerationMixin):
             criteria = kwargs.get("stopping_criteria") or []
             kwargs["stopping_criteria"] = StoppingCriteriaList([*criteria, EndOfTables(start + room)])
             kwargs["last_column"] = total + room
+            padding = self._padding_id(generation_config, kwargs)
+            kwargs["pad_token_id"] = padding = 0 if padding is None else padding  # something has to stand there
         result = super().generate(inputs, generation_config, **kwargs)
+        if "last_column" in kwargs:  # beam search knows of padding only where there is an end of text
+            sequences = getattr(result, "sequences", result)
+            sequences.masked_fill_(sequences < 0, padding)
         written = getattr(result, "sequences", result).shape[1] - start
         if written >= int(room.min()) and asked > int(room.min()):
             logger.warning(
@@ -211,7 +221,7 @@ class StateGenerationMixin(GenerationMixin):
         Raises:
             ValueError: nothing is left to read, or the prompt is neither the whole text nor what is left of it.
         """
-        name, length, left = "inputs_embeds" if whole else "input_ids", prompt.shape[1], total - past
+        name, length, left = "input_ids" if prompt.dim() == 2 else "inputs_embeds", prompt.shape[1], total - past
         if left < 1:
             raise ValueError(
                 f"`cache` has read {past} tokens, and `{name}` with `attention_mask` are {total}: nothing is left to "
@@ -238,9 +248,40 @@ class StateGenerationMixin(GenerationMixin):
         state = None if cache is None or not past else cache.layers[0].state
         return (new if state is None else new + state.position.to(new.device)).cpu()
 
+    def _option(self, name: str, generation_config, kwargs: dict):
+        """What a call of `generate` says of an option, or the config that it is given, or the model's."""
+        config = self.generation_config if generation_config is None else generation_config
+        value = kwargs.get(name)
+        return getattr(config, name, None) if value is None else value
+
+    def _is_assisted(self, generation_config, kwargs: dict) -> bool:
+        """Whether candidates for the next tokens come from elsewhere."""
+        options = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+        return any(self._option(name, generation_config, kwargs) is not None for name in options)
+
+    def _padding_id(self, generation_config, kwargs: dict):
+        """What stands behind the end of a row; None if there is nothing."""
+        values = (self._option(name, generation_config, kwargs) for name in ("pad_token_id", "eos_token_id"))
+        value = next((value for value in values if value is not None), None)
+        return value[0] if isinstance(value, list) else value
+
+    def _get_candidate_generator(self, generation_config, *args, **kwargs):
+        """The library's, whose candidates may go beyond the end of the text, and so of the tables."""
+        generator = super()._get_candidate_generator(generation_config, *args, **kwargs)
+        get_candidates, longest = generator.get_candidates, generation_config.max_length
+
+        def get_candidates_within(input_ids, **kwargs):
+            candidates, logits = get_candidates(input_ids, **kwargs)
+            room = max(longest - input_ids.shape[1], 0)
+            candidates = candidates[:, : input_ids.shape[1] + room]
+            return candidates, None if logits is None else logits[:, :room]
+
+        generator.get_candidates = get_candidates_within
+        return generator
+
     def _new_tokens_asked(self, generation_config, kwargs: dict, start: int) -> int:
         """How many tokens a call of `generate` may write, by its arguments, the given config, or the model's."""
-        config = generation_config if generation_config is not None else self.generation_config
+        config = self.generation_config if generation_config is None else generation_config
         for source in (kwargs.get, lambda name: getattr(config, name, None)):
             if (value := source("max_new_tokens")) is not None:
                 return value
@@ -273,6 +314,10 @@ class StateGenerationMixin(GenerationMixin):
         """
         if not keeps_positions:
             kwargs.pop("position_ids", None)
+        cache = kwargs.get(CACHE_NAME)
+        if cache is not None and getattr(cache.layers[0], "reads_rest", False):
+            cache.layers[0].reads_rest = False
+            kwargs["next_sequence_length"] = input_ids.shape[1] - int(cache.get_seq_length())
         if last_column is not None and attention_mask is not None and attention_mask.shape[1] > int(last_column.min()):
             columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
             within = columns < last_column[:, None].to(columns.device)

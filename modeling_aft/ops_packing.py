@@ -77,14 +77,13 @@ class Packing(NamedTuple):
         out = None
         for group in self.groups:
             pairs = function(group, *(t[group.places] for t in flat)).expand(len(group.places), -1, -1, -1)
-            if out is None:
-                out = pairs.new_zeros(batch + 1, pairs.shape[1], length, length)
-            row, place = group.places // length, group.places % length
-            out = out.permute(0, 2, 3, 1).index_put(
-                (row[:, :, None], place[:, :, None], place[:, None]), pairs.permute(0, 2, 3, 1)
-            )
-            out = out.permute(0, 3, 1, 2)
-        return out[:-1]
+            if out is None:  # with one more row and column, for what is behind the end of a document
+                out = pairs.new_zeros(batch, length + 1, length + 1, pairs.shape[1])
+            beyond = group.places == batch * length
+            row = (group.places // length).masked_fill(beyond, 0)[:, :, None]
+            place = (group.places % length).masked_fill(beyond, length)
+            out = out.index_put((row, place[:, :, None], place[:, None]), pairs.permute(0, 2, 3, 1))
+        return out[:, :-1, :-1].permute(0, 3, 1, 2)
 
 
 def pack(

@@ -1,0 +1,442 @@
+"""Caches as things that users keep, share, save and break: every use of one is right, or refused by name."""
+
+import itertools
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from families import AFT_VARIANTS, LIMIT, SYNTHESIZER_VARIANTS, VARIANTS, make_config, make_ids, make_model
+from safetensors.torch import load_file, save_file
+from transformers import DynamicCache, StaticCache
+
+from modeling_aft import load_cache, save_cache
+
+
+variants = pytest.mark.parametrize("variant", VARIANTS)
+few = pytest.mark.parametrize("variant", ["full", "local", "conv", "dense", "random+dot_product"])
+KINDS = {"dynamic": DynamicCache, "static": lambda config: StaticCache(config=config, max_cache_len=40)}
+kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+
+
+def fill(model, ids, kind=DynamicCache, **options):
+    cache = kind(config=model.config)
+    model(ids, cache=cache, **options)
+    return cache
+
+
+# A cache that has read something already, in `generate`
+
+
+@pytest.mark.parametrize("chunk", [None, 2], ids=["", "in-chunks"])
+@pytest.mark.parametrize("given", ["everything", "everything-and-mask", "the-rest-and-mask"])
+@kinds
+@few
+def test_generate_reads_what_the_cache_has_not(variant, kind, given, chunk):
+    model, ids = make_model(variant), make_ids(12)
+    expected = model.generate(ids, **GREEDY)
+    mask = torch.ones_like(ids)
+    prompt = ids[:, 7:] if given.startswith("the-rest") else ids
+    options = {**GREEDY, "prefill_chunk_size": chunk, **({} if given == "everything" else {"attention_mask": mask})}
+    with torch.no_grad():
+        cache = fill(model, ids[:, :7], kind)
+    found = model.generate(prompt, cache=cache, **options)
+    assert torch.equal(found[:, -6:], expected[:, -6:])
+
+
+@pytest.mark.parametrize("chunk", [None, 3], ids=["", "in-chunks"])
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@kinds
+@variants
+def test_a_cache_that_has_read_all_of_the_prompt_is_refused(variant, kind, masked, chunk):
+    model, ids = make_model(variant), make_ids(8)
+    with torch.no_grad():
+        cache = fill(model, ids, kind)
+    options = {"attention_mask": torch.ones_like(ids)} if masked else {}
+    with pytest.raises(ValueError, match="`cache` has read 8 tokens, and `input_ids` .* are 8: nothing is left"):
+        model.generate(ids, cache=cache, prefill_chunk_size=chunk, **GREEDY, **options)
+    embeds = model.get_input_embeddings()(ids)
+    with pytest.raises(ValueError, match="`cache` has read 8 tokens, and `inputs_embeds` .* are 8"):
+        model.generate(inputs_embeds=embeds, cache=cache, prefill_chunk_size=chunk, **GREEDY, **options)
+
+
+@few
+def test_prompts_that_do_not_fit_a_warm_cache_are_refused(variant):
+    model, ids = make_model(variant), make_ids(12)
+    cache = fill(model, ids[:, :7])
+    with pytest.raises(ValueError, match="nothing is left to read"):
+        model.generate(ids[:, 7:], cache=cache, **GREEDY)  # new tokens without a mask of all
+    mask = torch.ones_like(ids)
+    with pytest.raises(ValueError, match="must be 12 tokens .* or the last 5 of them .* got 8"):
+        model.generate(ids[:, 4:], attention_mask=mask, cache=cache, **GREEDY)
+    with pytest.raises(ValueError, match="`inputs_embeds` must be 12 tokens .the whole text., got 5"):
+        embeds = model.get_input_embeddings()(ids[:, 7:])
+        model.generate(inputs_embeds=embeds, attention_mask=mask, cache=cache, **GREEDY)
+    with pytest.raises(ValueError, match="as `cache` or as `past_key_values`"):
+        model.generate(ids, cache=cache, past_key_values=cache, **GREEDY)
+
+
+@few
+def test_assisted_decoding_goes_on_from_a_warm_cache(variant):
+    model, ids = make_model(variant), make_ids(6, batch=1).repeat(1, 2)
+    cache = fill(model, ids[:, :7])
+    expected = model.generate(ids, **GREEDY)
+    assert torch.equal(model.generate(ids, cache=cache, prompt_lookup_num_tokens=3, **GREEDY), expected)
+    cache = fill(model, ids[:, :7])
+    assert torch.equal(model.generate(ids, cache=cache, assistant_model=make_model("conv"), **GREEDY), expected)
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not-reentrant"])
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 2}], ids=["greedy", "beams", "lookup"]
+)
+@few
+def test_generate_in_train_mode_under_gradient_checkpointing(variant, options, reentrant):
+    """Without dropout it writes what it writes in eval mode."""
+    model, ids = make_model(variant, hidden_dropout_prob=0.0), make_ids(8, batch=1)
+    expected = model.generate(ids, **GREEDY, **options)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.train()
+    assert torch.equal(model.generate(ids, **GREEDY, **options), expected)
+    calls = []
+    model.model.layers[0].mixer.register_forward_hook(lambda *_: calls.append(1))
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    assert len(calls) == 2  # with gradients, it computes a block again
+
+
+@few
+def test_a_warm_cache_under_gradient_checkpointing_is_refused(variant):
+    model, ids = make_model(variant), make_ids(8)
+    cache = fill(model, ids)
+    model.gradient_checkpointing_enable()
+    model.train()
+    with pytest.raises(ValueError, match="`cache` must be empty under gradient checkpointing"):
+        model(ids, cache=cache)
+    assert model(ids, use_cache=True).cache is None
+
+
+# The end of the tables
+
+
+LIMITED = ["full", "local", "conv", "dense", "random+dot_product"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_cache": False}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}, {"cache_implementation": "static"}],
+    ids=["greedy", "uncached", "beams", "lookup", "static"],
+)
+@pytest.mark.parametrize("variant", LIMITED)
+def test_a_text_ends_where_the_tables_do(variant, options, caplog):
+    model, ids = make_model(variant), make_ids(10, batch=1)
+    found = model.generate(ids, max_new_tokens=500, do_sample=False, disable_compile=True, **options)
+    assert found.shape == (1, LIMIT)
+    within = model.generate(ids, max_new_tokens=LIMIT - 10, do_sample=False, disable_compile=True, **options)
+    assert torch.equal(found, within)
+    assert sum("reached the end of the model's tables" in record.message for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_beams": 2}], ids=["greedy", "uncached", "beams"])
+@pytest.mark.parametrize("variant", LIMITED)
+def test_each_row_of_a_batch_has_its_own_end(variant, options):
+    """Rows with less padding reach the end first, and are filled up while the others go on."""
+    model, ids = make_model(variant), make_ids(14, batch=3)
+    mask = torch.ones_like(ids)
+    mask[1, :6], mask[2, :3] = 0, 0
+    settings = {"max_length": 200, "do_sample": False, "pad_token_id": 7, **options}
+    together = model.generate(ids, attention_mask=mask, **settings)
+    assert together.shape[1] == 14 + LIMIT - 8
+    for row, padding in enumerate((0, 6, 3)):
+        alone = model.generate(ids[row : row + 1, padding:], **settings)[0]
+        assert len(alone) == LIMIT
+        assert torch.equal(together[row, padding : padding + LIMIT], alone)
+        assert (together[row, padding + LIMIT :] == 7).all()
+
+
+@pytest.mark.parametrize("variant", ["local", "dense"])
+def test_an_end_of_text_comes_first(variant, caplog):
+    model, ids = make_model(variant), make_ids(10, batch=1)
+    text = model.generate(ids, max_new_tokens=20, do_sample=False)[0]
+    end = int(text[15])
+    stopped = model.generate(ids, max_new_tokens=500, do_sample=False, eos_token_id=end, pad_token_id=0)[0]
+    assert len(stopped) < LIMIT and int(stopped[-1]) == end
+    assert not caplog.records or "reached the end" not in caplog.text
+
+
+def test_a_prompt_that_fills_the_tables_gets_one_more_token():
+    model = make_model("local")
+    assert model.generate(make_ids(LIMIT, batch=1), max_new_tokens=9, do_sample=False).shape == (1, LIMIT + 1)
+    with pytest.raises(ValueError, match=f"Position {LIMIT} lies beyond"):
+        model.generate(make_ids(LIMIT + 1, batch=1), max_new_tokens=9, do_sample=False)
+
+
+# Gradients, modes, interruptions
+
+
+@kinds
+@variants
+def test_a_cache_with_gradients_is_reordered_and_continued_without(variant, kind):
+    model, ids = make_model(variant), make_ids(10, batch=3)
+    cache = fill(model, ids[:, :6], kind)
+    rows = torch.tensor([2, 2, 0])
+    with torch.no_grad():
+        cache.reorder_cache(rows)
+        parts = [model(ids[rows, t : t + 1], cache=cache).logits for t in range(6, 10)]
+        expected = model(ids[rows], use_cache=False).logits[:, 6:]
+    torch.testing.assert_close(torch.cat(parts, 1), expected)
+
+
+@kinds
+@variants
+def test_steps_without_gradients_leave_a_graph_intact(variant, kind):
+    """What autograd has saved of a cache is not written into by what comes later."""
+    model, ids = make_model(variant), make_ids(12)
+    gradients = []
+    for interrupted in (False, True):
+        cache = kind(config=model.config)
+        model.zero_grad()
+        logits = [model(ids[:, :5], cache=cache).logits, model(ids[:, 5:7], cache=cache).logits]
+        if interrupted:
+            with torch.no_grad():
+                for t in range(7, 12):
+                    model(ids[:, t : t + 1], cache=cache)
+        torch.cat(logits, 1).square().mean().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+@kinds
+@variants
+def test_a_cache_from_inference_mode_is_continued_with_gradients(variant, kind):
+    model, ids = make_model(variant), make_ids(12)
+    with torch.inference_mode():
+        cache = fill(model, ids[:, :7], kind)
+    parts = [model(part, cache=cache).logits for part in ids[:, 7:].split([3, 1, 1], 1)]
+    torch.cat(parts, 1).square().mean().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    expected = model(ids, use_cache=False).logits[:, 7:]
+    torch.testing.assert_close(torch.cat(parts, 1), expected)
+
+
+MODES = {"gradients": torch.enable_grad, "no-gradients": torch.no_grad, "inference": torch.inference_mode}
+
+
+@pytest.mark.parametrize("modes", itertools.permutations(MODES, 3), ids="-then-".join)
+@kinds
+@few
+def test_modes_may_follow_each_other(variant, kind, modes):
+    model, ids = make_model(variant), make_ids(18)
+    cache, parts = kind(config=model.config), []
+    for mode, part in zip([*modes, *modes], ids.split(3, 1), strict=True):
+        with MODES[mode]():
+            logits = [model(piece, cache=cache).logits for piece in part.split([2, 1], 1)]
+            parts.append(torch.cat(logits, 1).detach().clone())
+    torch.testing.assert_close(torch.cat(parts, 1), model(ids, use_cache=False).logits)
+
+
+@variants
+def test_a_forward_pass_that_was_interrupted_leaves_a_cache_that_says_so(variant):
+    model, ids = make_model(variant), make_ids(10)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with torch.no_grad():
+        cache = fill(model, ids[:, :6])
+        handle = model.model.layers[1].register_forward_pre_hook(stop)
+        with pytest.raises(KeyboardInterrupt):
+            model(ids[:, 6:8], cache=cache)
+        handle.remove()
+        for use in (lambda: model(ids[:, 8:], cache=cache), lambda: model.generate(ids, cache=cache, **GREEDY)):
+            with pytest.raises(ValueError, match="interrupted between two layers.*reset"):
+                use()
+        with pytest.raises(ValueError, match="interrupted"):
+            save_cache(cache, "never")
+        cache.reset()
+        torch.testing.assert_close(model(ids, cache=cache).logits, model(ids, use_cache=False).logits)
+
+
+@pytest.mark.parametrize(
+    ("variant", "other", "difference"),
+    [
+        ("dense", "random", r"components \['random'\], not \['dense'\]"),
+        ("factorized-random", "factorized-dense", "components"),
+        ("simple", "local-1", "aft_type 'local', not 'simple'"),
+        ("conv", "conv-nopos", "position_embedding_type 'none', not 'learned'"),
+    ],
+)
+def test_a_cache_of_another_kind_of_model_is_refused_though_it_would_fit(variant, other, difference, tmp_path):
+    ids = make_ids(6)
+    cache = fill(make_model(variant), ids)
+    with pytest.raises(ValueError, match=f"`cache` must be a cache of a model with .*{difference}"):
+        make_model(other)(ids, cache=cache)
+    save_cache(cache, tmp_path / "cache")
+    with pytest.raises(ValueError, match=difference):
+        load_cache(tmp_path / "cache", make_config(other))
+
+
+def test_use_cache_false_does_not_drop_a_warm_cache():
+    model, ids = make_model("conv"), make_ids(6)
+    with pytest.raises(ValueError, match="`use_cache` must not be False where `cache` holds tokens"):
+        model(ids, cache=fill(model, ids), use_cache=False)
+
+
+# Files
+
+
+def test_many_threads_save_into_one_file(tmp_path):
+    model = make_model("local", dtype=torch.float32)
+    caches = [fill(model, make_ids(4, seed=seed)) for seed in range(4)]
+    path, failures, stop = tmp_path / "cache.safetensors", [], threading.Event()
+    expected = [cache.layers[0].state_dict() for cache in caches]
+    save_cache(caches[0], path)
+
+    def write(cache):
+        try:
+            for _ in range(30):
+                save_cache(cache, path)
+        except Exception as error:
+            failures.append(error)
+
+    def read():
+        try:
+            while not stop.is_set():
+                found = load_cache(path, model.config).layers[0].state_dict()
+                assert any(all(torch.equal(found[n], e[n]) for n in e) for e in expected)
+        except BaseException as error:
+            failures.append(error)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    writers = [threading.Thread(target=write, args=(cache,)) for cache in caches]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    stop.set()
+    reader.join()
+    assert not failures and [p.name for p in tmp_path.iterdir()] == ["cache.safetensors"]
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    model, path = make_model("local"), tmp_path / "cache"
+    save_cache(fill(model, make_ids(4)), path)
+    before = path.read_bytes()
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        save_cache(fill(model, make_ids(5)), path)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["cache"]
+
+
+def damaged(tensors, kind):
+    """Malformed variants of a file: what is done to its tensors, and its metadata."""
+    first = "layers.0."
+    yield "no-metadata", tensors, None
+    yield "metadata-that-is-no-json", tensors, "{"
+    yield "metadata-of-a-list", tensors, "[1, 2]"
+    yield "a-layer-too-many", {**tensors, "layers.2.position": torch.zeros(2, dtype=torch.long)}, kind
+    yield "a-foreign-tensor", {**tensors, "something": torch.zeros(1)}, kind
+    yield "no-tensors", {}, kind
+    for name, tensor in tensors.items():
+        if not name.startswith(first):
+            continue
+        field = name.removeprefix(first)
+        rest = {n: t for n, t in tensors.items() if n != name}
+        yield f"without-{field}", rest, kind
+        yield f"{field}-of-another-shape", {**rest, name: torch.cat([tensor[None], tensor[None]])}, kind
+        yield f"{field}-with-a-row-less", {**rest, name: tensor[:1].clone()} if tensor.dim() else rest, kind
+        yield f"{field}-of-another-type", {**rest, name: tensor.to(torch.int32)}, kind
+        if tensor.is_floating_point() and tensor.numel():
+            yield f"{field}-with-nan", {**rest, name: torch.full_like(tensor, torch.nan)}, kind
+            yield f"{field}-with-inf", {**rest, name: torch.full_like(tensor, torch.inf)}, kind
+        elif tensor.numel():
+            yield f"{field}-below-0", {**rest, name: torch.full_like(tensor, -7)}, kind
+
+
+@few
+def test_malformed_files_are_refused(variant, tmp_path):
+    model, path = make_model(variant), tmp_path / "cache"
+    save_cache(fill(model, make_ids(8)), path)
+    kind = model.config.state_kind
+    content, tensors = path.read_bytes(), load_file(path)
+    load_cache(path, model.config)
+    for name, broken, metadata in damaged(tensors, kind):
+        save_file(broken, path, metadata=None if metadata is None else {"kind": metadata})
+        with pytest.raises(ValueError):
+            load_cache(path, model.config)
+            pytest.fail(f"{name} was loaded")
+    for name, bytes_ in {
+        "empty": b"", "cut": content[: len(content) // 2], "no-safetensors": b"x" * 100, "short-header": content[:4],
+    }.items():  # fmt: skip
+        path.write_bytes(bytes_)
+        with pytest.raises(ValueError, match="must be a file that save_cache wrote"):
+            load_cache(path, model.config)
+            pytest.fail(f"{name} was loaded")
+    with pytest.raises(FileNotFoundError, match="there is none"):
+        load_cache(tmp_path / "nothing", model.config)
+    with pytest.raises(FileNotFoundError, match="there is none"):
+        load_cache(tmp_path, model.config)
+
+
+# Code that lies beside a model, twice in one process, and the package itself
+
+
+TWO_COPIES = """
+import sys, torch
+from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+folders = sys.argv[1:3]
+models = [AutoModelForCausalLM.from_pretrained(f, trust_remote_code=True).eval() for f in folders]
+assert type(models[0]) is not type(models[1])
+ids = torch.arange(2, 14)[None]
+for model in models:
+    module = sys.modules[type(model).__module__]
+    save_cache = get_class_from_dynamic_module("cache_files.save_cache", model.name_or_path)
+    load_cache = get_class_from_dynamic_module("cache_files.load_cache", model.name_or_path)
+    whole = model(ids, use_cache=False).logits
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :8], cache=cache)
+    save_cache(cache, sys.argv[3])
+    loaded = load_cache(sys.argv[3], model.config)
+    torch.testing.assert_close(model(ids[:, 8:], cache=loaded).logits, whole[:, 8:])
+    assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False),
+                       model.generate(ids, max_new_tokens=4, do_sample=False, use_cache=False))
+print("fine")
+"""
+
+
+@pytest.mark.parametrize("variant", ["local", "dense"])
+@pytest.mark.parametrize(
+    "names", [("one", "two"), ("modèle", "modéle"), ("模型", "モデル")], ids=["ascii", "accents", "cjk"]
+)
+def test_two_copies_of_the_code_in_one_process(variant, names, tmp_path):
+    """In folders whose names may have any letters."""
+    folders = [tmp_path / name for name in names]
+    for folder in folders:
+        make_model(variant, dtype=torch.float32).save_pretrained(folder)
+    script = tmp_path / "script.py"
+    script.write_text(TWO_COPIES)
+    command = [sys.executable, "-P", str(script), *map(str, folders), str(tmp_path / "cache")]
+    environment = {**__import__("os").environ, "HF_HOME": str(tmp_path / "home")}
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=240)
+    assert run.stdout.strip().endswith("fine"), run.stderr[-2000:]
+
+
+def test_the_package_can_be_imported_beside_a_saved_model(tmp_path):
+    make_model("local").save_pretrained(tmp_path)
+    root = str(Path(__file__).parents[1])
+    command = [sys.executable, "-c", "import modeling_aft; print(modeling_aft.AFTConfig.model_type)"]
+    environment = {**__import__("os").environ, "PYTHONPATH": root}
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert run.stdout.strip() == "aft", run.stderr[-2000:]
+
+
+def test_every_config_says_what_its_states_mean():
+    kinds = {name: json.loads(make_config(name).state_kind) for name in VARIANTS}
+    assert all("aft_type" in kinds[name] for name in AFT_VARIANTS)
+    assert all("components" in kinds[name] for name in SYNTHESIZER_VARIANTS)
+    assert "state_kind" not in make_config("local").to_dict()
