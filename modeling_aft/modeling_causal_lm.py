@@ -174,8 +174,13 @@ class StateGenerationMixin(GenerationMixin):
         if past:
             assisted = self._is_assisted(generation_config, kwargs)
             self._check_what_is_left(prompt, past, total, whole=assisted or prompt is not ids)
-            # Of itself the library would give the whole prompt to a cache that has read some of it.
-            cache.layers[0].reads_rest = assisted
+            read = past - total + prompt.shape[1]  # columns of the prompt
+            size = self._option("prefill_chunk_size", generation_config, kwargs)
+            if size is not None:  # not all releases begin where the cache is
+                self._read_in_chunks(prompt[:, read:-1], mask, kwargs.get("position_ids"), cache, past, size)
+                past, read, kwargs["prefill_chunk_size"] = total - 1, prompt.shape[1] - 1, None
+            # Of itself the library would give all of the prompt to the cache again.
+            cache.layers[0].columns_read = read if assisted or size is not None else None
         if not self.config.has_position_table:
             return super().generate(inputs, generation_config, **kwargs)
         start = 0 if ids is None else ids.shape[1]
@@ -204,6 +209,20 @@ class StateGenerationMixin(GenerationMixin):
                 "would do."
             )
         return result
+
+    @torch.no_grad()
+    def _read_in_chunks(self, prompt, mask, position_ids, cache: Cache, past: int, size: int) -> None:
+        """Gives a prompt, ids or vectors, to a cache that has read `past` tokens, `size` tokens at a time."""
+        for start in range(0, prompt.shape[1], size):
+            part = prompt[:, start : start + size]
+            end = past + start + part.shape[1]
+            self(
+                **{"input_ids" if part.dim() == 2 else "inputs_embeds": part},
+                attention_mask=None if mask is None else mask[:, :end],
+                position_ids=None if position_ids is None else position_ids[:, :end][:, -part.shape[1] :],
+                cache=cache,
+                logits_to_keep=1,
+            )
 
     @staticmethod
     def _check_prompt_mask(mask: torch.Tensor) -> torch.Tensor:
@@ -315,9 +334,10 @@ class StateGenerationMixin(GenerationMixin):
         if not keeps_positions:
             kwargs.pop("position_ids", None)
         cache = kwargs.get(CACHE_NAME)
-        if cache is not None and getattr(cache.layers[0], "reads_rest", False):
-            cache.layers[0].reads_rest = False
-            kwargs["next_sequence_length"] = input_ids.shape[1] - int(cache.get_seq_length())
+        if cache is not None and getattr(cache.layers[0], "columns_read", None) is not None:
+            prompt = input_ids if inputs_embeds is None else inputs_embeds
+            kwargs["next_sequence_length"] = prompt.shape[1] - cache.layers[0].columns_read
+            cache.layers[0].columns_read = None
         if last_column is not None and attention_mask is not None and attention_mask.shape[1] > int(last_column.min()):
             columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
             within = columns < last_column[:, None].to(columns.device)
