@@ -44,6 +44,7 @@ from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env, se
 from bpb_evaluation import evaluate_bits_per_byte
 from byte_data import ENWIK8, ByteData, TrainingWindows, file_bytes, known_file_bytes, pydoc_bytes
 from checkpointing import complete_checkpoints, find_checkpoint, read_state, save_checkpoint
+from console import any_text, run_program
 from optimization import create_optimizers, learning_rate, set_learning_rate
 from pretraining_arguments import RESUMABLE_CHANGES, check_arguments, has_length_limit, parse_arguments
 from run_log import RunLog, fill_model_card, plot_training_curve, read_log, today
@@ -277,6 +278,7 @@ class Run:
         return final
 
 
+@any_text()
 def main(argv: list[str] | None = None) -> dict:
     """Runs the program with the flags `argv`, those of the command line by default; returns the log's final event."""
     argv = sys.argv[1:] if argv is None else argv
@@ -366,4 +368,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -1,5 +1,6 @@
 """scripts/pretrain_enwik8.py: arguments, the run folder, resumption, and independence of the number of processes."""
 
+import io
 import json
 import math
 import os
@@ -495,6 +496,23 @@ def test_two_processes_equal_one(inputs, without_dropout, tmp_path):
     torch.testing.assert_close(weights(two), weights(one), rtol=0, atol=1e-4)
     scores = [[event.get("bits_per_byte") for event in read_log(folder / "run.jsonl")[1:-1]] for folder in (one, two)]
     assert scores[0] == pytest.approx(scores[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "ascii"])
+def test_sample_is_printed_in_every_encoding(inputs, tmp_path, monkeypatch, encoding):
+    monkeypatch.setattr("pretrain_enwik8.sample_text", lambda model, args: "\u4e2d \ufffd")
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    main(flags(inputs, tmp_path / "run", max_steps=2, sample_every=1))
+    stdout.flush()
+    assert stdout.buffer.getvalue().count(b"\\u4e2d \\ufffd\n---") == 2
+
+
+def test_wrong_flag_is_one_line():
+    command = [sys.executable, str(SCRIPT), "--batch_size", "0"]
+    result = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.stderr.endswith("error: pretrain_enwik8.py: --batch_size must be at least 1, got 0\n")
 
 
 def test_default_data_needs_no_path(inputs, tmp_path):
