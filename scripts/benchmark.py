@@ -53,6 +53,7 @@ from benchmark_contestants import (
     operator_contestants,
     train_contestants,
 )
+from console import any_text, run_program
 from whole_files import write_rows
 
 import modeling_aft
@@ -137,14 +138,15 @@ def peak_bytes(run: Callable, device: str) -> int | None:
 
 
 def resident_kib(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def processor_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
@@ -262,7 +264,7 @@ def read_rows(path: Path) -> list[dict]:
     """
     if not path.exists():
         return []
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         if tuple(reader.fieldnames or ()) != COLUMNS:
             raise ValueError(f"{path} must have the columns {', '.join(COLUMNS)}, got {reader.fieldnames}: remove it.")
@@ -346,6 +348,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+@any_text()
 def main(argv: list[str] | None = None) -> list[Path]:
     """Runs a suite, or draws; returns the files that were written."""
     args = parse_arguments(argv)
@@ -368,4 +371,4 @@ def main(argv: list[str] | None = None) -> list[Path]:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -34,6 +34,7 @@ import transformers
 from accelerate import Accelerator
 from byte_data import file_bytes, pydoc_bytes, split_ranges
 from byte_models import load_model, read_config
+from console import any_text, run_program
 from pretraining_arguments import CHOICES, has_length_limit
 from run_log import describe_protocol
 
@@ -221,6 +222,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+@any_text()
 def main(argv: list[str] | None = None) -> dict:
     """
     Runs the program with the flags `argv`, those of the command line by default; returns the result.
@@ -249,4 +251,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -50,6 +50,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from benchmark import peak_bytes, processor_name
 from compare_table import RESULT, write_table
+from console import any_text, run_program
 from pretrain_enwik8 import load_data
 from pretrain_enwik8 import main as pretrain
 from pretraining_arguments import GROUPS, PATHS, build_config, check_arguments, parse_arguments
@@ -343,6 +344,7 @@ def parse_own_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]
     return args, more_flags
 
 
+@any_text()
 def main(argv: list[str] | None = None) -> list[Path]:
     """
     Runs the program with the flags `argv`, those of the command line by default; returns the files it wrote.
@@ -380,4 +382,4 @@ def main(argv: list[str] | None = None) -> list[Path]:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

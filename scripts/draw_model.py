@@ -30,6 +30,7 @@ import numpy as np
 import torch
 import transformers
 from byte_data import file_bytes, pydoc_bytes, split_ranges
+from console import any_text, run_program
 from drawing import COLOURS, line_style, save_figure, tidy
 from matplotlib.figure import Figure
 from transformers import AutoModel
@@ -370,6 +371,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+@any_text()
 def main(argv: list[str] | None = None) -> list[Path]:
     """
     Runs the program with the flags `argv`, those of the command line by default; returns the files it wrote.
@@ -402,4 +404,4 @@ def main(argv: list[str] | None = None) -> list[Path]:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

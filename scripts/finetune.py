@@ -41,6 +41,7 @@ import torch.nn.functional as F
 import transformers
 from bpb_evaluation import METRIC as BITS_PER_BYTE
 from byte_data import file_bytes
+from console import any_text, run_program
 from datasets.exceptions import DatasetsError
 from finetuning_arguments import FinetuningArguments, InputArguments, find_checkpoint, parse_arguments
 from pretraining_arguments import has_length_limit
@@ -351,6 +352,7 @@ def write_predictions(path: Path, texts: list[str], logits: np.ndarray, names: d
     write_whole(path, "".join(lines))
 
 
+@any_text()
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Runs the program with the flags `argv`, those of the command line by default; returns all metrics."""
     inputs, args = parse_arguments(argv)
@@ -395,4 +397,4 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -21,6 +21,7 @@ from typing import TextIO
 import torch
 import transformers
 from byte_models import TRUST_REMOTE_CODE, load_model, read_config
+from console import any_text, run_program
 from pretraining_arguments import has_length_limit
 from transformers import AutoTokenizer, set_seed
 from transformers.generation.streamers import BaseStreamer
@@ -86,6 +87,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+@any_text()
 def main(argv: list[str] | None = None) -> None:
     """Runs the program with the flags `argv`, those of the command line by default."""
     args = parse_arguments(argv)
@@ -122,4 +124,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -25,6 +25,7 @@ import re
 from pathlib import Path
 
 import transformers
+from console import any_text, run_program
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.utils import validate_repo_id
 from run_log import fill_model_card, read_log
@@ -179,6 +180,7 @@ def push(args: argparse.Namespace, files: list[Path], card: str, message: str) -
     return commit.pr_url or commit.commit_url
 
 
+@any_text()
 def main(argv: list[str] | None = None) -> None:
     """Runs the program with the flags `argv`, those of the command line by default."""
     args = parse_arguments(argv)
@@ -201,4 +203,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

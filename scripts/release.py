@@ -34,6 +34,7 @@ import transformers
 from accelerate import Accelerator
 from bpb_evaluation import evaluate_split
 from byte_data import file_bytes, pydoc_bytes, split_ranges
+from console import any_text, run_program
 from draw_model import draw_model, draw_receptive_fields, load_models
 from drawing import save_figure
 from pretrain_enwik8 import sample_text
@@ -170,6 +171,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+@any_text()
 def main(argv: list[str] | None = None) -> Path:
     """
     Runs the program with the flags `argv`, those of the command line by default; returns the folder.
@@ -237,4 +239,4 @@ def main(argv: list[str] | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)
