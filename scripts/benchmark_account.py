@@ -86,8 +86,7 @@ def account(folder: Path, device: str) -> list[dict]:
     Raises:
         ValueError: that file, or ceiling-<device>.csv, is not in the folder, or has not the rows that are needed.
     """
-    rows = read_rows(folder / f"operator-{device}.csv")
-    measured = [row for row in rows if row["contestant"].startswith("aft-")]
+    measured = [row for row in read_rows(folder / f"operator-{device}.csv") if row["contestant"].startswith("aft-")]
     ceiling = {row["contestant"]: float(row["rate"]) * 1e9 for row in read_rows(folder / f"ceiling-{device}.csv")}
     if not measured or not {"bmm-64x96x512", "exp-in-cache", "copy"} <= ceiling.keys():
         raise ValueError(

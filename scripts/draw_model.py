@@ -33,9 +33,8 @@ from byte_data import file_bytes, pydoc_bytes, split_ranges
 from console import any_text, run_program
 from drawing import COLOURS, line_style, save_figure, tidy
 from matplotlib.figure import Figure
-from transformers import AutoModel
-
-import modeling_aft  # noqa: F401  (registers the model types)
+from saved_models import load, load_model
+from transformers import AutoConfig, AutoModel
 
 
 BLOCK = 2**24  # numbers in the largest tensor of the receptive field
@@ -323,22 +322,26 @@ def draw_model(name: str, model) -> dict[str, Figure]:
     return figures
 
 
-def load_models(folders: list[Path]) -> dict[str, torch.nn.Module]:
+def load_models(folders: list[Path], flag: str = "models:") -> dict[str, torch.nn.Module]:
     """
     The models without their heads, by the names of their folders (by their paths where two have one name).
 
+    Args:
+        flag: what names the folders on the command line.
+
     Raises:
-        ValueError: a folder holds no model of this package.
+        ValueError: a folder holds no model of this package, or not all of it.
     """
     paths = [folder.resolve() for folder in folders]
     unique = len({path.name for path in paths}) == len(paths)
     models = {}
     for folder, path in zip(folders, paths, strict=True):
         if not (path / "config.json").is_file():
-            raise ValueError(f"models: {folder} must be a folder with a saved model, and has no config.json")
-        model = AutoModel.from_pretrained(path).eval()
-        if model.config.model_type not in ("aft", "synthesizer"):
-            raise ValueError(f"models: {folder} must hold aft or synthesizer, got {model.config.model_type}")
+            raise ValueError(f"{flag} {folder} must be a folder with a saved model, and has no config.json")
+        config = load(AutoConfig, path, flag, trust_remote_code=False)
+        if config.model_type not in ("aft", "synthesizer"):
+            raise ValueError(f"{flag} {folder} must hold aft or synthesizer, got {config.model_type}")
+        model, _ = load_model(AutoModel, path, flag, new_head=True, trust_remote_code=False)
         models[path.name if unique else "-".join(path.parts[-2:])] = model
     return models
 

@@ -40,6 +40,7 @@ from drawing import save_figure
 from pretrain_enwik8 import sample_text
 from pretraining_arguments import has_length_limit
 from run_log import OF_THE_MACHINE, fill_model_card, plot_training_curve, read_log, today
+from saved_models import load_model
 from transformers import AutoModelForCausalLM
 
 from modeling_aft import ByteTokenizer
@@ -184,8 +185,8 @@ def main(argv: list[str] | None = None) -> Path:
     transformers.utils.logging.disable_progress_bar()
     content = pydoc_bytes() if args.dataset_path is None else file_bytes(args.dataset_path)
     events = check_run(args.run, content)
-    trained = AutoModelForCausalLM.from_pretrained(args.run, dtype=torch.float32).eval()
-    beside = load_models(args.beside)
+    trained, _ = load_model(AutoModelForCausalLM, args.run, "run:", dtype=torch.float32, trust_remote_code=False)
+    beside = load_models(args.beside, "--beside")
     if wrong := [
         name for name, model in beside.items() if {model.config.model_type, trained.config.model_type} != {"aft"}
     ]:
@@ -200,7 +201,7 @@ def main(argv: list[str] | None = None) -> Path:
     with tempfile.TemporaryDirectory(dir=args.folder.parent, prefix=f".{name}-") as temporary:
         folder = Path(temporary) / name
         save_weights(trained, folder, getattr(torch, args.dtype))
-        stored = AutoModelForCausalLM.from_pretrained(folder).eval()
+        stored, _ = load_model(AutoModelForCausalLM, folder, f"--dtype {args.dtype}:", trust_remote_code=False)
         pictures = draw(name, {name: stored.base_model, **beside}, folder, args.dataset_path)
         plot_training_curve(events, folder / "training_curve.png")
 
