@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 
 from accelerate import Accelerator
+from whole_files import sync
 
 
 STATE_FILE = "checkpoint.json"
@@ -46,17 +47,6 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, state: dict, keep: i
         for old in complete_checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
-
-
-def sync(path: Path) -> None:
-    """Waits until a file, or the entries of a folder, are on the disk."""
-    if path.is_dir() and os.name == "nt":  # Windows cannot open folders
-        return
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
