@@ -50,6 +50,16 @@ def write_rows(path: Path, columns: Iterable[str], rows: list[dict]) -> None:
     write_whole(path, file.getvalue())
 
 
+def check_file(path: Path, name: str) -> None:
+    """Raises a ValueError, which begins with `name`, if `path` is no file that can be read again and again."""
+    if path.is_file():
+        return
+    if not path.exists():
+        raise ValueError(f"{name}: no such file: {path}")
+    kind = "a folder" if path.is_dir() else "a pipe" if path.is_fifo() else "a device or socket"
+    raise ValueError(f"{name}: must be a file, got {kind}: {path}")
+
+
 def sync(path: Path) -> None:
     """Waits until a file, or the entries of a folder, are on the disk."""
     if path.is_dir() and os.name == "nt":  # Windows cannot open folders
