@@ -48,9 +48,9 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16"}  # by the name that accelerate 
 
 
 @cache
-def load_metric(path: Path = METRIC) -> evaluate.Metric:
-    """A metric in a file, which `evaluate` copies to its folder: whoever trains first, calls this before."""
-    return evaluate.load(str(path), keep_in_memory=True)
+def load_metric(path: Path = METRIC, cache_dir: str | None = None) -> evaluate.Metric:
+    """A metric in a file. `evaluate` copies it to its own folder, and so may fail: load it before any training."""
+    return evaluate.load(str(path), keep_in_memory=True, cache_dir=cache_dir)
 
 
 def windows(protocol: str, start: int, stop: int, length: int, stride: int) -> Iterator[tuple[int, int, int]]:
