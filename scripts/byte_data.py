@@ -23,7 +23,7 @@ import sys
 import tempfile
 import urllib.request
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from http.client import HTTPException
@@ -34,6 +34,7 @@ import numpy as np
 import psutil
 from console import one_line
 from datasets import Dataset, Features, Value, load_from_disk
+from redaction import public_address
 from whole_files import check_file, replacing, sync
 
 
@@ -144,24 +145,22 @@ def known_file_bytes(known: KnownFile, path: str | None, url: str | None, cache_
     return known_file_bytes(known, None, url, cache_dir)
 
 
+def differences(known: KnownFile, content: bytes) -> Iterator[str]:
+    """How `content` differs from a known file, if it does."""
+    for name, expected, find in (
+        ("length", known.size, len),
+        ("md5", known.md5, lambda content: hashlib.md5(content).hexdigest()),
+        ("sha1", known.sha1, lambda content: hashlib.sha1(content).hexdigest()),
+    ):
+        if (found := find(content)) != expected:
+            yield f"expected {name} {expected}, found {found}"
+
+
 def verify(known: KnownFile, content: bytes, origin: str) -> bytes:
     """`content` itself, or a ValueError that says how it differs from the known file."""
-    for name, expected, found in (
-        ("length", known.size, len(content)),
-        ("md5", known.md5, hashlib.md5(content).hexdigest()),
-        ("sha1", known.sha1, hashlib.sha1(content).hexdigest()),
-    ):
-        if expected != found:
-            raise ValueError(f"{origin} is not {known.name}: expected {name} {expected}, found {found}")
+    for difference in differences(known, content):
+        raise ValueError(f"{origin} is not {known.name}: {difference}")
     return content
-
-
-def public_address(url: str) -> str:
-    """An address without what others must not read: user, password, query, and folders of this machine."""
-    parts = urlsplit(url)
-    if parts.scheme == "file":
-        return f"file:{Path(parts.path).name}"
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def download(url: str, target: Path) -> None:
@@ -198,8 +197,8 @@ def split_ranges(num_bytes: int) -> dict[str, tuple[int, int]]:
     return {"train": (0, train_end), "valid": (train_end, valid_end), "test": (valid_end, num_bytes)}
 
 
-def write_table(content: bytes, folder: Path) -> None:
-    """Writes `content` as the table of a `ByteData` to `folder`, in place of a damaged one; whole or not at all."""
+def write_table(content: bytes, folder: Path, replace: bool) -> None:
+    """Writes `content` as the table of a `ByteData`, whole or not at all; if `replace` in place of a damaged one."""
     blocks = [content[start : start + BLOCK_SIZE] for start in range(0, len(content), BLOCK_SIZE)]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="bytes-", ignore_cleanup_errors=True) as temporary:
@@ -208,8 +207,9 @@ def write_table(content: bytes, folder: Path) -> None:
         table.save_to_disk(new)
         for path in (*new.iterdir(), new):
             sync(path)
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(folder, damaged)  # not removed in place: a process that has mapped it goes on
+        if replace:  # not in place: a process that has mapped it goes on
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(folder, damaged)
         try:
             os.rename(new, folder)
         except OSError:
@@ -225,11 +225,15 @@ class ByteData:
     Args:
         table (`datasets.Dataset`): rows of `BLOCK_SIZE` bytes in the column "block"; the last may be shorter.
         sha256 (`str`): checksum of the whole content.
+
+    Attributes:
+        known (`KnownFile`, *optional*): the public file that this is, by its checksums.
     """
 
     def __init__(self, table: Dataset, sha256: str):
         self.table = table
         self.sha256 = sha256
+        self.known: KnownFile | None = None
         self.num_bytes = BLOCK_SIZE * (len(table) - 1) + len(table[-1]["block"])
         self.splits = split_ranges(self.num_bytes)
 
@@ -247,14 +251,15 @@ class ByteData:
             raise ValueError(f"the data must have at least 100 bytes, got {len(content)}")
         sha256 = hashlib.sha256(content).hexdigest()
         folder = Path(cache_dir) / f"bytes-{sha256}-{BLOCK_SIZE}"
-        for _ in range(3):  # a second time after writing it, a third if another process replaces it meanwhile
-            if folder.exists():
+        for _ in range(10):  # once more after writing it, and whenever another process replaces it at that moment
+            damaged = folder.exists()
+            if damaged:
                 try:
                     return cls.open(folder, sha256)
                 except Exception as error:  # a damaged table raises anything
                     print(f"{folder}: damaged ({one_line(error)}), written again", file=sys.stderr)
             try:
-                write_table(content, folder)
+                write_table(content, folder, replace=damaged)
             except OSError as error:
                 raise OSError(f"--cache_dir {cache_dir}: the data cannot be written there: {error}") from error
         raise OSError(f"--cache_dir {cache_dir}: what is read from there is not what was written")

@@ -42,6 +42,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether this is how torch says that a device has no more memory."""
+    return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
 def run_program(main: Callable[[], object]) -> None:
     """
     Calls a program's `main` from its command line. A mistake of its user or of the machine ends the process with one
@@ -60,8 +65,8 @@ def run_program(main: Callable[[], object]) -> None:
         message, status = "interrupted", 130
     except SystemExit as ending:  # of argparse, which has printed why
         status = ending.code
-    except MISTAKES as error:
-        if sys.flags.dev_mode:
+    except Exception as error:
+        if sys.flags.dev_mode or not (isinstance(error, MISTAKES) or is_out_of_memory(error)):
             raise
         message, status = f"error: {one_line(error)}", 1
     try:

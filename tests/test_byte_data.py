@@ -22,7 +22,6 @@ from byte_data import (
     TrainingWindows,
     file_bytes,
     known_file_bytes,
-    public_address,
     pydoc_bytes,
     split_ranges,
 )
@@ -265,21 +264,6 @@ def test_no_secret_stands_in_an_error(tmp_path, url):
         known_file_bytes(KNOWN, None, with_secrets(url), tmp_path)
     assert not any(secret in str(error.value) for secret in (*SECRETS.split(":"), "t0ken"))
     assert "--dataset_path" in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "url, public",
-    [
-        ("http://mattmahoney.net/dc/enwik8.zip", "http://mattmahoney.net/dc/enwik8.zip"),
-        ("https://user:secret@host:8080/a/b.zip?token=secret#secret", "https://host:8080/a/b.zip"),
-        ("http://secret@host/b", "http://host/b"),
-        ("ftp://user:se@cret@host/b", "ftp://host/b"),
-        ("file:///home/secret/enwik8.zip", "file:enwik8.zip"),
-        ("file://localhost/home/secret/enwik8.zip", "file:enwik8.zip"),
-    ],
-)
-def test_public_address(url, public):
-    assert public_address(url) == public
 
 
 def test_full_disk_during_the_download_is_named(tmp_path, serve, monkeypatch):

@@ -58,29 +58,38 @@ def program(body: str, *, stdout=subprocess.PIPE, options: tuple = (), **environ
     )
 
 
+MEMORY = "DefaultCPUAllocator: can't allocate memory"
+
+
 @pytest.mark.parametrize(
     "body, status, line",
     [
-        ("def main(): return {'result': 1}", 0, ""),
-        ("def main(): raise ValueError('--seed must\\n be 0')", 1, "error: --seed must be 0\n"),
-        ("def main(): open('/nowhere')", 1, "error: [Errno 2] No such file or directory: '/nowhere'\n"),
-        ("def main(): raise FloatingPointError('the loss is nan')", 1, "error: the loss is nan\n"),
-        ("def main(): raise MemoryError", 1, "error: MemoryError\n"),
-        ("def main(): raise KeyboardInterrupt", 130, "interrupted\n"),
-        ("def main(): sys.exit(2)", 2, ""),
-        ("def main(): sys.exit()", 0, ""),
-        ("def main(): raise ValueError('\\u4e2d')", 1, "error: \\u4e2d\n"),
+        pytest.param("return {'result': 1}", 0, "", id="result"),
+        pytest.param("raise ValueError('--seed must\\n be 0')", 1, "error: --seed must be 0\n", id="value"),
+        pytest.param("open('/no')", 1, "error: [Errno 2] No such file or directory: '/no'\n", id="file"),
+        pytest.param("raise FloatingPointError('the loss is nan')", 1, "error: the loss is nan\n", id="diverged"),
+        pytest.param("raise MemoryError", 1, "error: MemoryError\n", id="memory"),
+        pytest.param(f"raise RuntimeError({MEMORY!r})", 1, f"error: {MEMORY}\n", id="memory-of-torch"),
+        pytest.param("import torch; raise torch.OutOfMemoryError('CUDA')", 1, "error: CUDA\n", id="memory-of-cuda"),
+        pytest.param("raise KeyboardInterrupt", 130, "interrupted\n", id="interrupt"),
+        pytest.param("sys.exit(2)", 2, "", id="exit-2"),
+        pytest.param("sys.exit()", 0, "", id="exit"),
+        pytest.param("raise ValueError('\u4e2d')", 1, "error: \\u4e2d\n", id="unprintable"),
     ],
-    ids=["result", "wrong-value", "file", "diverged", "memory", "interrupt", "exit-2", "exit-0", "unprintable"],
 )
 def test_mistake_ends_with_one_line(body, status, line):
-    result = program(body, PYTHONIOENCODING="ascii")
+    result = program(f"def main(): {body}", PYTHONIOENCODING="ascii")
     assert (result.returncode, result.stderr.decode()) == (status, line)
 
 
-@pytest.mark.parametrize("options, body", [(("-X", "dev"), "raise ValueError(1)"), ((), "raise KeyError(1)")])
-def test_traceback_of_a_program_error_is_shown(options, body):
-    result = program(f"def main(): {body}", options=options)
+@pytest.mark.parametrize("kind", ["KeyError", "RuntimeError", "AssertionError"])
+def test_error_of_the_program_has_a_traceback(kind):
+    result = program(f"def main(): raise {kind}(1)")
+    assert result.returncode == 1 and b"Traceback" in result.stderr
+
+
+def test_developer_mode_shows_every_traceback():
+    result = program("def main(): raise ValueError(1)", options=("-X", "dev"))
     assert result.returncode == 1 and b"Traceback" in result.stderr
 
 
