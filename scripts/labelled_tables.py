@@ -20,6 +20,7 @@ from pathlib import Path
 import pandas
 import torch
 from console import one_line
+from settings_files import unique_keys
 from whole_files import check_file
 
 
@@ -105,18 +106,12 @@ def read_jsonl(text: str, wanted: tuple[str, ...]) -> tuple[list[str], dict[str,
     Raises:
         ValueError: there are no rows, or a line is no JSON or no object, or has a name twice.
     """
-
-    def as_row(pairs: list[tuple]) -> dict:
-        if len(row := dict(pairs)) < len(pairs):
-            raise ValueError("each name must be there once, got " + ", ".join(repr(name) for name, _ in pairs))
-        return row
-
     names, values = {}, {name: [] for name in wanted}
     for number, line in enumerate(text.split("\n"), start=1):  # splitlines knows other ends, which texts may have
         if not line.strip():
             continue
         try:
-            row = json.loads(line, object_pairs_hook=as_row)
+            row = json.loads(line, object_pairs_hook=unique_keys)
             if not isinstance(row, dict):
                 raise ValueError(f"must be an object, got {type(row).__name__}")
         except ValueError as error:

@@ -146,7 +146,7 @@ def test_numbers_in_jsonl_are_labels(tmp_path):
         ("a.jsonl", "{}\n", "no .jsonl table with rows: there is none"),
         ("a.jsonl", "[1]\n", "line 1: must be an object, got list"),
         ("a.jsonl", '{"text": "a", "label": "x"}\n{\n', "line 2: Expecting property name"),
-        ("a.jsonl", '{"text": "a", "label": "x", "text": "b"}\n', "line 1: each name must be there once, got 'text',"),
+        ("a.jsonl", '{"text": "a", "label": "x", "text": "b"}\n', "line 1: the key 'text' stands there twice"),
         ("a.jsonl", "[" * 100_000, "no .jsonl table with rows: "),
         ("a.jsonl", '{"text": "a", "label": true}\n', "'label' must have strings or integers, has bool in row 1"),
         ("a.jsonl", '{"text": "a", "label": NaN}\n', "'label' must have strings or integers, has float64 in row 1"),
