@@ -17,6 +17,7 @@ from pathlib import Path
 
 from console import one_line
 from memory_needs import check_memory
+from redaction import public_address, public_path, readable
 from settings_files import read_json, read_yaml
 from transformers import AutoConfig, HfArgumentParser, PreTrainedConfig
 
@@ -183,6 +184,28 @@ def read_preset(path: str, argv: list[str]) -> list[str]:
     return flags
 
 
+def public_value(name: str, value):
+    """The value of a flag as others may read it: no folders of the machine, no credentials of an address."""
+    if name == "dataset_url" and value is not None:
+        return public_address(value)
+    if name in (*PATHS, "training_preset", "resume") and value is not None:
+        value = public_path(value)
+    return readable(value) if isinstance(value, str) else value
+
+
+def public_flags(argv: list[str]) -> list[str]:
+    """A command line as others may read it, in the manner of `public_value`."""
+    shown, name = [], ""
+    for item in argv:
+        if item.startswith("--"):
+            flag, equals, value = item.partition("=")
+            name = flag[2:].replace("-", "_")
+            shown.append(f"{flag}={public_value(name, value)}" if equals else flag)
+        else:
+            shown.append(public_value(name, item))
+    return shown
+
+
 def build_config(args: argparse.Namespace) -> PreTrainedConfig:
     """
     The model configuration of `args.model_preset`, with the fields of `args.model_override` changed.
@@ -231,6 +254,11 @@ def make_config(values: dict, name: str) -> PreTrainedConfig:
         raise ValueError(f"{name}: {one_line(error)}") from error
 
 
+def prompt_bytes(prompt: str) -> bytes:
+    """A prompt in UTF-8. Bytes of the command line that are none, lone surrogates in Python, stay what they are."""
+    return prompt.encode("utf-8", "surrogateescape")
+
+
 def has_length_limit(config: PreTrainedConfig) -> bool:
     """Whether the model has tables that end at `max_position_embeddings`: a config may say so, else they do."""
     return getattr(config, "has_position_table", hasattr(config, "max_position_embeddings"))
@@ -253,6 +281,9 @@ def check_arguments(args: argparse.Namespace, num_processes: int) -> PreTrainedC
         check(value != "" or name == "sample_prompt", name, "given, or left out")
         check(not isinstance(value, float) or math.isfinite(value), name, "a finite number")
         check(not isinstance(value, int) or abs(value) < 2**63, name, "less than 2^63")
+    for name in ("output_dir", "cache_dir"):  # which libraries get that want UTF-8
+        value = getattr(args, name)
+        check(value == readable(value), name, "text that Python's locale can read (PYTHONUTF8=1 reads UTF-8)")
     for name, choices in CHOICES.items():
         check(getattr(args, name) in (*choices, None), name, "one of " + ", ".join(choices))
     for name in ("batch_size", "log_every", "keep_checkpoints"):
@@ -278,6 +309,11 @@ def check_arguments(args: argparse.Namespace, num_processes: int) -> PreTrainedC
     check(args.dataset != "file" or args.dataset_path is not None, "dataset_path", "given with --dataset file")
     check(args.dataset == "enwik8" or args.dataset_url is None, "dataset_url", "left out without --dataset enwik8")
     check(args.sample_bytes == 0 or args.sample_prompt, "sample_prompt", "at least one character")
+    try:
+        prompt = prompt_bytes(args.sample_prompt)
+    except UnicodeEncodeError:
+        prompt = b""
+        check(False, "sample_prompt", "text that UTF-8 has")
     check(not args.overwrite or args.resume == "none", "overwrite", "left out when --resume is given")
     check(args.batch_size % num_processes == 0, "batch_size", f"divisible by {num_processes}, the number of processes")
     args.micro_batch_size = args.micro_batch_size or max(args.batch_size // num_processes, 1)
@@ -295,7 +331,7 @@ def check_arguments(args: argparse.Namespace, num_processes: int) -> PreTrainedC
         check(args.sequence_length is not None, "sequence_length", "given: the model has no max_position_embeddings")
         if args.sequence_length and has_length_limit(config):
             check(args.sequence_length <= length, "sequence_length", f"at most max_position_embeddings ({length})")
-            check(len(args.sample_prompt.encode()) < length, "sample_prompt", f"shorter than {length} bytes")
+            check(len(prompt) < length, "sample_prompt", f"shorter than {length} bytes")
             check(args.eval_protocol != "carried", "eval_protocol", "another: this model's position tables end")
     if args.sequence_length:
         args.eval_stride = args.eval_stride or max(args.sequence_length // 2, 1)

@@ -444,7 +444,7 @@ def test_log(finished, inputs):
     assert [event["step"] for event in events(finished, "sample")] == [20]
     (final,) = events(finished, "final")
     assert final["sample"].startswith("The ")
-    assert final["model_path"] == str(finished)
+    assert final["model_path"] == finished.name
 
 
 def test_saved_folder_loads_and_scores_the_same(finished, inputs):
