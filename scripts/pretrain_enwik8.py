@@ -36,14 +36,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
-import evaluate
 import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env, set_seed
-from bpb_evaluation import METRIC, evaluate_bits_per_byte
+from bpb_evaluation import evaluate_bits_per_byte, load_metric
 from byte_data import ENWIK8, ByteData, TrainingWindows, differences, file_bytes, known_file_bytes, pydoc_bytes
 from checkpointing import (
     abandon,
@@ -199,22 +198,25 @@ class Run:
     def evaluate(self, split: str, step: int, max_bytes: int = 0) -> dict:
         """Scores a split, or its first `max_bytes`, and logs the result."""
         start, stop = self.data.splits[split]
-        result = evaluate_bits_per_byte(
-            self.model,
-            self.data.read,
-            self.accelerator,
-            start,
-            min(start + max_bytes, stop) if max_bytes else stop,
-            protocol=self.args.eval_protocol,
-            length=self.args.sequence_length,
-            stride=self.args.eval_stride,
-            batch_size=self.args.eval_batch_size,
-        )
-        if not math.isfinite(result["bits_per_byte"]):
+        try:
+            result = evaluate_bits_per_byte(
+                self.model,
+                self.data.read,
+                self.accelerator,
+                start,
+                min(start + max_bytes, stop) if max_bytes else stop,
+                protocol=self.args.eval_protocol,
+                length=self.args.sequence_length,
+                stride=self.args.eval_stride,
+                batch_size=self.args.eval_batch_size,
+            )
+            if not math.isfinite(result["bits_per_byte"]):
+                raise FloatingPointError(f"the score is {result['bits_per_byte']} bits per byte")
+        except FloatingPointError as error:
             if self.accelerator.is_main_process:
-                abandon(self.folder / "checkpoints", step - 1)
+                abandon(self.folder / "checkpoints", step - 1)  # with the one of this step, if it was saved
             self.accelerator.wait_for_everyone()
-            self.check(False, f"{split} is {result['bits_per_byte']} bits per byte", step)
+            self.check(False, f"{error} on {split}", step)
         self.log.write("evaluation", split=split, step=step, **result)
         self.report(f"step {step}: {split} {result['bits_per_byte']:.4f} bits per byte")
         return result
@@ -391,7 +393,7 @@ def set_up(args, argv: list[str], config) -> Run:
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     with accelerator.local_main_process_first():
-        evaluate.load(str(METRIC), keep_in_memory=True)  # what keeps it from loading is known before the training
+        load_metric()  # before the training, in which nothing may keep it from loading
         name, data = load_data(args)
     train_start, train_end = data.splits["train"]
     windows = TrainingWindows(data.read, train_end - train_start, args.sequence_length, args.seed)
