@@ -54,10 +54,11 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, state: dict) -> None
             os.rename(temporary, target)
             sync(folder)
     except (OSError, RuntimeError, SafetensorError) as error:  # which torch and safetensors make of a full disk
+        free = shutil.disk_usage(folder).free
         if accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
         reason = str(error).partition("\n")[0]
-        raise OSError(f"the checkpoint {target} cannot be written: {reason}") from error
+        raise OSError(f"the checkpoint {target} cannot be written, {free:,} bytes are free: {reason}") from error
     accelerator.wait_for_everyone()
 
 

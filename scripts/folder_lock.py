@@ -49,8 +49,9 @@ def locked(folder: Path, active: bool = True) -> Iterator[None]:
         raise ValueError(f"--output_dir {folder} is in use by {holder(folder)}: wait, or choose another") from None
     with held:
         now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-        write_whole(folder / HOLDER, json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": now}))
+        me = {"process": os.getpid(), "host": socket.gethostname(), "since": now}
         try:
+            write_whole(folder / HOLDER, json.dumps(me))
             yield
         finally:
             (folder / HOLDER).unlink(missing_ok=True)

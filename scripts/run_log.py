@@ -9,14 +9,15 @@
 """The log of a training run, one JSON object per line, and what is made of it: training curve and model card."""
 
 import json
+import shlex
 from datetime import UTC, datetime
 from pathlib import Path
 
 import jinja2
 from huggingface_hub import EvalResult, ModelCardData
-from pretraining_arguments import PATHS
+from pretraining_arguments import PATHS, public_flags, public_value
 from redaction import public_path
-from whole_files import replacing, sync, write_whole
+from whole_files import naming, replacing, sync, write_whole
 
 
 CARD_TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "template.md"
@@ -65,7 +66,7 @@ class RunLog:
         if not active:
             return
         if continues is not None and continues.is_file():
-            self.kept = read_log(continues, keep_lines)
+            self.kept = [public_event(event) for event in read_log(continues, keep_lines)]
         write_whole(path, "".join(json.dumps(event) + "\n" for event in self.kept))
         self.num_lines = len(self.kept)
         if tensorboard is not None:
@@ -79,7 +80,7 @@ class RunLog:
         if not self.active:
             return
         line = json.dumps({"event": event, **values}, allow_nan=False)
-        with open(self.path, "a", encoding="utf-8") as file:
+        with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
         self.num_lines += 1
         if self.writer is not None and "step" in values:
@@ -111,6 +112,16 @@ def read_log(path: Path, num_lines: int | None = None) -> list[dict]:
             raise ValueError(f"{path}: line {number} is damaged: it must be an object with an event, got {line!r}")
         events.append(event)
     return events
+
+
+def public_event(event: dict) -> dict:
+    """An event that an earlier version may have written, without folders of the machine and credentials."""
+    changed = {}
+    if isinstance(event.get("arguments"), dict):
+        changed["arguments"] = {name: public_value(name, value) for name, value in event["arguments"].items()}
+    if event["event"] in ("config", "resume") and "command" in event:
+        changed["command"] = shlex.join(public_flags(shlex.split(event["command"])))
+    return {**event, **changed}
 
 
 def plot_training_curve(events: list[dict], path: Path) -> None:

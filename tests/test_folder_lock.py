@@ -94,6 +94,16 @@ def test_failed_run_leaves_no_folder(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_full_disk_leaves_no_folder(tmp_path, monkeypatch):
+    def full(path, content):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("folder_lock.write_whole", full)
+    with pytest.raises(OSError, match="No space"), locked(tmp_path / "run"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("before", [True, False], ids=["folder-was-there", "file-was-left"])
 def test_what_was_there_stays(tmp_path, before):
     folder = tmp_path / "run"

@@ -442,6 +442,17 @@ def test_no_secret_and_no_folder_of_the_machine_is_told(inputs, enwik8, tmp_path
     assert header["datasets"] == ["LTCB/enwik8"] and 'name = "run"' in body
 
 
+def test_log_of_an_earlier_version_keeps_no_secret(inputs, run):
+    config, *events = read_log(run / "run.jsonl")
+    config["arguments"] |= {"dataset_url": "http://user:s3cret@host/x?t0ken", "output_dir": str(run)}
+    config["command"] += f" --dataset_url 'http://user:s3cret@host/x?t0ken' --output_dir '{run}'"
+    (run / "run.jsonl").write_text("".join(json.dumps(event) + "\n" for event in (config, *events)))
+    main(flags(inputs, run, resume=run / "checkpoints" / "step-6"))
+    for path in (run / "run.jsonl", run / "README.md"):
+        text = path.read_text(encoding="utf-8")
+        assert "http://host/x" in text and not any(secret in text for secret in ("s3cret", "t0ken", str(run)))
+
+
 @pytest.mark.parametrize("real", [True, False], ids=["real", "other"])
 def test_file_is_called_enwik8_by_its_checksums(inputs, enwik8, tmp_path, real):
     path = tmp_path / ("anything" if real else "enwik8")
@@ -466,7 +477,10 @@ def test_full_disk_in_a_checkpoint_is_one_line(inputs, whole, tmp_path):
     result = run_script(flags(inputs, tmp_path / "run"), before=LIMIT.format(size))
     last = result.stderr.decode().splitlines()[-1]
     assert result.returncode == 1 and b"Traceback" not in result.stderr
-    assert re.match("error: the checkpoint .*step-2 cannot be written: .", last) and len(last) < 500
+    assert (
+        re.match("error: the checkpoint .*step-2 cannot be written, [0-9,]+ bytes are free: .", last)
+        and len(last) < 500
+    )
     assert checkpoints(tmp_path / "run") == []
     main(flags(inputs, tmp_path / "run", resume="auto"))
     assert_same_run(tmp_path / "run", whole)

@@ -1,6 +1,7 @@
 """scripts/whole_files.py: a file is the old one or the new one, never a part."""
 
 import csv
+import errno
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,16 @@ def test_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         write_whole(path, "new and longer")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_full_disk_names_the_file(tmp_path, monkeypatch):
+    def full(self, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left on device: '.*file.md'") as error:
+        write_whole(tmp_path / "file.md", "new")
+    assert error.value.errno == errno.ENOSPC and list(tmp_path.iterdir()) == []
 
 
 def test_rows(tmp_path):
