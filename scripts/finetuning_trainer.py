@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from finetuning_checkpoints import find_damage, write_checksums
 from saved_models import is_finite
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -25,7 +26,7 @@ SCHEDULED_BY_SCORES = ("reduce_lr_on_plateau", "greedy")
 
 
 class RunIdentity(TrainerCallback, ExportableState):
-    """Keeps in every checkpoint what the run was made of, for `finetuning_arguments.check_identity`."""
+    """Keeps in every checkpoint what the run was made of, for `finetuning_checkpoints.check_identity`."""
 
     def __init__(self, identity: dict):
         self.identity = identity
@@ -70,6 +71,11 @@ class FinetuningTrainer(Trainer):
         return self.saved_step == self.state.global_step
 
     @property
+    def is_complete(self) -> bool:
+        """Whether nothing of the checkpoint but the state of this class changes any more."""
+        return self.is_saved and self.args.lr_scheduler_type not in SCHEDULED_BY_SCORES
+
+    @property
     def saves_the_best(self) -> bool:
         """Whether it is the evaluation that decides whether to save."""
         return self.args.save_strategy == SaveStrategy.BEST
@@ -107,6 +113,17 @@ class FinetuningTrainer(Trainer):
             shutil.rmtree(self.checkpoint, ignore_errors=True)
         return is_best
 
+    def _save_checkpoint(self, model, trial) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each process writes its random state
+        if self.args.should_save and not self.is_complete:
+            write_checksums(self.checkpoint)
+
+    def _load_best_model(self) -> None:
+        if damage := find_damage(Path(self.state.best_model_checkpoint)):
+            raise ValueError(f"the best checkpoint cannot be loaded: {damage}")
+        super()._load_best_model()
+
     # What a checkpoint that was written before its evaluation has already.
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -117,7 +134,7 @@ class FinetuningTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_saved or self.args.lr_scheduler_type in SCHEDULED_BY_SCORES:
+        if not self.is_complete:
             super()._save_optimizer_and_scheduler(output_dir)
 
     def _save_rng_state(self, output_dir: str) -> None:

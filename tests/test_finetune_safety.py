@@ -227,6 +227,58 @@ def test_a_checkpoint_of_an_unknown_run_is_refused(base, stopped, tmp_path, chan
         resume(stopped, tmp_path, "text", base, resume_from_checkpoint=path.parent)
 
 
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "flipped": (flip, "is damaged: it has another sha256 than it was saved with"),
+    "cut": (lambda path: path.write_bytes(path.read_bytes()[:-1]), "is damaged: it has another sha256"),
+    "gone": (Path.unlink, "is missing"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_damaged_checkpoint_is_named(base, stopped, tmp_path, capsys, damage, name):
+    change, message = DAMAGES[damage]
+    shutil.copytree(stopped / "text", tmp_path / "run")
+    path = tmp_path / "run" / "checkpoint-2" / name
+    change(path)
+    with pytest.raises(ValueError, match=f"no checkpoint is whole: {path} {message}"):
+        resume(stopped, tmp_path, "text", base)
+    with pytest.raises(ValueError, match=f"--resume_from_checkpoint .*checkpoint-2: {path} {message}"):
+        resume(stopped, tmp_path, "text", base, resume_from_checkpoint=path.parent)
+
+
+def test_a_run_goes_back_past_a_damaged_checkpoint(base, text, tmp_path, capsys):
+    values = {"model": base, **text, **STEPS, "save_total_limit": 5}
+    interrupted(tmp_path / "run", 5, **values)
+    flip(tmp_path / "run" / "checkpoint-4" / "model.safetensors")
+    finetune(tmp_path / "run", **values, resume_from_checkpoint="auto")
+    assert (
+        f"damaged: it has another sha256 than it was saved with: going on from {tmp_path}" in capsys.readouterr().err
+    )
+    finetune(tmp_path / "whole", **values)
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "model.safetensors"
+    ).read_bytes()
+    assert scores(tmp_path / "run") == scores(tmp_path / "whole")
+
+
+def test_the_best_checkpoint_is_not_loaded_if_it_is_damaged(base, text, tmp_path):
+    values = {"model": base, **text, **STEPS, "save_total_limit": 5}
+    finetune(tmp_path / "whole", **values)
+    best = state(tmp_path / "whole")["best_global_step"]
+    interrupted(tmp_path / "run", 5, **values)
+    assert best == 6 or (tmp_path / "run" / f"checkpoint-{best}").is_dir()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="best checkpoint cannot be loaded: "):
+        patch.setattr("finetuning_trainer.find_damage", lambda path: f"{path} is damaged")
+        finetune(tmp_path / "run", **values, resume_from_checkpoint="auto")
+
+
 def test_an_older_checkpoint_of_the_folder_does_not_mix_with_newer_ones(base, text, tmp_path):
     values = {"model": base, **text, **STEPS, "save_total_limit": 5}
     interrupted(tmp_path / "run", 5, **values)
