@@ -346,7 +346,7 @@ def run(inputs: InputArguments, args: FinetuningArguments, config, tokenizer, ta
     if args.trains:
         result = trainer.train(resume_from_checkpoint=checkpoint)
         task.model.config.use_cache = getattr(config, "use_cache", None)  # which Trainer turned off
-        trainer.save_model()
+        trainer.save_result()
         trainer.save_state()
         report("train", result.metrics)
     report("eval", trainer.evaluate())

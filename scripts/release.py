@@ -33,13 +33,14 @@ import transformers
 from accelerate import Accelerator
 from bpb_evaluation import evaluate_split
 from byte_data import file_bytes, pydoc_bytes, split_ranges
-from console import any_text, run_program
+from console import any_text, one_line, run_program
 from draw_model import draw_model, draw_receptive_fields, load_models
 from drawing import save_figure
 from pretrain_enwik8 import sample_text
 from pretraining_arguments import has_length_limit
 from redaction import public_path, readable
 from run_log import OF_THE_MACHINE, fill_model_card, plot_training_curve, read_log, today
+from safetensors import SafetensorError
 from saved_models import load_model
 from transformers import AutoModelForCausalLM
 
@@ -83,12 +84,20 @@ def check_run(folder: Path, content: bytes) -> list[dict]:
 
 
 def save_weights(model, folder: Path, dtype: torch.dtype) -> None:
-    """Saves a model with its floating-point numbers in `dtype`; config.json keeps the dtype that the model has."""
+    """
+    Saves a model with its floating-point numbers in `dtype`; config.json keeps the dtype that the model has.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     state = model.state_dict()
     rounded = {  # by address, so that what is tied stays tied
         tensor.data_ptr(): tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in state.values()
     }
-    model.save_pretrained(folder, state_dict={name: rounded[tensor.data_ptr()] for name, tensor in state.items()})
+    try:
+        model.save_pretrained(folder, state_dict={name: rounded[tensor.data_ptr()] for name, tensor in state.items()})
+    except SafetensorError as error:  # what safetensors makes of a full disk
+        raise OSError(f"the weights cannot be written to {folder.parent.parent}: {one_line(error)}") from error
     ByteTokenizer().save_pretrained(folder)
 
 

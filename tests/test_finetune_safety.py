@@ -12,6 +12,7 @@ import pytest
 import torch
 from finetuning_trainer import FinetuningTrainer
 from folder_lock import locked
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_finetune import finetune, interrupted, leave_no_state, save_model, state, weights, write_table  # noqa: F401
 from transformers import Trainer
@@ -355,6 +356,29 @@ def test_wrong_values_are_refused_by_name(base, text, tmp_path, monkeypatch, fla
     argv = [word for name, given in values.items() for word in (f"--{name}", str(given))]
     with pytest.raises(ValueError, match=f"--{flag} must be "):
         finetuning_arguments.parse_arguments(["--model", str(base), *argv])
+
+
+@pytest.mark.parametrize(
+    "error", [SafetensorError("I/O error: No space left"), RuntimeError("PytorchStreamWriter failed\nC++ frames")]
+)
+@pytest.mark.parametrize("strategy", ["no", "epoch"])
+def test_a_full_disk_is_one_line_and_leaves_no_model(base, text, tmp_path, monkeypatch, error, strategy):
+    save = Trainer._save
+
+    def fill_the_disk(self, output_dir=None, state_dict=None):
+        save(self, output_dir, state_dict)
+        (Path(output_dir) / "model.safetensors").write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(Trainer, "_save", fill_the_disk)
+    values = {"model": base, **text, "num_train_epochs": 1, "save_strategy": strategy}
+    values |= {"eval_strategy": "no", "load_best_model_at_end": False}
+    with pytest.raises(OSError, match="run/(checkpoint-5|.model-.*) cannot be written: .*(No space left|failed)$"):
+        finetune(tmp_path / "run", **values)
+    assert not {"config.json", "model.safetensors"} & {path.name for path in (tmp_path / "run").glob("*")}
+    monkeypatch.undo()
+    finetune(tmp_path / "run", **values, resume_from_checkpoint="auto")
+    assert load_file(tmp_path / "run" / "model.safetensors")
 
 
 def test_a_file_is_no_output_folder(base, text, tmp_path):

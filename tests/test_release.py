@@ -16,6 +16,7 @@ from pretrain_enwik8 import main as pretrain
 from push_to_hub import main as push
 from release import main, public_argument, xz_bits_per_byte
 from run_log import read_log
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -228,6 +229,16 @@ def test_an_earlier_release_stays_until_the_new_one_is_there(runs, released, dat
         main([str(runs / "conv"), str(folder), "--dataset_path", str(data), "--overwrite"])
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["my-conv"]
+
+
+def test_full_disk_is_an_os_error(runs, data, tmp_path, monkeypatch):
+    def fail(*args, **options):
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", fail)
+    with pytest.raises(OSError, match=f"the weights cannot be written to {tmp_path}: I/O error: No space left"):
+        main([str(runs / "conv"), str(tmp_path / "out"), "--dataset_path", str(data)])
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
