@@ -123,11 +123,14 @@ def account(folder: Path, device: str) -> list[dict]:
 def main(argv: list[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="whose rows to read")
-    parser.add_argument("--output_dir", type=Path, default=Path("benchmarks"), help="folder of the csv files")
+    parser.add_argument("--output_dir", default="benchmarks", help="folder of the csv files")
     args = parser.parse_args(argv)
+    if not args.output_dir:
+        raise ValueError("benchmark_account.py: --output_dir must be a path, got ''")
+    folder = Path(args.output_dir)
     torch.manual_seed(0)
-    rows = account(args.output_dir, args.device)
-    path = args.output_dir / f"account-{args.device}.csv"
+    rows = account(folder, args.device)
+    path = folder / f"account-{args.device}.csv"
     write_rows(path, rows[0], rows)
     for row in rows:
         print(" ".join(f"{name}={value}" for name, value in row.items()))

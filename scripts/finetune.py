@@ -45,14 +45,8 @@ from bpb_evaluation import METRIC as BITS_PER_BYTE
 from bpb_evaluation import load_metric
 from byte_data import file_bytes
 from console import any_text, run_program
-from finetuning_arguments import (
-    FinetuningArguments,
-    InputArguments,
-    check_identity,
-    describe_run,
-    find_checkpoint,
-    parse_arguments,
-)
+from finetuning_arguments import FinetuningArguments, InputArguments, describe_run, parse_arguments
+from finetuning_checkpoints import check_identity, find_checkpoint
 from finetuning_trainer import FinetuningTrainer, RunIdentity
 from folder_lock import locked
 from labelled_tables import EncodedRows, describe_labels, encode_table, read_table
@@ -323,7 +317,7 @@ def write_predictions(path: Path, texts: list[str], logits: np.ndarray, names: d
 
 def run(inputs: InputArguments, args: FinetuningArguments, config, tokenizer, task: Task) -> dict[str, float]:
     """Trains if there is anything to train, evaluates and predicts; returns all metrics."""
-    checkpoint = find_checkpoint(args)  # once more: what ran here may have ended meanwhile
+    checkpoint = find_checkpoint(args, verify=True)  # once more: what ran here may have ended meanwhile
     identity = describe_run(inputs, args, task.identity)
     if checkpoint is not None:
         check_identity(Path(checkpoint), identity)
@@ -352,7 +346,7 @@ def run(inputs: InputArguments, args: FinetuningArguments, config, tokenizer, ta
     if args.trains:
         result = trainer.train(resume_from_checkpoint=checkpoint)
         task.model.config.use_cache = getattr(config, "use_cache", None)  # which Trainer turned off
-        trainer.save_model()
+        trainer.save_result()
         trainer.save_state()
         report("train", result.metrics)
     report("eval", trainer.evaluate())

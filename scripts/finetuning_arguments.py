@@ -6,11 +6,10 @@
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
-"""The command line of finetune.py: its flags, the checks on them, and the checkpoint that a run continues from."""
+"""The command line of finetune.py: its flags, the checks on them, and what decides the weights."""
 
 import json
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from pretraining_arguments import flag
 from transformers import HfArgumentParser, TrainingArguments
 
 
-TRAINER_STATE = "trainer_state.json"
 # Flags that neither change the weights nor which of them are the best, so that a resumed run may change them; what is
 # in the files counts in place of their paths.
 RESUMABLE_CHANGES = {
@@ -147,51 +145,6 @@ def parse_arguments(argv: list[str] | None) -> tuple[InputArguments, FinetuningA
     return inputs, args
 
 
-def trainer_state(checkpoint: Path) -> dict | None:
-    """What Trainer knows in a checkpoint that is whole, else None: its file is the last that is written."""
-    if not re.fullmatch(r"checkpoint-\d+", checkpoint.name):
-        return None
-    try:
-        return json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.partition("-")[2])
-
-
-def find_checkpoint(args: FinetuningArguments) -> str | None:
-    """
-    The checkpoint that `--resume_from_checkpoint` means.
-
-    Raises:
-        ValueError: there is none, or the output folder holds a run that would be lost.
-    """
-    folder, resume = Path(args.output_dir), args.resume_from_checkpoint
-    found = sorted((path for path in folder.glob("checkpoint-*") if trainer_state(path) is not None), key=step_of)
-    newest = found[-1] if found else None
-    checkpoint = newest if resume in (None, "auto", "true") else Path(resume)
-    if resume not in (None, "auto") and (checkpoint is None or trainer_state(checkpoint) is None):
-        raise ValueError(
-            f"--resume_from_checkpoint {resume}: no whole checkpoint; allowed: the path of a folder checkpoint-N with "
-            f"{TRAINER_STATE}, true if --output_dir {folder} has one, or auto"
-        )
-    resumed = None if resume is None else checkpoint
-    continues = resumed is not None and resumed.resolve().parent == folder.resolve()
-    if args.trains and not continues and (newest is not None or (folder / "config.json").exists()):
-        raise ValueError(
-            f"--output_dir {folder} holds a run; continue it with --resume_from_checkpoint auto, or choose another"
-        )
-    newer = [path.name for path in found if continues and step_of(path) > step_of(resumed)]
-    if args.trains and newer:
-        raise ValueError(
-            f"--resume_from_checkpoint {resume}: --output_dir {folder} has newer checkpoints ({', '.join(newer)}), "
-            "which would be mixed with those of this run; remove them, or choose another --output_dir"
-        )
-    return None if resumed is None else str(resumed)
-
-
 def describe_run(inputs: InputArguments, args: FinetuningArguments, made_of: dict) -> dict:
     """
     Everything that decides the weights of a run, and which of them are the best, as JSON has it.
@@ -204,27 +157,3 @@ def describe_run(inputs: InputArguments, args: FinetuningArguments, made_of: dic
     identity |= {"num_processes": args.world_size, "devices_per_process": max(args.n_gpu, 1)}
     identity |= {"text_file": None, "labelled_file": None, "validation_file": None, **made_of}
     return json.loads(json.dumps(identity, default=str))
-
-
-def check_identity(checkpoint: Path, identity: dict) -> None:
-    """
-    Checks that the run that wants to continue from a checkpoint is the one that wrote it.
-
-    Args:
-        identity: of this run, as `describe_run` returns it. A flag that only one of both has is of another version of
-            transformers, and does not count.
-
-    Raises:
-        ValueError: names every entry that differs, with both values.
-    """
-    try:
-        saved = trainer_state(checkpoint)["stateful_callbacks"]["RunIdentity"]["args"]["identity"]
-    except (KeyError, TypeError):
-        raise ValueError(f"--resume_from_checkpoint {checkpoint}: it does not say what its run is made of") from None
-    differing = [
-        f"{name} is {identity[name]!r} but was {saved[name]!r}"
-        for name in sorted(identity.keys() & saved.keys())
-        if identity[name] != saved[name]
-    ]
-    if differing:
-        raise ValueError(f"--resume_from_checkpoint {checkpoint}: cannot resume: " + "; ".join(differing))

@@ -8,15 +8,23 @@
 # specific language governing permissions and limitations under the License.
 """The Trainer of finetune.py: it saves before it evaluates, and does not go on with numbers that are none."""
 
+import contextlib
 import math
+import os
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from console import is_out_of_memory
+from finetuning_checkpoints import find_damage, write_checksums
+from safetensors import SafetensorError
 from saved_models import is_finite
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
+from whole_files import sync
 
 
 ADVICE = "lower --learning_rate"
@@ -25,7 +33,7 @@ SCHEDULED_BY_SCORES = ("reduce_lr_on_plateau", "greedy")
 
 
 class RunIdentity(TrainerCallback, ExportableState):
-    """Keeps in every checkpoint what the run was made of, for `finetuning_arguments.check_identity`."""
+    """Keeps in every checkpoint what the run was made of, for `finetuning_checkpoints.check_identity`."""
 
     def __init__(self, identity: dict):
         self.identity = identity
@@ -70,6 +78,11 @@ class FinetuningTrainer(Trainer):
         return self.saved_step == self.state.global_step
 
     @property
+    def is_complete(self) -> bool:
+        """Whether nothing of the checkpoint but the state of this class changes any more."""
+        return self.is_saved and self.args.lr_scheduler_type not in SCHEDULED_BY_SCORES
+
+    @property
     def saves_the_best(self) -> bool:
         """Whether it is the evaluation that decides whether to save."""
         return self.args.save_strategy == SaveStrategy.BEST
@@ -107,22 +120,67 @@ class FinetuningTrainer(Trainer):
             shutil.rmtree(self.checkpoint, ignore_errors=True)
         return is_best
 
+    def _save_checkpoint(self, model, trial) -> None:
+        with named_write_errors(self.checkpoint):
+            super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each process writes its random state
+        if self.args.should_save and not self.is_complete:
+            write_checksums(self.checkpoint)
+
+    def _load_best_model(self) -> None:
+        if damage := find_damage(Path(self.state.best_model_checkpoint)):
+            raise ValueError(f"the best checkpoint cannot be loaded: {damage}")
+        super()._load_best_model()
+
+    def save_result(self) -> None:
+        """Writes the model to the output folder; config.json, which says that a model is there, comes last."""
+        folder = Path(self.args.output_dir)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".model-") as temporary:
+            self.save_model(temporary, _internal_call=True)  # else it would be pushed at once
+            if self.args.should_save:
+                files = sorted(Path(temporary).iterdir(), key=lambda path: path.name == "config.json")
+                for path in files:
+                    sync(path)
+                for path in files:
+                    os.replace(path, folder / path.name)
+                sync(folder)
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save")
+
     # What a checkpoint that was written before its evaluation has already.
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         broken = [name for name, weight in self.model.named_parameters() if not is_finite(weight)]
         if broken:
             raise FloatingPointError(f"after step {self.state.global_step}, {broken[0]} is not finite: {ADVICE}")
-        if not (_internal_call and self.is_saved):
-            super().save_model(output_dir, _internal_call)
+        folder = Path(output_dir or self.args.output_dir)
+        if not (folder == self.checkpoint and self.is_saved):
+            with named_write_errors(folder):
+                super().save_model(output_dir, _internal_call)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_saved or self.args.lr_scheduler_type in SCHEDULED_BY_SCORES:
+        if not self.is_complete:
             super()._save_optimizer_and_scheduler(output_dir)
 
     def _save_rng_state(self, output_dir: str) -> None:
         if not self.is_saved:
             super()._save_rng_state(output_dir)
+
+
+@contextlib.contextmanager
+def named_write_errors(folder: Path) -> Iterator[None]:
+    """
+    Makes one kind of error of what torch and safetensors raise on a full disk.
+
+    Raises:
+        OSError: names the folder, and the reason in a line.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise OSError(f"{folder} cannot be written: {str(error).strip().partition(chr(10))[0]}") from error
 
 
 def check_scores(metrics: dict[str, float]) -> dict[str, float]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from finetuning_trainer import FinetuningTrainer
 from folder_lock import locked
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_finetune import finetune, interrupted, leave_no_state, save_model, state, weights, write_table  # noqa: F401
 from transformers import Trainer
@@ -227,6 +228,58 @@ def test_a_checkpoint_of_an_unknown_run_is_refused(base, stopped, tmp_path, chan
         resume(stopped, tmp_path, "text", base, resume_from_checkpoint=path.parent)
 
 
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "flipped": (flip, "is damaged: it has another sha256 than it was saved with"),
+    "cut": (lambda path: path.write_bytes(path.read_bytes()[:-1]), "is damaged: it has another sha256"),
+    "gone": (Path.unlink, "is missing"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_damaged_checkpoint_is_named(base, stopped, tmp_path, capsys, damage, name):
+    change, message = DAMAGES[damage]
+    shutil.copytree(stopped / "text", tmp_path / "run")
+    path = tmp_path / "run" / "checkpoint-2" / name
+    change(path)
+    with pytest.raises(ValueError, match=f"no checkpoint is whole: {path} {message}"):
+        resume(stopped, tmp_path, "text", base)
+    with pytest.raises(ValueError, match=f"--resume_from_checkpoint .*checkpoint-2: {path} {message}"):
+        resume(stopped, tmp_path, "text", base, resume_from_checkpoint=path.parent)
+
+
+def test_a_run_goes_back_past_a_damaged_checkpoint(base, text, tmp_path, capsys):
+    values = {"model": base, **text, **STEPS, "save_total_limit": 5}
+    interrupted(tmp_path / "run", 5, **values)
+    flip(tmp_path / "run" / "checkpoint-4" / "model.safetensors")
+    finetune(tmp_path / "run", **values, resume_from_checkpoint="auto")
+    assert (
+        f"damaged: it has another sha256 than it was saved with: going on from {tmp_path}" in capsys.readouterr().err
+    )
+    finetune(tmp_path / "whole", **values)
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "model.safetensors"
+    ).read_bytes()
+    assert scores(tmp_path / "run") == scores(tmp_path / "whole")
+
+
+def test_the_best_checkpoint_is_not_loaded_if_it_is_damaged(base, text, tmp_path):
+    values = {"model": base, **text, **STEPS, "save_total_limit": 5}
+    finetune(tmp_path / "whole", **values)
+    best = state(tmp_path / "whole")["best_global_step"]
+    interrupted(tmp_path / "run", 5, **values)
+    assert best == 6 or (tmp_path / "run" / f"checkpoint-{best}").is_dir()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="best checkpoint cannot be loaded: "):
+        patch.setattr("finetuning_trainer.find_damage", lambda path: f"{path} is damaged")
+        finetune(tmp_path / "run", **values, resume_from_checkpoint="auto")
+
+
 def test_an_older_checkpoint_of_the_folder_does_not_mix_with_newer_ones(base, text, tmp_path):
     values = {"model": base, **text, **STEPS, "save_total_limit": 5}
     interrupted(tmp_path / "run", 5, **values)
@@ -303,6 +356,29 @@ def test_wrong_values_are_refused_by_name(base, text, tmp_path, monkeypatch, fla
     argv = [word for name, given in values.items() for word in (f"--{name}", str(given))]
     with pytest.raises(ValueError, match=f"--{flag} must be "):
         finetuning_arguments.parse_arguments(["--model", str(base), *argv])
+
+
+@pytest.mark.parametrize(
+    "error", [SafetensorError("I/O error: No space left"), RuntimeError("PytorchStreamWriter failed\nC++ frames")]
+)
+@pytest.mark.parametrize("strategy", ["no", "epoch"])
+def test_a_full_disk_is_one_line_and_leaves_no_model(base, text, tmp_path, monkeypatch, error, strategy):
+    save = Trainer._save
+
+    def fill_the_disk(self, output_dir=None, state_dict=None):
+        save(self, output_dir, state_dict)
+        (Path(output_dir) / "model.safetensors").write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(Trainer, "_save", fill_the_disk)
+    values = {"model": base, **text, "num_train_epochs": 1, "save_strategy": strategy}
+    values |= {"eval_strategy": "no", "load_best_model_at_end": False}
+    with pytest.raises(OSError, match="run/(checkpoint-5|.model-.*) cannot be written: .*(No space left|failed)$"):
+        finetune(tmp_path / "run", **values)
+    assert not {"config.json", "model.safetensors"} & {path.name for path in (tmp_path / "run").glob("*")}
+    monkeypatch.undo()
+    finetune(tmp_path / "run", **values, resume_from_checkpoint="auto")
+    assert load_file(tmp_path / "run" / "model.safetensors")
 
 
 def test_a_file_is_no_output_folder(base, text, tmp_path):
