@@ -61,8 +61,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder that pretrain_enwik8.py made, or a name on the Hub")
     parser.add_argument("--prompt", help="text to continue; standard input when left out")
-    parser.add_argument("--prompt_file", type=Path, help="file whose bytes to continue, all of them")
-    parser.add_argument("--output_file", type=Path, help="file for the bytes of the prompt and what continues it")
+    parser.add_argument("--prompt_file", help="file whose bytes to continue, all of them")
+    parser.add_argument("--output_file", help="file for the bytes of the prompt and what continues it")
     parser.add_argument("--trust_remote_code", action="store_true", help=TRUST_HELP)
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument(
@@ -80,7 +80,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default=device, help="where the model runs (default: %(default)s)")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default: %(default)s)")
     args = parser.parse_args(argv)
-    source, target = args.prompt_file, args.output_file
+    source, target = (None if name is None else Path(name) for name in (args.prompt_file, args.output_file))
     problems = [
         f"--{name} must be {allowed}, got {getattr(args, name)!r}"
         for name, ok, allowed in (
@@ -100,6 +100,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     ]
     if problems:
         raise ValueError("generate.py: " + "; ".join(problems))
+    args.prompt_file, args.output_file = source, target
     return args
 
 
