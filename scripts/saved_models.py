@@ -72,7 +72,7 @@ def load_model(auto_class, name: str | Path, flag: str = "--model", new_head: bo
 
     Raises:
         ValueError: it does not load, or names the tensors that are missing, unexpected, of another shape or not
-            finite, or the fields of its configuration that are NaN.
+            finite, or the fields of its configuration that are not finite.
     """
     verbosity = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()  # its report of the same tensors, a table of many lines
@@ -98,12 +98,19 @@ def load_model(auto_class, name: str | Path, flag: str = "--model", new_head: bo
         "of another shape": {tensor for tensor, *_ in report["mismatched_keys"]},
         "not finite": {tensor for tensor, values in model.named_parameters() if not is_finite(values)},
     }
-    if problems := [f"{what}: {', '.join(sorted(tensors))}" for what, tensors in found.items() if tensors]:
+    if problems := [f"{what}: {first_of(tensors)}" for what, tensors in found.items() if tensors]:
         raise ValueError(f"{flag} {name}: its tensors are not those of {type(model).__name__}; {'; '.join(problems)}")
     fields = vars(model.config).items()
-    if nan := [field for field, value in fields if isinstance(value, float) and math.isnan(value)]:
-        raise ValueError(f"{flag} {name}: its config.json must have numbers, got NaN for {', '.join(nan)}")
+    if wrong := [f"{key} {value}" for key, value in fields if isinstance(value, float) and not math.isfinite(value)]:
+        raise ValueError(f"{flag} {name}: its config.json must have finite numbers, got {', '.join(wrong)}")
     return model, new
+
+
+def first_of(tensors: set[str], most: int = 10) -> str:
+    """Names of tensors in a line, as many as one reads."""
+    names = sorted(tensors)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def is_finite(values: torch.Tensor) -> bool:

@@ -18,6 +18,7 @@ from modeling_aft import AFTConfig, AFTForCausalLM, AFTForSequenceClassification
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "max_position_embeddings": 32, "position_bias_rank": 2}
 CLASSES = {"model": AFTModel, "causal": AFTForCausalLM, "classifier": AFTForSequenceClassification}
+INFINITE_CONFIG = json.dumps({"model_type": "aft", **SIZES, "layer_norm_eps": float("inf")})
 NAN_CONFIG = json.dumps({"model_type": "aft", **SIZES, "layer_norm_eps": float("nan")})
 PROGRAMS = {
     "generate": lambda folder: generate.main(["--model", str(folder), "--prompt", "a"]),
@@ -122,7 +123,8 @@ def test_a_head_that_was_saved_is_not_new(saved, tmp_path):
         pytest.param('"text"', "", id="text"),
         pytest.param("\ufeff{}", "", id="bom"),
         pytest.param("{}", "Unrecognized model", id="empty"),
-        pytest.param(NAN_CONFIG, "got NaN for layer_norm_eps|layer_norm_eps", id="nan"),
+        pytest.param(INFINITE_CONFIG, "layer_norm_eps", id="infinite"),
+        pytest.param(NAN_CONFIG, "layer_norm_eps", id="nan"),
         pytest.param(json.dumps({"model_type": "aft", **SIZES, "hidden_size": -1}), "hidden_size", id="negative"),
         pytest.param(json.dumps({"model_type": "aft", **SIZES, "layer_norm_eps": "a"}), "layer_norm_eps", id="type"),
         pytest.param(json.dumps({"model_type": "aft", **SIZES, "hidden_size": 10**12}), "", id="huge"),
@@ -178,3 +180,9 @@ def test_a_report_does_not_print_a_table(saved, tmp_path, capfd):
     with pytest.raises(ValueError):
         load_model(AutoModelForCausalLM, changed(saved, tmp_path / "model", remove))
     assert "REPORT" not in capfd.readouterr().err
+
+
+def test_not_all_of_many_names_are_listed(saved, tmp_path):
+    broken = changed(saved, tmp_path / "model", lambda tensors: [tensors.pop(name) for name in list(tensors)[:14]])
+    with pytest.raises(ValueError, match="missing: lm_head.weight, model.embed_positions.weight, .* and 5 more$"):
+        load_model(AutoModelForCausalLM, broken)
