@@ -11,6 +11,7 @@
 import json
 import re
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from checkpointing import sha256
@@ -133,10 +134,15 @@ def check_identity(checkpoint: Path, identity: dict) -> None:
         saved = trainer_state(checkpoint)["stateful_callbacks"]["RunIdentity"]["args"]["identity"]
     except (KeyError, TypeError):
         raise ValueError(f"--resume_from_checkpoint {checkpoint}: it does not say what its run is made of") from None
-    differing = [
-        f"{name} is {identity[name]!r} but was {saved[name]!r}"
-        for name in sorted(identity.keys() & saved.keys())
-        if identity[name] != saved[name]
-    ]
-    if differing:
+    if differing := list(differences(identity, saved, identity.keys() & saved.keys())):
         raise ValueError(f"--resume_from_checkpoint {checkpoint}: cannot resume: " + "; ".join(differing))
+
+
+def differences(now: dict, before: dict, names: Iterable[str], prefix: str = "") -> Iterator[str]:
+    """Which of the entries differ, with both values; those of a mapping in a mapping one by one."""
+    for name in sorted(names):
+        new, old = now.get(name), before.get(name)
+        if isinstance(new, dict) and isinstance(old, dict):
+            yield from differences(new, old, new.keys() | old.keys(), f"{prefix}{name}.")
+        elif new != old:
+            yield f"{prefix}{name} is {new!r} but was {old!r}"

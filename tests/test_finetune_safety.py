@@ -185,7 +185,9 @@ def test_other_data_or_weights_are_not_continued(base, stopped, tmp_path):
 def test_renamed_labels_are_not_continued(base, stopped, tmp_path):
     renamed = [{**row, "label": {"x": "z", "y": "y"}[row["label"]]} for row in ROWS]
     table = write_table(tmp_path / "table.csv", renamed)
-    with pytest.raises(ValueError, match=r"model_config is .*'0': 'y', '1': 'z'.* but was .*'0': 'x', '1': 'y'"):
+    with pytest.raises(
+        ValueError, match="model_config.id2label.0 is 'y' but was 'x'; .*id2label.1 is 'z' but was 'y'"
+    ):
         resume(stopped, tmp_path, "table", base, labelled_file=table)
 
 
