@@ -63,6 +63,7 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from whole_files import write_whole
 
 from modeling_aft import ByteTokenizer
@@ -222,6 +223,12 @@ def language_model_task(inputs: InputArguments, args: FinetuningArguments, confi
         return metric.compute(nats=[math.fsum(output.predictions)], byte_counts=[bytes_scored])
 
     model, identity_of_model = load_base(AutoModelForCausalLM, inputs)
+    # With smoothing, Trainer computes the loss itself, and shifts the labels of the classes in this table alone.
+    if args.label_smoothing_factor > 0 and type(model).__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        raise ValueError(
+            f"--label_smoothing_factor must be 0 for {type(model).__name__}, a class that Trainer does not know, got "
+            f"{args.label_smoothing_factor}"
+        )
     return Task(
         model=model,
         train=TokenWindows(ids, length),

@@ -138,8 +138,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[InputArguments, FinetuningA
     )
     for name in ("batch_eval_metrics", "prediction_loss_only", "logging_nan_inf_filter"):
         check(not values[name], name, "false: all that is evaluated is scored, and no NaN is passed over")
-    # With smoothing, Trainer shifts the labels of those language models only that are part of transformers.
-    check(not text_mode or args.label_smoothing_factor == 0, "label_smoothing_factor", "0 with --text_file")
+    check(0 <= args.label_smoothing_factor < 1, "label_smoothing_factor", "in [0, 1)")
     if problems:
         raise ValueError("finetune.py: " + "; ".join(problems))
     return inputs, args
