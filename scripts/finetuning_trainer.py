@@ -22,9 +22,9 @@ from finetuning_checkpoints import find_damage, write_checksums
 from safetensors import SafetensorError
 from saved_models import is_finite
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
-from whole_files import sync
+from whole_files import replacing, sync
 
 
 ADVICE = "lower --learning_rate"
@@ -121,7 +121,7 @@ class FinetuningTrainer(Trainer):
         return is_best
 
     def _save_checkpoint(self, model, trial) -> None:
-        with named_write_errors(self.checkpoint):
+        with named_write_errors(self.checkpoint), whole_state(self.state):
             super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # each process writes its random state
         if self.args.should_save and not self.is_complete:
@@ -165,6 +165,21 @@ class FinetuningTrainer(Trainer):
     def _save_rng_state(self, output_dir: str) -> None:
         if not self.is_saved:
             super()._save_rng_state(output_dir)
+
+
+@contextlib.contextmanager
+def whole_state(state: TrainerState) -> Iterator[None]:
+    """Lets a state write its file whole or not at all: that of a checkpoint is written a second time."""
+
+    def save_to_json(path: str) -> None:
+        with replacing(Path(path)) as temporary:
+            type(state).save_to_json(state, str(temporary))
+
+    state.save_to_json = save_to_json
+    try:
+        yield
+    finally:
+        del state.save_to_json
 
 
 @contextlib.contextmanager

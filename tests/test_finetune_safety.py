@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_finetune import finetune, interrupted, leave_no_state, save_model, state, weights, write_table  # noqa: F401
 from transformers import Trainer
+from transformers.trainer_callback import TrainerState
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,6 +98,25 @@ def test_a_failed_last_evaluation_leaves_the_model(base, text, tmp_path, monkeyp
     with pytest.raises(OSError, match="no space"):
         finetune(tmp_path / "run", model=base, **text, **STEPS)
     assert (tmp_path / "run" / "model.safetensors").is_file() and (tmp_path / "run" / "config.json").is_file()
+
+
+def test_the_result_of_an_evaluation_that_cannot_be_written_costs_nothing(base, text, tmp_path, monkeypatch):
+    save = TrainerState.save_to_json
+
+    def fill_the_disk(self, path):
+        if any("eval_loss" in line for line in self.log_history):
+            Path(path).write_text("{")
+            raise OSError("No space left on device")
+        save(self, path)
+
+    monkeypatch.setattr(TrainerState, "save_to_json", fill_the_disk)
+    values = {"model": base, **text, **STEPS}
+    with pytest.raises(OSError, match="checkpoint-2 cannot be written: No space left on device"):
+        finetune(tmp_path / "run", **values)
+    monkeypatch.undo()
+    finetune(tmp_path / "run", **values, resume_from_checkpoint="true")
+    finetune(tmp_path / "whole", **values)
+    assert scores(tmp_path / "run") == scores(tmp_path / "whole")
 
 
 def test_a_metric_that_cannot_be_loaded_ends_the_run_before_training(base, text, tmp_path):
