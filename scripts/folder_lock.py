@@ -26,8 +26,8 @@ LOCK, HOLDER = ".lock", ".lock.json"
 @contextlib.contextmanager
 def locked(folder: Path, active: bool = True) -> Iterator[None]:
     """
-    Makes `--output_dir` and holds it while the block runs. The lock dies with its process, however that ends. A folder
-    that is new and in which the block leaves nothing is removed again.
+    Makes `--output_dir` and holds it while the block runs. The lock dies with its process, however that ends, and goes
+    with the block. A folder that is new and in which the block leaves nothing is removed.
 
     Args:
         active (`bool`): False on every process of a distributed run but one, where this does nothing.
@@ -55,11 +55,11 @@ def locked(folder: Path, active: bool = True) -> Iterator[None]:
             yield
         finally:
             (folder / HOLDER).unlink(missing_ok=True)
-            if made and [path.name for path in folder.iterdir()] == [LOCK]:
-                (folder / LOCK).unlink()
-                with contextlib.suppress(OSError):  # someone else has put something there
-                    for path in made:
-                        path.rmdir()
+            with contextlib.suppress(PermissionError):  # Windows removes no open file
+                (folder / LOCK).unlink(missing_ok=True)  # while it is held; who waits for it, begins with a new one
+            with contextlib.suppress(OSError):  # something is there
+                for path in made:
+                    path.rmdir()
 
 
 def holder(folder: Path) -> str:

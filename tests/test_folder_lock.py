@@ -10,7 +10,7 @@ from pathlib import Path
 from threading import Barrier
 
 import pytest
-from folder_lock import HOLDER, LOCK, locked
+from folder_lock import HOLDER, locked
 
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
@@ -112,7 +112,7 @@ def test_what_was_there_stays(tmp_path, before):
     with locked(folder):
         if not before:
             (folder / "run.jsonl").touch()
-    assert {path.name for path in folder.iterdir()} == {LOCK} | (set() if before else {"run.jsonl"})
+    assert {path.name for path in folder.iterdir()} == (set() if before else {"run.jsonl"})
 
 
 @pytest.mark.parametrize("name", ["file", "file/run"])
