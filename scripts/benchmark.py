@@ -53,6 +53,7 @@ from benchmark_contestants import (
     operator_contestants,
     train_contestants,
 )
+from console import any_text, is_out_of_memory, run_program
 from whole_files import write_rows
 
 import modeling_aft
@@ -137,14 +138,15 @@ def peak_bytes(run: Callable, device: str) -> int | None:
 
 
 def resident_kib(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def processor_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
@@ -173,22 +175,22 @@ def measure_memory(args, names: list[str], batch: int, length: int) -> list[dict
     """A row per contestant, without times."""
     rows = []
     for name in names:
-        try:
-            peak, about = in_own_process(training_peak, args, name, batch, length)
-        except (torch.OutOfMemoryError, BrokenProcessPool):  # the latter if the system has ended it
-            print(f"T={length:6d}  left out for want of memory: {name}")
-            continue
-        rows.append({"contestant": name, "turns": 1, "peak_bytes": peak, **about})
+        measured = those_that_fit({name: partial(in_own_process, training_peak, args, name, batch, length)}, length)
+        for peak, about in measured.values():
+            rows.append({"contestant": name, "turns": 1, "peak_bytes": peak, **about})
     return rows
 
 
 def those_that_fit(functions: dict[str, Callable], length: int) -> dict:
-    """The result of each function that does not run out of the memory of the device."""
+    """The result of each function that neither runs out of memory nor is ended by the system for want of it."""
     results = {}
     for name, function in functions.items():
         try:
             results[name] = function()
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            overflow = isinstance(error, RuntimeError) and "overflow" in str(error)  # more than can be counted
+            if not (overflow or is_out_of_memory(error) or isinstance(error, BrokenProcessPool)):
+                raise
             print(f"T={length:6d}  left out for want of memory: {name}")
     return results
 
@@ -262,7 +264,7 @@ def read_rows(path: Path) -> list[dict]:
     """
     if not path.exists():
         return []
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         if tuple(reader.fieldnames or ()) != COLUMNS:
             raise ValueError(f"{path} must have the columns {', '.join(COLUMNS)}, got {reader.fieldnames}: remove it.")
@@ -318,12 +320,18 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--seconds", type=float, default=20.0, help="time per length, if repeats do not end it before")
     parser.add_argument("--repeats", type=int, default=50, help="most turns of each contestant at a length")
-    parser.add_argument("--output_dir", type=Path, default=Path("benchmarks"), help="folder of csv files and pictures")
+    parser.add_argument("--output_dir", default="benchmarks", help="folder of csv files and pictures")
     args = parser.parse_args(argv)
     args.lengths = args.lengths or LENGTHS.get(args.suite, [256, 1024, 4096, 16384])
     args.longest = dict(args.longest)
     sizes = ("tokens", "layers", "width", "heads", "conv_heads", "window", "rank", "steps", "repeats")
     problems = [f"--{name} must be at least 1, got {getattr(args, name)}" for name in sizes if getattr(args, name) < 1]
+    if not args.seconds > 0:
+        problems.append(f"--seconds must be positive, got {args.seconds}")
+    if args.device != "cpu" and not (args.device == "cuda" and torch.cuda.is_available()):
+        problems.append(f"--device must be cpu, or cuda where there is a GPU, got {args.device}")
+    if not args.output_dir:
+        problems.append("--output_dir must be a path, got ''")
     if args.batch_size is not None and args.batch_size < 1:
         problems.append(f"--batch_size must be at least 1, got {args.batch_size}")
     problems += [f"--lengths must be at least 1, got {length}" for length in args.lengths if length < 1]
@@ -342,10 +350,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         if unknown:
             problems.append(f"--models must be files or of {', '.join(names)}, got {', '.join(unknown)}")
     if problems:
-        raise ValueError("; ".join(problems))
+        raise ValueError("benchmark.py: " + "; ".join(problems))
+    args.output_dir = Path(args.output_dir)
     return args
 
 
+@any_text()
 def main(argv: list[str] | None = None) -> list[Path]:
     """Runs a suite, or draws; returns the files that were written."""
     args = parse_arguments(argv)
@@ -368,4 +378,4 @@ def main(argv: list[str] | None = None) -> list[Path]:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -26,6 +26,7 @@ import torch
 from benchmark import parse_arguments as parse_benchmark
 from benchmark import read_rows
 from benchmark_contestants import operator_contestants
+from console import any_text, run_program
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from whole_files import write_rows
@@ -79,17 +80,25 @@ def shares(run) -> dict[str, float]:
 
 
 def account(folder: Path, device: str) -> list[dict]:
-    """A row per AFT operator and length of operator-<device>.csv."""
+    """
+    A row per AFT operator and length of operator-<device>.csv.
+
+    Raises:
+        ValueError: that file, or ceiling-<device>.csv, is not in the folder, or has not the rows that are needed.
+    """
+    measured = [row for row in read_rows(folder / f"operator-{device}.csv") if row["contestant"].startswith("aft-")]
     ceiling = {row["contestant"]: float(row["rate"]) * 1e9 for row in read_rows(folder / f"ceiling-{device}.csv")}
-    product = next(rate for name, rate in ceiling.items() if name.startswith("bmm"))
-    exponential, copy = ceiling["exp-in-cache"], ceiling["copy"]
-    measured, rows = read_rows(folder / f"operator-{device}.csv"), []
+    if not measured or not {"bmm-64x96x512", "exp-in-cache", "copy"} <= ceiling.keys():
+        raise ValueError(
+            f"--output_dir must hold operator-{device}.csv and ceiling-{device}.csv, each with the rows that "
+            f"benchmark.py writes, got {folder}"
+        )
+    product, exponential, copy = (ceiling[name] for name in ("bmm-64x96x512", "exp-in-cache", "copy"))
+    rows = []
     conv = next((row["contestant"].split("-") for row in measured if row["contestant"].startswith("aft-conv")), None)
     sizes = [] if conv is None else ["--conv_heads", conv[2], "--window", conv[3], "--heads", "1"]
     for row in measured:
         name, batch, length, width = row["contestant"], int(row["batch_size"]), int(row["length"]), int(row["width"])
-        if not name.startswith("aft-"):
-            continue
         operations, exponentials, numbers = counts(name, batch, length, width)
         size = 2 if row["dtype"] == "bfloat16" else 4
         times = operations / product, exponentials / exponential, numbers * size / copy
@@ -110,16 +119,18 @@ def account(folder: Path, device: str) -> list[dict]:
     return rows
 
 
+@any_text()
 def main(argv: list[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="whose rows to read")
-    parser.add_argument("--output_dir", type=Path, default=Path("benchmarks"), help="folder of the csv files")
+    parser.add_argument("--output_dir", default="benchmarks", help="folder of the csv files")
     args = parser.parse_args(argv)
+    if not args.output_dir:
+        raise ValueError("benchmark_account.py: --output_dir must be a path, got ''")
+    folder = Path(args.output_dir)
     torch.manual_seed(0)
-    rows = account(args.output_dir, args.device)
-    if not rows:
-        raise ValueError(f"--output_dir must hold operator-{args.device}.csv and ceiling-{args.device}.csv, with rows")
-    path = args.output_dir / f"account-{args.device}.csv"
+    rows = account(folder, args.device)
+    path = folder / f"account-{args.device}.csv"
     write_rows(path, rows[0], rows)
     for row in rows:
         print(" ".join(f"{name}={value}" for name, value in row.items()))
@@ -127,4 +138,4 @@ def main(argv: list[str] | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

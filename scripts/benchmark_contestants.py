@@ -216,7 +216,7 @@ def make_model(args, name: str, positions: int, embeddings: str) -> PreTrainedMo
     if name in configs:
         config = configs[name]()
     else:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         config.max_position_embeddings = max(config.max_position_embeddings, positions)
     return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype)).to(args.device)
 

@@ -17,13 +17,16 @@ Bits per byte of a causal language model on a range of bytes, by a named protoco
 - `sliding`: windows of T bytes at stride S. The first is scored whole, of the others only the last S bytes, so that
   each of them is predicted from T - S + 1 bytes or more.
 - `carried`: the range is cut into one contiguous stream per row of the batch and process; a stream is read in segments
-  of T bytes, and the recurrent state is carried from one to the next.
+  of T bytes, and the recurrent state is carried from one to the next. So --batch_size sets how long a stream is, and
+  changes the score: the fewer streams, the more context. With --batch_size 1 on one process there is a single one.
 
 The byte before the range is context and is not scored, so only the very first byte of a file is never scored.
 """
 
 import argparse
+import math
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import evaluate
@@ -33,13 +36,21 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
 from byte_data import file_bytes, pydoc_bytes, split_ranges
-from byte_models import load_model, read_config
+from console import any_text, run_program
 from pretraining_arguments import CHOICES, has_length_limit
 from run_log import describe_protocol
+from saved_models import TRUST_HELP, load_config, load_model
+from transformers import AutoModelForCausalLM
 
 
 METRIC = Path(__file__).resolve().parent / "metrics" / "bits_per_byte" / "bits_per_byte.py"
 DTYPES = {"bf16": "bfloat16", "fp16": "float16"}  # by the name that accelerate uses
+
+
+@cache
+def load_metric(path: Path = METRIC, cache_dir: str | None = None) -> evaluate.Metric:
+    """A metric in a file. `evaluate` copies it to its own folder, and so may fail: load it before any training."""
+    return evaluate.load(str(path), keep_in_memory=True, cache_dir=cache_dir)
 
 
 def windows(protocol: str, start: int, stop: int, length: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -113,26 +124,31 @@ def evaluate_bits_per_byte(
         start, stop (`int`): the bytes to score; `start` must be at least 1, because the byte before is the context.
         protocol (`str`): `segments`, `sliding` or `carried`.
         length, stride (`int`): T and S in bytes; only `sliding` reads the stride.
-        batch_size (`int`): windows per process in one forward.
+        batch_size (`int`): windows per process in one forward, or streams of `carried`; if there are fewer, all.
 
     Returns:
-        `dict`: `bits_per_byte`, `bytes_scored`, and what names the protocol.
+        `dict`: `bits_per_byte`, `bytes_scored`, and what names the protocol; of `carried`, also the number of streams
+        and the bytes in each (of the longest: they differ by one).
 
     Raises:
         ValueError: the range is empty or begins at byte 0.
+        FloatingPointError: the score is NaN or infinite.
     """
     if not 1 <= start < stop:
         raise ValueError(f"the bytes to score must be a range that begins at 1 or later, got [{start}, {stop})")
     with accelerator.local_main_process_first():
-        metric = evaluate.load(str(METRIC), keep_in_memory=True)
+        metric = load_metric()
+    carried, processes = protocol == "carried", accelerator.num_processes
+    count = stop - start if carried else sum(1 for _ in windows(protocol, start, stop, length, stride))
+    rows = min(batch_size, -(-count // processes))
+    stream = -(-(stop - start) // (rows * processes))  # bytes of the longest one
+    width = min(length, stream if carried else stop - start)  # of the tensors: no window is longer
     was_training = model.training
     model.eval()
     nats, counts, state = [], [], {}
-    for batch in batches(
-        protocol, start, stop, length, stride, batch_size, accelerator.process_index, accelerator.num_processes
-    ):
-        inputs, labels, scored = (tensor.to(accelerator.device) for tensor in load_batch(read, batch, length))
-        if protocol == "carried":
+    for batch in batches(protocol, start, stop, length, stride, rows, accelerator.process_index, processes):
+        inputs, labels, scored = (tensor.to(accelerator.device) for tensor in load_batch(read, batch, width))
+        if carried:
             outputs = model(input_ids=inputs, use_cache=True, **state)
             state = {"past_key_values": outputs.past_key_values}
         else:
@@ -143,11 +159,13 @@ def evaluate_bits_per_byte(
     model.train(was_training)
     nats, counts = accelerator.gather((torch.cat(nats), torch.cat(counts)))
     result = metric.compute(nats=nats.tolist(), byte_counts=counts.tolist())
+    if not math.isfinite(result["bits_per_byte"]):
+        raise FloatingPointError(f"the score is {result['bits_per_byte']} bits per byte")
     name = {"protocol": protocol, "length": length}
     if protocol == "sliding":
         name["stride"] = stride
-    if protocol == "carried":
-        name["streams"] = batch_size * accelerator.num_processes
+    if carried:
+        name |= {"streams": rows * processes, "bytes_per_stream": stream}
     dtype = DTYPES.get(accelerator.mixed_precision, str(next(model.parameters()).dtype).removeprefix("torch."))
     return {**result, **name, "dtype": dtype}
 
@@ -199,8 +217,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--protocol", default="segments", help="segments (default), sliding or carried")
     parser.add_argument("--length", type=int, help="T in bytes (default: max_position_embeddings)")
     parser.add_argument("--stride", type=int, help="S of the sliding protocol (default: half of T)")
-    parser.add_argument("--batch_size", type=int, default=16, help="windows or streams at once (default: %(default)s)")
+    parser.add_argument(
+        "--batch_size",
+        type=int,
+        default=16,
+        help="windows at once; of carried, streams of each process, which changes the score (default: %(default)s)",
+    )
     parser.add_argument("--dtype", default="auto", help="auto (what config.json says; default) or one like float32")
+    parser.add_argument("--trust_remote_code", action="store_true", help=TRUST_HELP)
     args = parser.parse_args(argv)
     problems = [
         f"--{name} must be at least 1, got {getattr(args, name)}"
@@ -221,19 +245,22 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+@any_text()
 def main(argv: list[str] | None = None) -> dict:
     """
     Runs the program with the flags `argv`, those of the command line by default; returns the result.
 
     Raises:
-        ValueError: a flag is wrong, or does not fit the model.
+        ValueError: a flag is wrong, or does not fit the model, or the model is not one of bytes, whole and finite.
+        FloatingPointError: the score is NaN or infinite.
     """
     args = parse_arguments(argv)
     transformers.utils.logging.disable_progress_bar()
     content = pydoc_bytes() if args.dataset_path is None else file_bytes(args.dataset_path)
-    length, stride = check_protocol(read_config(args.model), args.protocol, args.length, args.stride)
+    trust = {"trust_remote_code": args.trust_remote_code}
+    length, stride = check_protocol(load_config(args.model, **trust), args.protocol, args.length, args.stride)
     accelerator = Accelerator()
-    model = load_model(args.model, args.dtype)
+    model, _ = load_model(AutoModelForCausalLM, args.model, dtype=args.dtype, **trust)
     result = evaluate_split(
         accelerator.prepare(model),
         content,
@@ -244,9 +271,11 @@ def main(argv: list[str] | None = None) -> dict:
         stride=stride,
         batch_size=args.batch_size,
     )
-    accelerator.print(f"{args.split}: {result['bits_per_byte']:.4f} bits per byte ({describe_protocol(result)})")
+    streams = f"; {result['bytes_per_stream']} bytes per stream" if "streams" in result else ""
+    score = f"{result['bits_per_byte']:.4f} bits per byte"
+    accelerator.print(f"{args.split}: {score} ({describe_protocol(result)}){streams}")
     return result
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

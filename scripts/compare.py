@@ -42,18 +42,20 @@ import shlex
 import sys
 import time
 from dataclasses import dataclass, fields
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
-import yaml
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from benchmark import peak_bytes, processor_name
 from compare_table import RESULT, write_table
+from console import any_text, run_program
 from pretrain_enwik8 import load_data
 from pretrain_enwik8 import main as pretrain
 from pretraining_arguments import GROUPS, PATHS, build_config, check_arguments, parse_arguments
 from run_log import read_log
+from settings_files import read_json, read_yaml
 from whole_files import write_whole
 
 import modeling_aft
@@ -68,6 +70,10 @@ FREE = {
 }
 SET_HERE = {"training_preset", "model_preset", "model_override", "seed", "output_dir", "resume", "overwrite"}
 OF_ALL_RUNS = {"dataset", "dataset_path", "dataset_url", "cache_dir"}
+
+
+class FailedRuns(RuntimeError, ChildProcessError):
+    """Runs failed in processes of their own."""
 
 
 @dataclass
@@ -110,6 +116,13 @@ def are_seeds(value) -> bool:
     return len(set(value)) == len(value)
 
 
+def is_name(name) -> bool:
+    """Whether the folder of a run can have this name: runs lie beside each other, and nowhere else."""
+    if not isinstance(name, (str, int, float)) or not str(name).isprintable():
+        return False
+    return str(name) not in ("", ".", "..") and not set(str(name)) & set("/\\")
+
+
 def read_plan(path: Path) -> Plan:
     """
     The plan in a YAML file, with all paths made absolute.
@@ -117,11 +130,7 @@ def read_plan(path: Path) -> Plan:
     Raises:
         ValueError: one error that lists everything that is wrong with its keys.
     """
-    if not path.is_file():
-        raise ValueError(f"plan: no such file: {path}")
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: must be a mapping, got {content!r}")
+    content = read_yaml(path, "plan")
     problems = []
 
     def check_keys(found, allowed: set[str], where: str) -> dict:
@@ -151,6 +160,8 @@ def read_plan(path: Path) -> Plan:
             problems.append(f"run {name}: model_override must be a mapping, got {override!r}")
         of_run = of_training - OF_ALL_RUNS
         run["training"] = check_keys(run.get("training", {}), of_run, f"run {name}: training")
+        if not is_name(name) or str(name) in runs:
+            problems.append(f"the name of a run must be that of a folder, and of one run, got {name!r}")
         runs[str(name)] = run
     seeds = content.get("seeds", [0])
     if not are_seeds(seeds):
@@ -159,7 +170,7 @@ def read_plan(path: Path) -> Plan:
     if reference is not None and reference not in runs:
         problems.append(f"reference must be one of the runs ({', '.join(runs)}), got {reference!r}")
     seconds = content.get("seconds")
-    if seconds is not None and not (isinstance(seconds, (int, float)) and seconds > 0):
+    if seconds is not None and not (type(seconds) in (int, float) and 0 < seconds < math.inf):
         problems.append(f"seconds must be a positive number, got {seconds!r}")
     if problems:
         raise ValueError(f"{path}: " + "; ".join(problems))
@@ -232,7 +243,7 @@ def check_folders(planned: list[PlannedRun], entries: list[dict]) -> None:
     problems = []
     for run, entry in zip(planned, entries, strict=True):
         path = run.folder / ENTRY
-        saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else entry
+        saved = read_json(path, "run") if path.is_file() else entry
         problems += [
             f"{run.folder}: {key} is {value!r} but was {saved.get(key)!r}"
             for key, value in entry.items()
@@ -252,7 +263,7 @@ def check_seeds(folders: dict[str, list[Path]]) -> None:
     """
     problems = []
     for name, each in folders.items():
-        entries = [json.loads((folder / ENTRY).read_text(encoding="utf-8")) for folder in each]
+        entries = [read_json(folder / ENTRY, "run") for folder in each]
         for key in set().union(*entries) - {"seed"}:
             if len(found := dict.fromkeys(repr(entry.get(key)) for entry in entries)) > 1:
                 problems.append(f"{name}: {key} is {' and '.join(found)}")
@@ -280,7 +291,7 @@ def run_process(run: PlannedRun, command: str, seconds: float) -> bool:
     Returns:
         Whether it went well; a run whose time is over has, and continues from its last checkpoint another time.
     """
-    process = get_context("spawn").Process(target=train, args=(run, command))
+    process = get_context("spawn").Process(target=run_program, args=(partial(train, run, command),))
     process.start()
     try:
         process.join(None if math.isinf(seconds) else seconds)
@@ -324,15 +335,17 @@ def parse_own_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]
     parser.add_argument("--max_hours", type=float, default=math.inf, help="after these, train no more")
     parser.add_argument("--seconds", type=float, help="the budget at equal wall-clock, in place of the plan's")
     parser.add_argument("--table_only", action="store_true", help="train nothing: table and picture of what is there")
-    parser.add_argument("--runs_dir", type=Path, default=Path("runs/compare"), help="default: %(default)s")
-    parser.add_argument("--output_dir", type=Path, help="of table and picture; default: <runs_dir>/<plan>")
+    parser.add_argument("--runs_dir", default="runs/compare", help="default: %(default)s")
+    parser.add_argument("--output_dir", help="of table and picture; default: <runs_dir>/<plan>")
     args, more_flags = parser.parse_known_args(argv)
     problems = [
         f"--{name} must be {allowed}, got {getattr(args, name)!r}"
         for name, ok, allowed in (
             ("seeds", args.seeds is None or are_seeds(args.seeds), "different whole numbers from 0"),
             ("max_hours", args.max_hours > 0, "positive"),
-            ("seconds", args.seconds is None or args.seconds > 0, "positive"),
+            ("seconds", args.seconds is None or 0 < args.seconds < math.inf, "positive and finite"),
+            ("runs_dir", args.runs_dir != "", "a path"),
+            ("output_dir", args.output_dir != "", "a path"),
         )
         if not ok
     ]
@@ -340,16 +353,18 @@ def parse_own_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]
         problems.append(f"--table_only must stand without flags of training, got {shlex.join(more_flags)}")
     if problems:
         raise ValueError("compare.py: " + "; ".join(problems))
+    args.runs_dir, args.output_dir = Path(args.runs_dir), args.output_dir and Path(args.output_dir)
     return args, more_flags
 
 
+@any_text()
 def main(argv: list[str] | None = None) -> list[Path]:
     """
     Runs the program with the flags `argv`, those of the command line by default; returns the files it wrote.
 
     Raises:
         ValueError: a flag, the plan, or a run's arguments are wrong, or a finished run does not belong to the plan.
-        RuntimeError: runs failed; the table of the others is written all the same.
+        FailedRuns: runs failed; the table of the others is written all the same.
     """
     argv = sys.argv[1:] if argv is None else argv
     args, more_flags = parse_own_arguments(argv)
@@ -375,9 +390,9 @@ def main(argv: list[str] | None = None) -> list[Path]:
     for path in written:
         print(f"wrote {path}")
     if failed:
-        raise RuntimeError("these runs failed, see above: " + ", ".join(run.folder.name for run in failed))
+        raise FailedRuns("these runs failed, see above: " + ", ".join(run.folder.name for run in failed))
     return written
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

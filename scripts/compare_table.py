@@ -8,15 +8,15 @@
 # specific language governing permissions and limitations under the License.
 """Table and picture of what `compare.py` has trained, made of nothing but the folders of the runs."""
 
-import json
 from pathlib import Path
 from statistics import fmean, median, stdev
 
 import numpy as np
-from drawing import line_style, save_figure, tidy
+from drawing import label, line_style, save_figure, tidy
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from run_log import describe_protocol, read_log
+from settings_files import read_json
 from whole_files import write_rows, write_whole
 
 
@@ -54,7 +54,7 @@ def read_run(folder: Path) -> dict:
         `dict`: values of `COLUMNS` for its one seed, and `curve`, float [evaluations of valid, 2]: tokens and bits
         per byte.
     """
-    result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    result = read_json(folder / RESULT, "run")
     events = read_log(folder / "run.jsonl")
     config = next(event for event in events if event["event"] == "config")
     train = [event for event in events if event["event"] == "train"]
@@ -178,7 +178,7 @@ def cell(row: dict, column: str, form: str, best: float) -> str:
     value = row[column]
     if value is None:
         return ""
-    text = form.format(value / 2**20 if column == "peak_bytes" else value)
+    text = form.format(value / 2**20 if column == "peak_bytes" else value).replace("|", "\\|")
     if row.get(f"{column}_std") is not None:
         text += " ± " + form.format(row[f"{column}_std"])
     if column == "valid_at_equal_seconds" and row["seconds"] < row["equal_seconds"]:
@@ -226,24 +226,23 @@ def draw_curves(runs: dict[str, list[dict]], rows: dict[str, dict], seconds: flo
         tokens, scores = curves[0, :, 0], curves[..., 1]
         for x, axes in zip((tokens, tokens / rows[name]["tokens_per_second"]), panels, strict=True):
             style = line_style(index)
-            axes.plot(x, scores.mean(0), label=name, linewidth=1.4, marker=".", markersize=4, **style)
+            axes.plot(x, scores.mean(0), label=label(name), linewidth=1.4, marker=".", markersize=4, **style)
             if len(each) > 1:
                 low, high = scores.min(0), scores.max(0)
                 axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
     if seconds is not None:
         panels[1].axvline(seconds, color="#888888", linewidth=1)
         panels[1].annotate(" equal wall-clock", (seconds, 1), xycoords=("data", "axes fraction"), va="top", fontsize=8)
-    for axes, label in zip(panels, ("tokens", "training seconds"), strict=True):
-        axes.set_xlabel(label)
+    for axes, quantity in zip(panels, ("tokens", "training seconds"), strict=True):
+        axes.set_xlabel(quantity)
         tidy(axes)
     panels[0].xaxis.set_major_formatter(EngFormatter(sep=""))
     panels[0].set_ylabel("bits per byte, valid")
-    handles, labels = panels[0].get_legend_handles_labels()
-    final = {name: row["valid"] for name, row in rows.items()}
-    order = sorted(range(len(labels)), key=lambda index: -final[labels[index]])  # as the curves end, from the top
+    handles, _ = panels[0].get_legend_handles_labels()
+    ends = sorted(zip(runs, handles, strict=True), key=lambda end: -rows[end[0]]["valid"])  # from the top
     figure.legend(
-        [handles[i] for i in order],
-        [f"{labels[i]} {final[labels[i]]:.3f}" for i in order],
+        [handle for _, handle in ends],
+        [f"{label(name)} {rows[name]['valid']:.3f}" for name, _ in ends],
         loc="outside right center",
         frameon=False,
         fontsize=9,

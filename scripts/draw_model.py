@@ -30,11 +30,11 @@ import numpy as np
 import torch
 import transformers
 from byte_data import file_bytes, pydoc_bytes, split_ranges
-from drawing import COLOURS, line_style, save_figure, tidy
+from console import any_text, run_program
+from drawing import COLOURS, label, line_style, save_figure, tidy
 from matplotlib.figure import Figure
-from transformers import AutoModel
-
-import modeling_aft  # noqa: F401  (registers the model types)
+from saved_models import load, load_model
+from transformers import AutoConfig, AutoModel
 
 
 BLOCK = 2**24  # numbers in the largest tensor of the receptive field
@@ -186,7 +186,7 @@ def draw_maps(name: str, biases: list[tuple[str, np.ndarray]], length: int, caus
     axes[0].set_xlabel(images[0][2][0], fontsize=8)
     axes[0].set_ylabel(images[0][2][1], fontsize=8)
     figure.colorbar(picture, ax=list(axes), fraction=0.03)
-    figure.suptitle(f"{name}: position biases", fontsize=10)
+    figure.suptitle(f"{label(name)}: position biases", fontsize=10)
     return figure
 
 
@@ -214,7 +214,7 @@ def draw_bias_curves(name: str, biases: list[tuple[str, np.ndarray]], length: in
     axes[0].set_xlabel("offset t - t'", fontsize=8)
     axes[0].set_ylabel("bias w", fontsize=8)
     legend = "a line per head, and their mean" if len(lines) > 1 else "mean and 10 to 90 % over positions"
-    figure.suptitle(f"{name}: position biases ({legend})", fontsize=10)
+    figure.suptitle(f"{label(name)}: position biases ({legend})", fontsize=10)
     return figure
 
 
@@ -238,7 +238,7 @@ def draw_mixture(name: str, mixtures: list[dict[str, np.ndarray]]) -> Figure:
     axes.set_xticks(range(len(mixtures)))
     axes.set(xlabel="layer", ylabel="mixture weight", ylim=(0, None))
     tidy(axes)
-    axes.set_title(f"{name}: weights of the mixture, mean and each head", fontsize=10)
+    axes.set_title(f"{label(name)}: weights of the mixture, mean and each head", fontsize=10)
     figure.legend(loc="outside right center", frameon=False, fontsize=9)
     return figure
 
@@ -256,8 +256,8 @@ def draw_fields(fields: dict[str, np.ndarray]) -> Figure:
         one.plot(nearest, uniform, label=None if layer else "all keys alike", color="#888888", linewidth=1)
         for index, (name, shares) in enumerate(fields.items()):
             if layer < len(shares):
-                label = None if layer else name
-                one.plot(nearest, shares[layer].cumsum()[nearest - 1], label=label, linewidth=1.4, **line_style(index))
+                shown = None if layer else label(name)
+                one.plot(nearest, shares[layer].cumsum()[nearest - 1], label=shown, linewidth=1.4, **line_style(index))
         one.set_xscale("log", base=2)
         one.set_ylim(0, 1.02)
         tidy(one)
@@ -322,22 +322,26 @@ def draw_model(name: str, model) -> dict[str, Figure]:
     return figures
 
 
-def load_models(folders: list[Path]) -> dict[str, torch.nn.Module]:
+def load_models(folders: list[Path], flag: str = "models:") -> dict[str, torch.nn.Module]:
     """
     The models without their heads, by the names of their folders (by their paths where two have one name).
 
+    Args:
+        flag: what names the folders on the command line.
+
     Raises:
-        ValueError: a folder holds no model of this package.
+        ValueError: a folder holds no model of this package, or not all of it.
     """
     paths = [folder.resolve() for folder in folders]
     unique = len({path.name for path in paths}) == len(paths)
     models = {}
     for folder, path in zip(folders, paths, strict=True):
         if not (path / "config.json").is_file():
-            raise ValueError(f"models: {folder} must be a folder with a saved model, and has no config.json")
-        model = AutoModel.from_pretrained(path).eval()
-        if model.config.model_type not in ("aft", "synthesizer"):
-            raise ValueError(f"models: {folder} must hold aft or synthesizer, got {model.config.model_type}")
+            raise ValueError(f"{flag} {folder} must be a folder with a saved model, and has no config.json")
+        config = load(AutoConfig, path, flag, trust_remote_code=False)
+        if config.model_type not in ("aft", "synthesizer"):
+            raise ValueError(f"{flag} {folder} must hold aft or synthesizer, got {config.model_type}")
+        model, _ = load_model(AutoModel, path, flag, new_head=True, trust_remote_code=False)
         models[path.name if unique else "-".join(path.parts[-2:])] = model
     return models
 
@@ -351,7 +355,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, nargs="+", help="folders of saved models")
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder of the pictures")
+    parser.add_argument("--output_dir", required=True, help="folder of the pictures")
     parser.add_argument(
         "--dataset_path",
         type=Path,
@@ -365,11 +369,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         for name, least in (("length", 2), ("num_windows", 1))
         if getattr(args, name) is not None and getattr(args, name) < least
     ]
+    if not args.output_dir:
+        problems.append("--output_dir must be a path, got ''")
     if problems:
         raise ValueError("draw_model.py: " + "; ".join(problems))
+    args.output_dir = Path(args.output_dir)
     return args
 
 
+@any_text()
 def main(argv: list[str] | None = None) -> list[Path]:
     """
     Runs the program with the flags `argv`, those of the command line by default; returns the files it wrote.
@@ -402,4 +410,4 @@ def main(argv: list[str] | None = None) -> list[Path]:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

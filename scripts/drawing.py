@@ -13,6 +13,7 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
+from redaction import readable
 from whole_files import write_whole
 
 
@@ -26,6 +27,12 @@ def line_style(index: int) -> dict[str, str]:
     """Colour and dashes of line number `index`: all colours solid, then all dashed, and so on."""
     dashes = DASHES[index // len(COLOURS) % len(DASHES)]
     return {"color": COLOURS[index % len(COLOURS)], "linestyle": dashes}
+
+
+def label(name: str) -> str:
+    """A name as matplotlib prints it: a `$` in it begins no formula, and a `_` hides no line from the legend."""
+    name = readable(name).replace("$", r"\$")
+    return f" {name}" if name.startswith("_") else name
 
 
 def tidy(axes) -> None:

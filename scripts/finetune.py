@@ -15,16 +15,19 @@ Fine-tunes a saved model with `transformers.Trainer`, as a language model or as 
 
 --text_file: any bytes for a model of bytes, else UTF-8 text for the model's own tokenizer. It is cut into windows of
 --max_length tokens that overlap by one, so that every token but the first is predicted once.
---labelled_file: .csv or .jsonl with a column of texts and one of labels, strings or integers. The model gets a new
-head, with the names of the labels in its config; one that is a classifier already goes on with the labels it has.
+--labelled_file: .csv or .jsonl, UTF-8, with a column of texts and one of labels, strings or integers. The model gets a
+new head, with the names of the labels in its config; one that is a classifier already goes on with the labels it has.
 
-Every flag of TrainingArguments is a flag here. By default each epoch ends with an evaluation and a checkpoint, and the
-best checkpoint becomes the result; --num_train_epochs 0 only evaluates and predicts. Without --validation_file a share
-of the data is held out: the end of a text, or rows that --split_seed draws. bits_per_byte is exact, loss the mean over
-batches that Trainer makes. output_dir gets the model with its code and tokenizer, checkpoints, the results as JSON
-files, and with --predict_file predictions.jsonl: text, label (the likeliest) and scores (of all labels) per row.
+Every flag of TrainingArguments is a flag here. By default each epoch ends with a checkpoint and an evaluation, and the
+best checkpoint becomes the result; --num_train_epochs 0 only evaluates and predicts. A run is continued only with the
+data, the model and the flags that it was begun with, as far as they decide the weights. Without --validation_file a
+share of the data is held out: the end of a text, or rows that --split_seed draws. bits_per_byte is exact, loss the
+mean over batches that Trainer makes. output_dir gets the model with its code and tokenizer, checkpoints, the results
+as JSON files, and with --predict_file predictions.jsonl: text, label (the likeliest) and scores (of all labels) per
+row.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -34,16 +37,22 @@ from itertools import chain
 from pathlib import Path
 
 import datasets
-import evaluate
 import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
 from bpb_evaluation import METRIC as BITS_PER_BYTE
+from bpb_evaluation import load_metric
 from byte_data import file_bytes
-from datasets.exceptions import DatasetsError
-from finetuning_arguments import FinetuningArguments, InputArguments, find_checkpoint, parse_arguments
+from console import any_text, run_program
+from finetuning_arguments import FinetuningArguments, InputArguments, describe_run, parse_arguments
+from finetuning_checkpoints import check_identity, find_checkpoint
+from finetuning_trainer import FinetuningTrainer, RunIdentity
+from folder_lock import locked
+from labelled_tables import EncodedRows, describe_labels, encode_table, read_table
 from pretraining_arguments import has_length_limit
+from saved_models import load, load_model
+from torch.utils.data import Dataset, Subset
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -51,17 +60,16 @@ from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
     EarlyStoppingCallback,
-    Trainer,
     default_data_collator,
     set_seed,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from whole_files import write_whole
 
 from modeling_aft import ByteTokenizer
 
 
 CLASSIFICATION = Path(__file__).resolve().parent / "metrics" / "classification" / "classification.py"
-LOADERS = {".csv": "csv", ".jsonl": "json"}  # of `datasets`, by the suffix of the file
 
 
 def load_config_and_tokenizer(inputs: InputArguments):
@@ -71,13 +79,10 @@ def load_config_and_tokenizer(inputs: InputArguments):
     Raises:
         ValueError: it cannot be loaded, or `--max_length` is more than it can take.
     """
-    try:
-        config, tokenizer = (
-            auto_class.from_pretrained(inputs.model, trust_remote_code=inputs.trust_remote_code)
-            for auto_class in (AutoConfig, AutoTokenizer)
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--model {inputs.model}: {error}") from error
+    config, tokenizer = (
+        load(auto_class, inputs.model, trust_remote_code=inputs.trust_remote_code)
+        for auto_class in (AutoConfig, AutoTokenizer)
+    )
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"--model {inputs.model}: its vocab_size must be at least that of its tokenizer, {len(tokenizer)}, got "
@@ -93,27 +98,45 @@ def load_config_and_tokenizer(inputs: InputArguments):
 
 @dataclass
 class Task:
-    """What one of the two modes gives to Trainer."""
+    """What one of the two modes gives to Trainer, and what of its files and its model decides the weights."""
 
     model: torch.nn.Module
-    train: torch.utils.data.Dataset | datasets.Dataset
-    validation: torch.utils.data.Dataset | datasets.Dataset
+    train: Dataset
+    validation: Dataset
     collator: Callable
     compute_metrics: Callable
+    identity: dict
     reduce_logits: Callable | None = None  # of a batch, to what compute_metrics needs of them
-    prediction: datasets.Dataset | None = None
-    prediction_texts: list[str] | None = None
+    prediction: EncodedRows | None = None
 
 
-def load_metric(path: Path, args: FinetuningArguments) -> evaluate.Metric:
-    with args.main_process_first(desc="loading a metric"):
-        return evaluate.load(str(path), keep_in_memory=True)
+def load_base(auto_class, inputs: InputArguments, **options) -> tuple[torch.nn.Module, dict]:
+    """
+    The model to begin with, whose head may be new, and what identifies it.
+
+    Raises:
+        ValueError: it does not load, or not all of it is there.
+    """
+    trust = {"trust_remote_code": inputs.trust_remote_code}
+    model, new = load_model(auto_class, inputs.model, new_head=True, dtype=torch.float32, **trust, **options)
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if name not in new:  # which --seed decides
+            digest.update(name.encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    config = model.config.to_diff_dict()
+    config.pop("transformers_version", None)
+    return model, {"model_config": config, "model_weights": digest.hexdigest()}
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 # Language model
 
 
-class TokenWindows(torch.utils.data.Dataset):
+class TokenWindows(Dataset):
     """
     Windows of `length` tokens that overlap by one. A model predicts all tokens of a window but the first, so each of
     the text but its first is predicted once. The last window ends with the text, and its labels are -100 where it
@@ -184,72 +207,40 @@ def language_model_task(inputs: InputArguments, args: FinetuningArguments, confi
         raise ValueError("--max_length must be given for a model without max_position_embeddings, got None")
     name = f"--text_file {inputs.text_file}"
     content = file_bytes(inputs.text_file)
+    identity = {"text_file": sha256(content)}
     if inputs.validation_file:
         held_out, held_out_name = file_bytes(inputs.validation_file), f"--validation_file {inputs.validation_file}"
+        identity["validation_file"] = sha256(held_out)
     else:
         content, held_out = split_text(content, inputs.validation_share)
         held_out_name = f"the last --validation_share {inputs.validation_share} of {name}"
     ids, _ = encode_text(content, tokenizer, name)
     held_out_ids, bytes_scored = encode_text(held_out, tokenizer, held_out_name)
-    metric = load_metric(BITS_PER_BYTE, args)
+    with args.main_process_first(desc="loading a metric"):
+        metric = load_metric(BITS_PER_BYTE, inputs.cache_dir)
 
     def compute_metrics(output) -> dict[str, float]:
         return metric.compute(nats=[math.fsum(output.predictions)], byte_counts=[bytes_scored])
 
+    model, identity_of_model = load_base(AutoModelForCausalLM, inputs)
+    # With smoothing, Trainer computes the loss itself, and shifts the labels of the classes in this table alone.
+    if args.label_smoothing_factor > 0 and type(model).__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        raise ValueError(
+            f"--label_smoothing_factor must be 0 for {type(model).__name__}, a class that Trainer does not know, got "
+            f"{args.label_smoothing_factor}"
+        )
     return Task(
-        model=AutoModelForCausalLM.from_pretrained(
-            inputs.model, dtype=torch.float32, trust_remote_code=inputs.trust_remote_code
-        ),
+        model=model,
         train=TokenWindows(ids, length),
         validation=TokenWindows(held_out_ids, length),
         collator=default_data_collator,
         compute_metrics=compute_metrics,
+        identity=identity | identity_of_model,
         reduce_logits=sum_nats,
     )
 
 
 # Classifier
-
-
-def read_table(flag_name: str, inputs: InputArguments, args: FinetuningArguments) -> datasets.Dataset:
-    """
-    The file that a flag names, with its texts in the column "text" and its labels, as strings, in "label". Only
-    `--predict_file` may be without labels.
-
-    Raises:
-        ValueError: it is not readable or empty, lacks a column, or has something else than texts and labels there.
-    """
-    path = Path(getattr(inputs, flag_name))
-    name = f"--{flag_name} {path}"
-    if path.suffix not in LOADERS:
-        raise ValueError(f"{name}: must end in {' or '.join(LOADERS)}")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{name}: must have at least one row, is empty")
-    columns = {inputs.text_column: "text", inputs.label_column: "label"}
-    # What stands in a csv file is what is meant: neither "null" nor "007" is anything else.
-    options = {"keep_default_na": False, "converters": dict.fromkeys(columns, str)} if path.suffix == ".csv" else {}
-    try:
-        with args.main_process_first(desc="reading a table"):
-            rows = datasets.load_dataset(
-                LOADERS[path.suffix], data_files=str(path), split="train", cache_dir=inputs.cache_dir, **options
-            )
-    except (DatasetsError, ValueError) as error:
-        raise ValueError(f"{name}: no {path.suffix} table with rows: {error.__cause__ or error}") from error
-    if inputs.label_column not in rows.column_names and flag_name == "predict_file":
-        del columns[inputs.label_column]
-    for column, role in columns.items():
-        if column not in rows.column_names:
-            found = ", ".join(map(repr, rows.column_names))
-            raise ValueError(f"{name}: no column {column!r}, only {found}; --{role}_column says which to take")
-        kind = str(getattr(rows.features[column], "dtype", rows.features[column]))
-        if not re.fullmatch(r"(large_)?string" if role == "text" else r"(large_)?string|u?int\d+", kind):
-            allowed = "strings" if role == "text" else "strings or integers"
-            raise ValueError(f"{name}: column {column!r} must have {allowed}, has {kind}")
-        for row, value in enumerate(rows[column], start=1):
-            if value is None or value == "":
-                raise ValueError(f"{name}: column {column!r} must not be empty, got {value!r} in row {row}")
-    rows = rows.select_columns(list(columns)).rename_columns(columns)
-    return rows.cast(datasets.Features(dict.fromkeys(rows.column_names, datasets.Value("string"))))
 
 
 def label_names(labels: list[str], config, inputs: InputArguments) -> list[str]:
@@ -270,74 +261,54 @@ def label_names(labels: list[str], config, inputs: InputArguments) -> list[str]:
     return sorted(found, key=int) if all(re.fullmatch(r"-?\d+", name) for name in found) else found
 
 
-def encode_table(rows: datasets.Dataset, name: str, label2id: dict[str, int], tokenizer, truncation: str, limit):
-    """
-    Token ids, attention mask and, where there are labels, the class of every row.
-
-    Raises:
-        ValueError: a label is unknown, or a row has no tokens, or more than `limit` and `truncation` is "none".
-    """
-
-    def encode(batch, indices):
-        cut = {"truncation": True, "max_length": limit} if limit and truncation != "none" else {}
-        encoded = {**tokenizer(batch["text"], **cut)}
-        for index, ids in zip(indices, encoded["input_ids"], strict=True):
-            if not ids or len(ids) > (limit or len(ids)):
-                raise ValueError(
-                    f"{name}: row {index + 1} has {len(ids)} tokens; allowed: 1 to {limit or 'any number'} "
-                    "(--max_length, at most the max_position_embeddings of the model), or --truncation right or left"
-                )
-        if "label" in batch:
-            for index, label in zip(indices, batch["label"], strict=True):
-                if label not in label2id:
-                    raise ValueError(f"{name}: unknown label {label!r} in row {index + 1}; known: {list(label2id)}")
-            encoded["labels"] = [label2id[label] for label in batch["label"]]
-        return encoded
-
-    tokenizer.truncation_side = "left" if truncation == "left" else "right"
-    return rows.map(encode, with_indices=True, batched=True, remove_columns=rows.column_names)
-
-
 def classifier_task(inputs: InputArguments, args: FinetuningArguments, config, tokenizer) -> Task:
     """The classifier, and the rows of `--labelled_file`, of what validates it, and of `--predict_file`."""
     if tokenizer.pad_token is None:
         raise ValueError(f"--model {inputs.model}: its tokenizer must have a padding token to make batches of rows")
-    flag_names = ("labelled_file", "validation_file", "predict_file")
-    tables = {name: read_table(name, inputs, args) for name in flag_names if getattr(inputs, name)}
-    names = label_names(tables["labelled_file"]["label"], config, inputs)
+    columns = {"text_column": inputs.text_column, "label_column": inputs.label_column}
+    tables = {
+        flag_name: read_table(Path(path), flag_name, **columns, with_labels=flag_name != "predict_file")
+        for flag_name in ("labelled_file", "validation_file", "predict_file")
+        if (path := getattr(inputs, flag_name))
+    }
+    labels = tables["labelled_file"].labels
+    names = label_names(labels, config, inputs)
     label2id = {name: index for index, name in enumerate(names)}
     limit = inputs.max_length or (config.max_position_embeddings if has_length_limit(config) else None)
-    encoded = {}
-    for flag_name, rows in tables.items():
-        name = f"--{flag_name} {getattr(inputs, flag_name)}"
-        with args.main_process_first(desc="encoding a table"):
-            encoded[flag_name] = encode_table(rows, name, label2id, tokenizer, inputs.truncation, limit)
-    train, validation = encoded["labelled_file"], encoded.get("validation_file")
+    rows = {
+        flag_name: encode_table(table, label2id, tokenizer, inputs.truncation, limit)
+        for flag_name, table in tables.items()
+    }
+    train, validation = rows["labelled_file"], rows.get("validation_file")
     if validation is None:
         held_out = int(len(train) * inputs.validation_share)
         if held_out == 0:
             raise ValueError(f"--validation_share {inputs.validation_share} of {len(train)} rows is not a single one")
-        train, validation = train.train_test_split(held_out, seed=inputs.split_seed).values()
-    metric = load_metric(CLASSIFICATION, args)
+        order = np.random.default_rng(inputs.split_seed).permutation(len(train))
+        train, validation = Subset(train, order[held_out:]), Subset(train, order[:held_out])
+    with args.main_process_first(desc="loading a metric"):
+        metric = load_metric(CLASSIFICATION, inputs.cache_dir)
 
     def compute_metrics(output) -> dict[str, float]:
         return metric.compute(predictions=output.predictions.argmax(-1), references=output.label_ids)
 
+    model, identity = load_base(
+        AutoModelForSequenceClassification,
+        inputs,
+        id2label=dict(enumerate(names)),
+        label2id=label2id,
+        problem_type="single_label_classification",
+    )
+    if args.process_index == 0:
+        print(describe_labels(labels, names), flush=True)
     return Task(
-        model=AutoModelForSequenceClassification.from_pretrained(
-            inputs.model,
-            id2label=dict(enumerate(names)),
-            label2id=label2id,
-            problem_type="single_label_classification",
-            dtype=torch.float32,
-            trust_remote_code=inputs.trust_remote_code,
-        ),
+        model=model,
         train=train,
         validation=validation,
         collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=compute_metrics,
-        prediction=encoded.get("predict_file"),
-        prediction_texts=tables["predict_file"]["text"] if inputs.predict_file else None,
+        identity={**identity, **{name: tables[name].sha256 for name in tables if name != "predict_file"}},
+        prediction=rows.get("predict_file"),
     )
 
 
@@ -351,17 +322,14 @@ def write_predictions(path: Path, texts: list[str], logits: np.ndarray, names: d
     write_whole(path, "".join(lines))
 
 
-def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Runs the program with the flags `argv`, those of the command line by default; returns all metrics."""
-    inputs, args = parse_arguments(argv)
-    checkpoint = find_checkpoint(args)
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    config, tokenizer = load_config_and_tokenizer(inputs)
-    set_seed(args.seed)  # the initial weights of a new head
-    task = (language_model_task if inputs.text_file else classifier_task)(inputs, args, config, tokenizer)
+def run(inputs: InputArguments, args: FinetuningArguments, config, tokenizer, task: Task) -> dict[str, float]:
+    """Trains if there is anything to train, evaluates and predicts; returns all metrics."""
+    checkpoint = find_checkpoint(args, verify=True)  # once more: what ran here may have ended meanwhile
+    identity = describe_run(inputs, args, task.identity)
+    if checkpoint is not None:
+        check_identity(Path(checkpoint), identity)
     patience = args.early_stopping_patience
-    trainer = Trainer(
+    trainer = FinetuningTrainer(
         model=task.model,
         args=args,
         train_dataset=task.train,
@@ -370,7 +338,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         processing_class=tokenizer,
         compute_metrics=task.compute_metrics,
         preprocess_logits_for_metrics=task.reduce_logits,
-        callbacks=[EarlyStoppingCallback(patience, args.early_stopping_threshold)] if patience else [],
+        callbacks=[
+            RunIdentity(identity),
+            *([EarlyStoppingCallback(patience, args.early_stopping_threshold)] if patience else []),
+        ],
     )
     metrics = {}
 
@@ -380,19 +351,42 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         metrics.update(values)
 
     if args.trains:
-        report("train", trainer.train(resume_from_checkpoint=checkpoint).metrics)
+        result = trainer.train(resume_from_checkpoint=checkpoint)
         task.model.config.use_cache = getattr(config, "use_cache", None)  # which Trainer turned off
-        trainer.save_model()
+        trainer.save_result()
         trainer.save_state()
+        report("train", result.metrics)
     report("eval", trainer.evaluate())
     if task.prediction is not None:
         output = trainer.predict(task.prediction, metric_key_prefix="predict")
+        if not np.isfinite(output.predictions).all():
+            raise FloatingPointError(f"--predict_file {inputs.predict_file}: the model computes no numbers for it")
         report("predict", output.metrics)
         if trainer.is_world_process_zero():
             path = Path(args.output_dir) / "predictions.jsonl"
-            write_predictions(path, task.prediction_texts, output.predictions, task.model.config.id2label)
+            write_predictions(path, task.prediction.texts, output.predictions, task.model.config.id2label)
     return metrics
 
 
+@any_text()
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """
+    Runs the program with the flags `argv`, those of the command line by default; returns all metrics.
+
+    Raises:
+        ValueError: a flag, a file or the model is wrong, or another run is in the output folder.
+        FloatingPointError: a loss, a weight or a score is NaN or infinite.
+    """
+    inputs, args = parse_arguments(argv)
+    find_checkpoint(args)  # before the work
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    config, tokenizer = load_config_and_tokenizer(inputs)
+    set_seed(args.seed)  # the initial weights of a new head
+    task = (language_model_task if inputs.text_file else classifier_task)(inputs, args, config, tokenizer)
+    with locked(Path(args.output_dir), active=args.process_index == 0):
+        return run(inputs, args, config, tokenizer, task)
+
+
 if __name__ == "__main__":
-    main()
+    run_program(main)

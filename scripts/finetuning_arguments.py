@@ -6,9 +6,10 @@
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
-"""The command line of finetune.py: its flags, the checks on them, and the checkpoint that a run continues from."""
+"""The command line of finetune.py: its flags, the checks on them, and what decides the weights."""
 
-import re
+import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,23 @@ from pretraining_arguments import flag
 from transformers import HfArgumentParser, TrainingArguments
 
 
-TRAINER_STATE = "trainer_state.json"
+# Flags that neither change the weights nor which of them are the best, so that a resumed run may change them; what is
+# in the files counts in place of their paths.
+RESUMABLE_CHANGES = {
+    *("model", "trust_remote_code", "text_file", "labelled_file", "validation_file", "predict_file", "cache_dir"),
+    *("output_dir", "resume_from_checkpoint", "restore_callback_states_from_checkpoint", "use_cpu", "local_rank"),
+    *("save_strategy", "save_steps", "save_total_limit", "save_only_model", "save_on_each_node"),
+    *("enable_jit_checkpoint", "per_device_eval_batch_size", "eval_accumulation_steps", "eval_do_concat_batches"),
+    *("eval_use_gather_object", "eval_on_start", "do_train", "do_eval", "do_predict", "disable_tqdm", "report_to"),
+    *("logging_strategy", "logging_steps", "logging_first_step", "log_on_each_node", "logging_nan_inf_filter"),
+    *("log_level", "log_level_replica", "include_num_input_tokens_seen", "run_name", "project", "debug"),
+    *("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "skip_memory_metrics", "push_to_hub"),
+    *("hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision"),
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_in_order"),
+    *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "torch_empty_cache_steps", "ddp_timeout"),
+    *("ddp_backend", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_find_unused_parameters"),
+    *("ddp_static_graph",),
+}
 
 
 @dataclass
@@ -38,7 +55,7 @@ class InputArguments:
         "Tokens of a window, or at most of a row; None is max_position_embeddings, for rows only if it is a limit.",
     )
     truncation: str = flag("none", "Of rows that are too long: none (an error), right (drop the end) or left.")
-    cache_dir: str | None = flag(None, "Folder for the tables that `datasets` makes; None is its default.")
+    cache_dir: str | None = flag(None, "Folder for what `evaluate` writes; None is its default. No table goes there.")
 
 
 @dataclass
@@ -54,6 +71,7 @@ class FinetuningArguments(TrainingArguments):
     resume_from_checkpoint: str | None = flag(
         None, "true (newest checkpoint of output_dir), auto (the same if there is one, else start) or its path."
     )
+    logging_nan_inf_filter: bool = flag(False, "Must be false: a loss that is no number ends the run.")
     early_stopping_patience: int | None = flag(None, "Stop after so many evaluations in a row that are no better.")
     early_stopping_threshold: float = flag(0.0, "By how much an evaluation must be better to count.")
 
@@ -98,6 +116,13 @@ def parse_arguments(argv: list[str] | None) -> tuple[InputArguments, FinetuningA
     check(not text_mode or inputs.predict_file is None, "predict_file", "left out with --text_file")
     for name in ("text_file", "labelled_file", "validation_file", "predict_file"):
         check(values[name] is None or Path(values[name]).is_file(), name, "a file")
+    for name in ("output_dir", "cache_dir", "resume_from_checkpoint"):
+        check(values[name] != "", name, "a path")
+    for name, value in values.items():
+        check(not isinstance(value, float) or math.isfinite(value), name, "a finite number")
+    for name in ("split_seed", "seed", "data_seed"):
+        check(values[name] is None or 0 <= values[name] < 2**32, name, "in [0, 2**32)")
+    check(args.learning_rate >= 0, "learning_rate", "at least 0")
     check(inputs.label_column != inputs.text_column, "label_column", "another column than --text_column")
     check(0 < inputs.validation_share < 1, "validation_share", "in (0, 1)")
     check(inputs.max_length is None or inputs.max_length >= 2, "max_length", "at least 2")
@@ -111,38 +136,23 @@ def parse_arguments(argv: list[str] | None) -> tuple[InputArguments, FinetuningA
     check(
         not args.dataloader_drop_last, "dataloader_drop_last", "false, because Trainer would drop rows to score, too"
     )
-    # With smoothing, Trainer shifts the labels of those language models only that are part of transformers.
-    check(not text_mode or args.label_smoothing_factor == 0, "label_smoothing_factor", "0 with --text_file")
+    for name in ("batch_eval_metrics", "prediction_loss_only", "logging_nan_inf_filter"):
+        check(not values[name], name, "false: all that is evaluated is scored, and no NaN is passed over")
+    check(0 <= args.label_smoothing_factor < 1, "label_smoothing_factor", "in [0, 1)")
     if problems:
         raise ValueError("finetune.py: " + "; ".join(problems))
     return inputs, args
 
 
-def is_whole(checkpoint: Path) -> bool:
-    """Whether this is a checkpoint that Trainer finished: the file of its own state is the last it writes."""
-    return re.fullmatch(r"checkpoint-\d+", checkpoint.name) is not None and (checkpoint / TRAINER_STATE).is_file()
-
-
-def find_checkpoint(args: FinetuningArguments) -> str | None:
+def describe_run(inputs: InputArguments, args: FinetuningArguments, made_of: dict) -> dict:
     """
-    The checkpoint that `--resume_from_checkpoint` means.
+    Everything that decides the weights of a run, and which of them are the best, as JSON has it.
 
-    Raises:
-        ValueError: there is none, or the output folder holds a run that would be lost.
+    Args:
+        made_of: what identifies the model and the content of the files.
     """
-    folder, resume = Path(args.output_dir), args.resume_from_checkpoint
-    found = filter(is_whole, folder.glob("checkpoint-*"))
-    newest = max(found, key=lambda path: int(path.name.partition("-")[2]), default=None)
-    checkpoint = newest if resume in (None, "auto", "true") else Path(resume)
-    if resume not in (None, "auto") and (checkpoint is None or not is_whole(checkpoint)):
-        raise ValueError(
-            f"--resume_from_checkpoint {resume}: no whole checkpoint; allowed: the path of a folder checkpoint-N with "
-            f"{TRAINER_STATE}, true if --output_dir {folder} has one, or auto"
-        )
-    resumed = None if resume is None else checkpoint
-    continues = resumed is not None and resumed.resolve().parent == folder.resolve()
-    if args.trains and not continues and (newest is not None or (folder / "config.json").exists()):
-        raise ValueError(
-            f"--output_dir {folder} holds a run; continue it with --resume_from_checkpoint auto, or choose another"
-        )
-    return None if resumed is None else str(resumed)
+    flags = {**vars(inputs), **args.to_dict()}
+    identity = {name: value for name, value in flags.items() if name not in RESUMABLE_CHANGES}
+    identity |= {"num_processes": args.world_size, "devices_per_process": max(args.n_gpu, 1)}
+    identity |= {"text_file": None, "labelled_file": None, "validation_file": None, **made_of}
+    return json.loads(json.dumps(identity, default=str))

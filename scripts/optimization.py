@@ -92,3 +92,13 @@ def set_learning_rate(optimizers: list[torch.optim.Optimizer], value: float) -> 
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = value * group["lr_scale"]
+
+
+def all_finite(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> bool:
+    """Whether weights and buffers of a model, and what its optimizers remember, are finite; of a shard, if sharded."""
+    remembered = [value for one in optimizers for state in one.state.values() for value in state.values()]
+    return all(
+        bool(torch.isfinite(tensor.to_local() if hasattr(tensor, "to_local") else tensor).all())
+        for tensor in (*model.parameters(), *model.buffers(), *remembered)
+        if isinstance(tensor, torch.Tensor)
+    )

@@ -19,7 +19,9 @@ pure function of seed and step, so processes and micro-batches change only the r
 step and process, so a resumed run continues exactly.
 
 output_dir gets run.jsonl, checkpoints/ and training_curve.png, and at the end everything that from_pretrained needs:
-config, weights, tokenizer, generation config, and a model card (README.md) made from run.jsonl.
+config, weights, tokenizer, generation config, and a model card (README.md) made from run.jsonl. A run holds the folder
+for itself. A checkpoint is saved before its model is evaluated and sampled from, and only if its numbers are finite;
+--resume auto goes on from the newest whose checksums are right.
 """
 
 import argparse
@@ -28,7 +30,6 @@ import importlib.metadata
 import math
 import platform
 import shlex
-import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -41,17 +42,37 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env, set_seed
-from bpb_evaluation import evaluate_bits_per_byte
-from byte_data import ENWIK8, ByteData, TrainingWindows, file_bytes, known_file_bytes, pydoc_bytes
-from checkpointing import complete_checkpoints, find_checkpoint, read_state, save_checkpoint
-from optimization import create_optimizers, learning_rate, set_learning_rate
-from pretraining_arguments import RESUMABLE_CHANGES, check_arguments, has_length_limit, parse_arguments
-from run_log import RunLog, fill_model_card, plot_training_curve, read_log, today
+from bpb_evaluation import evaluate_bits_per_byte, load_metric
+from byte_data import ENWIK8, ByteData, TrainingWindows, differences, file_bytes, known_file_bytes, pydoc_bytes
+from checkpointing import (
+    abandon,
+    complete_checkpoints,
+    find_checkpoint,
+    load_checkpoint,
+    prune,
+    read_state,
+    save_checkpoint,
+)
+from console import any_text, run_program
+from folder_lock import locked
+from optimization import all_finite, create_optimizers, learning_rate, set_learning_rate
+from pretraining_arguments import (
+    RESUMABLE_CHANGES,
+    check_arguments,
+    has_length_limit,
+    parse_arguments,
+    prompt_bytes,
+    public_flags,
+    public_value,
+)
+from redaction import public_path, readable
+from run_folder import check_output, clear_output, save_model
+from run_log import HUB_DATASETS, RunLog, fill_model_card, plot_training_curve, read_log, today
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 from whole_files import write_whole
 
-from modeling_aft import ByteTokenizer
+import modeling_aft  # noqa: F401  (registers the model types)
 
 
 VERSIONS = ("torch", "transformers", "accelerate", "datasets", "evaluate", "tokenizers")
@@ -59,18 +80,34 @@ VERSIONS = ("torch", "transformers", "accelerate", "datasets", "evaluate", "toke
 
 def load_data(args) -> tuple[str, ByteData]:
     """The name of the data and its memory-mapped bytes."""
+    known = None
     if args.dataset == "enwik8":
-        name, content = "enwik8", known_file_bytes(ENWIK8, args.dataset_path, args.dataset_url, args.cache_dir)
+        content, known = known_file_bytes(ENWIK8, args.dataset_path, args.dataset_url, args.cache_dir), ENWIK8
     elif args.dataset == "file":
-        name, content = Path(args.dataset_path).name, file_bytes(args.dataset_path)
+        content = file_bytes(args.dataset_path)
+        known = None if any(differences(ENWIK8, content)) else ENWIK8
     else:
-        name, content = f"pydoc topics of Python {platform.python_version()}", pydoc_bytes()
-    return name, ByteData.from_bytes(content, args.cache_dir)
+        content = pydoc_bytes()
+    data = ByteData.from_bytes(content, args.cache_dir)
+    data.known = known
+    if known is not None:
+        return known.name, data
+    if args.dataset == "file":
+        return readable(Path(args.dataset_path).name), data
+    return f"pydoc topics of Python {platform.python_version()}", data
 
 
 def seed_step(seed: int, step: int, process: int) -> None:
     """Seeds torch (dropout) for one step of one process."""
     torch.manual_seed(int(np.random.SeedSequence([seed, step, process]).generate_state(1, np.uint64)[0]))
+
+
+def summed_nats(model, accelerator: Accelerator, windows: TrainingWindows, step: int, first_row: int, args):
+    """The summed nats, a scalar tensor, of one micro-batch: of the rows of the batch of `step` from `first_row` on."""
+    batch = windows.batch(step, args.batch_size, range(first_row, first_row + args.micro_batch_size))
+    inputs, labels = (torch.from_numpy(array).to(accelerator.device) for array in batch)  # [micro batch, T]
+    logits = model(input_ids=inputs, use_cache=False).logits
+    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum")
 
 
 def train_step(model, optimizers, accelerator: Accelerator, windows: TrainingWindows, step: int, args) -> torch.Tensor:
@@ -81,12 +118,9 @@ def train_step(model, optimizers, accelerator: Accelerator, windows: TrainingWin
     nats = torch.zeros((), device=accelerator.device)
     for first in range(0, args.batch_size, per_forward):
         first_row = first + accelerator.process_index * args.micro_batch_size
-        batch = windows.batch(step, args.batch_size, range(first_row, first_row + args.micro_batch_size))
-        inputs, labels = (torch.from_numpy(array).to(accelerator.device) for array in batch)  # [micro batch, T]
         last = first + per_forward == args.batch_size
         with contextlib.nullcontext() if last else accelerator.no_sync(model):
-            logits = model(input_ids=inputs, use_cache=False).logits
-            loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum")
+            loss = summed_nats(model, accelerator, windows, step, first_row, args)
             # Gradients are averaged over processes, so this makes them those of the mean over the global batch.
             accelerator.backward(loss * accelerator.num_processes / (args.batch_size * args.sequence_length))
         nats += loss.detach()
@@ -100,7 +134,7 @@ def train_step(model, optimizers, accelerator: Accelerator, windows: TrainingWin
 
 def sample_text(model, args) -> str:
     """The prompt and a sampled continuation of it, with U+FFFD for bytes that are not UTF-8."""
-    prompt = list(args.sample_prompt.encode("utf-8"))
+    prompt = list(prompt_bytes(args.sample_prompt))
     num_bytes = args.sample_bytes
     if has_length_limit(model.config):
         num_bytes = min(num_bytes, model.config.max_position_embeddings - len(prompt))
@@ -112,33 +146,6 @@ def sample_text(model, args) -> str:
     return bytes(token % 256 for token in ids).decode("utf-8", errors="replace")
 
 
-def prepare_output(args, checkpoint: Path | None, accelerator: Accelerator) -> Path:
-    """
-    Makes the output folder, empty of earlier runs unless this run continues from `checkpoint`.
-
-    Raises:
-        ValueError: the folder holds a run that would be lost.
-    """
-    folder = Path(args.output_dir)
-    continues = checkpoint is not None and checkpoint.resolve().parent == (folder / "checkpoints").resolve()
-    earlier = [name for name in ("config.json", "run.jsonl", "checkpoints") if (folder / name).exists()]
-    unfinished = "config.json" not in earlier and not complete_checkpoints(folder / "checkpoints")
-    if earlier and not (continues or args.overwrite or (args.resume == "auto" and unfinished)):
-        raise ValueError(
-            f"--output_dir {folder} holds a run ({', '.join(earlier)}); continue it with --resume auto, replace it "
-            "with --overwrite, or choose another folder"
-        )
-    accelerator.wait_for_everyone()  # all processes look before one of them writes
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        if args.overwrite:
-            for name in ("checkpoints", "tensorboard"):
-                shutil.rmtree(folder / name, ignore_errors=True)
-            (folder / "config.json").unlink(missing_ok=True)  # no finished model is here until this run has finished
-    accelerator.wait_for_everyone()
-    return folder
-
-
 def describe_run(args, accelerator: Accelerator, model, name: str, data: ByteData, windows: TrainingWindows) -> dict:
     """Every quantity that follows from the arguments, for the log and the terminal."""
     device = accelerator.device
@@ -148,6 +155,7 @@ def describe_run(args, accelerator: Accelerator, model, name: str, data: ByteDat
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "data": name,
         "data_sha256": data.sha256,
+        "hub_dataset": HUB_DATASETS.get(data.known.name) if data.known else None,
         **{f"{split}_bytes": stop - start for split, (start, stop) in data.splits.items()},
         "windows_per_epoch": windows.windows_per_epoch,
         "epochs": round(args.max_steps * args.batch_size / windows.windows_per_epoch, 3),
@@ -158,16 +166,6 @@ def describe_run(args, accelerator: Accelerator, model, name: str, data: ByteDat
         "hardware": hardware if device.type == "cuda" else f"{hardware}, {torch.get_num_threads()} threads",
         "precision": accelerator.mixed_precision if accelerator.mixed_precision != "no" else "float32",
     }
-
-
-def save_model(model, accelerator: Accelerator, folder: Path) -> None:
-    """Writes config, generation config, weights and tokenizer to `folder`; all processes must call this."""
-    # The names of a compiled model's weights begin with _orig_mod, and no model that loads them expects that.
-    state_dict = {name.replace("_orig_mod.", ""): w for name, w in accelerator.get_state_dict(model).items()}
-    if accelerator.is_main_process:
-        ByteTokenizer().save_pretrained(folder)
-        accelerator.unwrap_model(model, keep_torch_compile=False).save_pretrained(folder, state_dict=state_dict)
-    accelerator.wait_for_everyone()
 
 
 @dataclass
@@ -190,20 +188,35 @@ class Run:
         if self.accelerator.is_main_process:
             tqdm.write(text)
 
+    def check(self, ok: bool, what: str, step: int) -> None:
+        """Ends a run that has diverged, and names the checkpoint that is left."""
+        if not ok:
+            found = complete_checkpoints(self.folder / "checkpoints")
+            left = f"the last checkpoint before is {found[-1]}" if found else "there is no checkpoint before"
+            raise FloatingPointError(f"{what} at step {step}: the run has diverged, lower --learning_rate; {left}")
+
     def evaluate(self, split: str, step: int, max_bytes: int = 0) -> dict:
         """Scores a split, or its first `max_bytes`, and logs the result."""
         start, stop = self.data.splits[split]
-        result = evaluate_bits_per_byte(
-            self.model,
-            self.data.read,
-            self.accelerator,
-            start,
-            min(start + max_bytes, stop) if max_bytes else stop,
-            protocol=self.args.eval_protocol,
-            length=self.args.sequence_length,
-            stride=self.args.eval_stride,
-            batch_size=self.args.eval_batch_size,
-        )
+        try:
+            result = evaluate_bits_per_byte(
+                self.model,
+                self.data.read,
+                self.accelerator,
+                start,
+                min(start + max_bytes, stop) if max_bytes else stop,
+                protocol=self.args.eval_protocol,
+                length=self.args.sequence_length,
+                stride=self.args.eval_stride,
+                batch_size=self.args.eval_batch_size,
+            )
+            if not math.isfinite(result["bits_per_byte"]):
+                raise FloatingPointError(f"the score is {result['bits_per_byte']} bits per byte")
+        except FloatingPointError as error:
+            if self.accelerator.is_main_process:
+                abandon(self.folder / "checkpoints", step - 1)  # with the one of this step, if it was saved
+            self.accelerator.wait_for_everyone()
+            self.check(False, f"{error} on {split}", step)
         self.log.write("evaluation", split=split, step=step, **result)
         self.report(f"step {step}: {split} {result['bits_per_byte']:.4f} bits per byte")
         return result
@@ -215,81 +228,113 @@ class Run:
             self.log.write("sample", step=step, text=text)
             self.report(f"--- sample at step {step}\n{text}\n---")
 
+    def is_due(self, name: str, step: int) -> bool:
+        """Whether what happens each `--{name}_every` steps, and after the last one, happens after this step."""
+        every = getattr(self.args, f"{name}_every")
+        return step == self.args.max_steps or (every > 0 and step % every == 0)
+
+    def measure(self, step: int) -> None:
+        """Evaluates and samples if it is time, after the checkpoint of the step: whatever fails here loses none."""
+        if self.is_due("eval", step):
+            self.evaluate("valid", step, self.args.eval_bytes)
+        if self.args.sample_bytes and step < self.args.max_steps and self.is_due("sample", step):
+            self.sample(step)  # the last sample is made of the saved model
+
+    @torch.no_grad()
+    def is_sound(self, step: int) -> bool:
+        """Whether all numbers of the model and its optimizers are finite, and its loss on a micro-batch to come is."""
+        self.model.eval()
+        first_row = self.accelerator.process_index * self.args.micro_batch_size
+        nats = summed_nats(self.model, self.accelerator, self.windows, step, first_row, self.args)
+        self.model.train()
+        sound = all_finite(self.model, self.optimizers) and math.isfinite(nats.item())
+        return self.accelerator.reduce(torch.tensor(float(not sound), device=nats.device), "sum").item() == 0
+
+    def save(self, step: int) -> None:
+        """Saves a checkpoint, whose model is yet to be measured."""
+        self.check(self.is_sound(step), "weights or loss are not finite", step)
+        self.log.sync()
+        self.state |= {
+            "step": step,
+            "log_lines": self.log.num_lines,
+            "identity": self.identity,
+            "measured": False,
+        }
+        save_checkpoint(self.accelerator, self.folder / "checkpoints", self.state)
+
+    def prune(self) -> None:
+        """Removes old checkpoints; the model of the newest has proved good."""
+        if self.accelerator.is_main_process:
+            prune(self.folder / "checkpoints", self.args.keep_checkpoints)
+
     def train(self) -> None:
-        """Trains, and evaluates, samples and saves on the way."""
+        """Trains, and saves, evaluates and samples on the way."""
         args, state = self.args, self.state
-        progress = tqdm(
+        if not state.get("measured", True):  # the run that saved this checkpoint may have ended before
+            self.measure(state["step"])
+        self.model.train()
+        with tqdm(
             total=args.max_steps,
             initial=state["step"],
             unit="step",
             disable=not self.accelerator.is_main_process,
-        )
-        nats, tokens, started = 0.0, 0, time.perf_counter()
-        self.model.train()
-        for step in range(state["step"], args.max_steps):
-            nats += train_step(self.model, self.optimizers, self.accelerator, self.windows, step, args)
-            tokens += args.batch_size * args.sequence_length
-            done = step + 1
-            progress.update()
-            last = done == args.max_steps
-            logs, evaluates, samples, saves = (
-                last or (every > 0 and done % every == 0)
-                for every in (args.log_every, args.eval_every, args.sample_every, args.save_every)
-            )
-            # A line also stands before everything that is no training, so that no measured time includes it.
-            if not (logs or evaluates or samples or saves):
-                continue
-            bits_per_byte = self.accelerator.reduce(nats, reduction="sum").item() / (math.log(2) * tokens)
-            seconds = time.perf_counter() - started
-            if not math.isfinite(bits_per_byte):
-                raise FloatingPointError(f"the loss is {bits_per_byte} at step {done}: lower --learning_rate")
-            state["training_seconds"] += seconds
-            rates = {"learning_rate": learning_rate(step, args), "tokens_per_second": tokens / seconds}
-            self.log.write("train", step=done, bits_per_byte=bits_per_byte, **rates, seconds=state["training_seconds"])
-            progress.set_postfix_str(f"{bits_per_byte:.3f} bits per byte, {tokens / seconds:,.0f} tokens/s")
-            if evaluates:
-                self.evaluate("valid", done, args.eval_bytes)
-            if samples and args.sample_bytes and not last:  # the last sample is made of the saved model
-                self.sample(done)
-            if saves:
-                state |= {"step": done, "log_lines": self.log.num_lines, "identity": self.identity}
-                save_checkpoint(self.accelerator, self.folder / "checkpoints", state, args.keep_checkpoints)
+        ) as progress:
             nats, tokens, started = 0.0, 0, time.perf_counter()
-        progress.close()
+            for step in range(state["step"], args.max_steps):
+                nats += train_step(self.model, self.optimizers, self.accelerator, self.windows, step, args)
+                tokens += args.batch_size * args.sequence_length
+                done = step + 1
+                progress.update()
+                # A line also stands before everything that is no training, so that no measured time includes it.
+                if not any(self.is_due(name, done) for name in ("log", "eval", "sample", "save")):
+                    continue
+                bits_per_byte = self.accelerator.reduce(nats, reduction="sum").item() / (math.log(2) * tokens)
+                seconds = time.perf_counter() - started
+                self.check(math.isfinite(bits_per_byte), f"the loss is {bits_per_byte}", done)
+                state["training_seconds"] += seconds
+                rates = {"learning_rate": learning_rate(step, args), "tokens_per_second": tokens / seconds}
+                seconds = state["training_seconds"]
+                self.log.write("train", step=done, bits_per_byte=bits_per_byte, **rates, seconds=seconds)
+                progress.set_postfix_str(
+                    f"{bits_per_byte:.3f} bits per byte, {rates['tokens_per_second']:,.0f} tokens/s"
+                )
+                if self.is_due("save", done):
+                    self.save(done)
+                    self.measure(done)
+                    self.prune()
+                else:
+                    self.measure(done)
+                nats, tokens, started = 0.0, 0, time.perf_counter()
 
     def finish(self) -> dict:
         """Scores the test split, saves the model with curve and card, and returns the final event of the log."""
         test = self.evaluate("test", self.args.max_steps)
         save_model(self.model, self.accelerator, self.folder)
+        self.prune()
         path = self.folder.resolve()
-        final = {"step": self.args.max_steps, "test_bits_per_byte": test["bits_per_byte"], "model_name": path.name}
-        final |= {"training_seconds": self.state["training_seconds"], "sample": "", "model_path": str(path)}
+        final = {"step": self.args.max_steps, "test_bits_per_byte": test["bits_per_byte"]}
+        final |= {"model_name": readable(path.name), "training_seconds": self.state["training_seconds"], "sample": ""}
         if self.accelerator.is_main_process:
             if self.args.sample_bytes:  # from the folder, which shows that it loads
                 final["sample"] = sample_text(AutoModelForCausalLM.from_pretrained(self.folder), self.args)
-            self.log.write("final", **final)
+            self.log.write("final", **final, model_path=readable(public_path(self.args.output_dir)))
+            self.log.sync()
             events = read_log(self.log.path)
             plot_training_curve(events, self.folder / "training_curve.png")
             write_whole(self.folder / "README.md", fill_model_card(events))
             print(f"--- sample\n{final['sample']}\n---")
             print(f"test: {test['bits_per_byte']:.4f} bits per byte\nmodel: {path}")
         self.accelerator.wait_for_everyone()
-        return final
+        return {**final, "model_path": str(path)}
 
 
-def main(argv: list[str] | None = None) -> dict:
-    """Runs the program with the flags `argv`, those of the command line by default; returns the log's final event."""
-    argv = sys.argv[1:] if argv is None else argv
-    args = parse_arguments(argv)
-    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        raise ValueError(
-            "pretrain_enwik8.py: distributed_type of the launch file must not be DEEPSPEED, whose engine steps after "
-            "every micro-batch; configuration/accelerate/fsdp.yaml shards the state of this script"
-        )
-    # Before Accelerator, so that a wrong precision is one of the problems that are listed together.
-    processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-    config = check_arguments(args, processes.num_processes)
-    checkpoint = find_checkpoint(args.resume, Path(args.output_dir) / "checkpoints")
+def make_accelerator(args) -> Accelerator:
+    """
+    The accelerator of the run.
+
+    Raises:
+        ValueError: the optimizer does not work with its precision or its sharding.
+    """
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         dynamo_backend="inductor" if args.compile else None,
@@ -304,9 +349,51 @@ def main(argv: list[str] | None = None) -> dict:
             else "with fp16, whose loss scale belongs to one optimizer"
         )
         raise ValueError(f"--optimizer must be adamw {reason}, got 'muon'")
+    return accelerator
+
+
+def open_log(args, accelerator: Accelerator, checkpoint: Path | None, state: dict, argv: list[str], **facts) -> RunLog:
+    """The log of the run, which begins with its config event, or goes on where `checkpoint` was saved."""
+    log = RunLog(
+        Path(args.output_dir) / "run.jsonl",
+        continues=None if checkpoint is None else checkpoint.parent.parent / "run.jsonl",
+        keep_lines=state["log_lines"],
+        tensorboard=Path(args.output_dir) / "tensorboard" if args.tensorboard else None,
+        active=accelerator.is_main_process,
+    )
+    command = shlex.join(["python", "scripts/pretrain_enwik8.py", *public_flags(argv)])
+    if log.active and (missing := state["log_lines"] - len(log.kept)):
+        print(f"run.jsonl beside {checkpoint} has {missing} lines less than when that was saved", file=sys.stderr)
+    if not any(event["event"] == "config" for event in log.kept):
+        versions = {package: importlib.metadata.version(package) for package in VERSIONS}
+        log.write(
+            "config",
+            **facts,
+            arguments={name: public_value(name, value) for name, value in vars(args).items()},
+            versions={"Python": platform.python_version(), **versions},
+            command=command,
+            date=today(),
+        )
+    if checkpoint is not None:
+        log.write("resume", step=state["step"], command=command)
+    return log
+
+
+def set_up(args, argv: list[str], config) -> Run:
+    """
+    Everything that a run needs, in its folder, which is held for it. Nothing of an earlier run is touched before all
+    else is there.
+
+    Raises:
+        ValueError: the arguments do not fit the data, the checkpoint, or what is in the folder.
+    """
+    folder = Path(args.output_dir)
+    checkpoint = find_checkpoint(args.resume, folder / "checkpoints")
+    accelerator = make_accelerator(args)
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     with accelerator.local_main_process_first():
+        load_metric()  # before the training, in which nothing may keep it from loading
         name, data = load_data(args)
     train_start, train_end = data.splits["train"]
     windows = TrainingWindows(data.read, train_end - train_start, args.sequence_length, args.seed)
@@ -320,7 +407,7 @@ def main(argv: list[str] | None = None) -> dict:
     state = {"step": 0, "log_lines": 0, "training_seconds": 0.0}
     if checkpoint is not None:
         state = read_state(checkpoint, identity)
-    folder = prepare_output(args, checkpoint, accelerator)
+    check_output(args, checkpoint)
 
     set_seed(args.seed)
     model = AutoModelForCausalLM.from_config(config)
@@ -331,39 +418,51 @@ def main(argv: list[str] | None = None) -> dict:
     facts = describe_run(args, accelerator, model, name, data, windows)
     model, *optimizers = accelerator.prepare(model, *create_optimizers(model, args))
     if checkpoint is not None:
-        accelerator.load_state(str(checkpoint))
+        load_checkpoint(accelerator, checkpoint)
 
     for key, value in facts.items():
-        accelerator.print(f"{key.replace('_', ' ')}: {f'{value:,}' if isinstance(value, int) else value}")
+        if value is not None:
+            accelerator.print(f"{key.replace('_', ' ')}: {f'{value:,}' if isinstance(value, int) else value}")
     accelerator.print(f"checkpoint: {checkpoint or 'none, starting from the beginning'}")
-    log = RunLog(
-        folder / "run.jsonl",
-        continues=None if checkpoint is None else checkpoint.parent.parent / "run.jsonl",
-        keep_lines=state["log_lines"],
-        tensorboard=folder / "tensorboard" if args.tensorboard else None,
-        active=accelerator.is_main_process,
-    )
-    command = shlex.join(["python", "scripts/pretrain_enwik8.py", *argv])
-    if checkpoint is not None:
-        log.write("resume", step=state["step"], command=command)
-    else:
-        versions = {package: importlib.metadata.version(package) for package in VERSIONS}
-        log.write(
-            "config",
-            **facts,
-            arguments=vars(args),
-            model_config=identity["model_config"],
-            versions={"Python": platform.python_version(), **versions},
-            command=command,
-            date=today(),
-        )
+    accelerator.wait_for_everyone()  # all processes have looked before one of them writes
+    if accelerator.is_main_process:
+        clear_output(args, checkpoint, state["step"])
+    facts["model_config"] = identity["model_config"]
+    log = open_log(args, accelerator, checkpoint, state, argv, **facts)
+    return Run(args, accelerator, model, optimizers, data, windows, log, folder, state, identity)
 
-    run = Run(args, accelerator, model, optimizers, data, windows, log, folder, state, identity)
-    run.train()
-    final = run.finish()
-    accelerator.end_training()
-    return final
+
+@any_text()
+def main(argv: list[str] | None = None) -> dict:
+    """
+    Runs the program with the flags `argv`, those of the command line by default.
+
+    Returns:
+        The final event of the log, with the path of the model in `model_path`.
+
+    Raises:
+        ValueError: a flag or a file is wrong, or another run holds the folder.
+        OSError: something cannot be read or written.
+        FloatingPointError: the run has diverged; no model is written, and the checkpoints before that are there.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_arguments(argv)
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError(
+            "pretrain_enwik8.py: distributed_type of the launch file must not be DEEPSPEED, whose engine steps after "
+            "every micro-batch; configuration/accelerate/fsdp.yaml shards the state of this script"
+        )
+    # Before Accelerator, so that a wrong precision is one of the problems that are listed together.
+    processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    config = check_arguments(args, processes.num_processes)
+    with locked(Path(args.output_dir), active=processes.is_main_process):
+        processes.wait_for_everyone()  # no process looks into the folder before it is held
+        run = set_up(args, argv, config)
+        run.train()
+        final = run.finish()
+        run.accelerator.end_training()
+        return final
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -10,13 +10,19 @@
 
 import argparse
 import json
+import math
+import reprlib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-import yaml
+from console import one_line
+from memory_needs import check_memory
+from redaction import public_address, public_path, readable
+from settings_files import read_json, read_yaml
 from transformers import AutoConfig, HfArgumentParser, PreTrainedConfig
 
 
+MOST_LAYERS = 1_000_000  # to make a configuration of more takes memory
 CONFIGURATION = Path(__file__).resolve().parent.parent / "configuration"
 
 CHOICES = {
@@ -135,11 +141,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = HfArgumentParser(
         GROUPS, allow_abbrev=False, description="Pre-train a byte-level causal language model.", exit_on_error=False
     )
-    preset_flag = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    preset_flag = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     preset_flag.add_argument("--training_preset", "--training-preset")
-    preset = preset_flag.parse_known_args(argv)[0].training_preset
     try:
-        defaults = read_preset(preset, argv) if preset else []
+        preset = preset_flag.parse_known_args(argv)[0].training_preset
+        defaults = [] if preset is None else read_preset(preset, argv)
         groups = parser.parse_args_into_dataclasses([*defaults, *argv], look_for_args_file=False)
     except argparse.ArgumentError as error:
         raise ValueError(str(error)) from None
@@ -147,14 +153,16 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def read_preset(path: str, argv: list[str]) -> list[str]:
-    """The flags that a YAML preset stands for, e.g. `["--batch_size", "32"]`, without what `argv` rules out."""
-    if not Path(path).is_file():
-        raise ValueError(f"--training_preset: no such file: {path}")
-    preset = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(preset, dict):
-        raise ValueError(f"--training_preset {path}: must be a mapping of flags to values, got {preset!r}")
-    known = {entry.name for group in GROUPS for entry in fields(group)} - {"training_preset"}
-    if unknown := sorted(set(preset) - known):
+    """
+    The flags that a YAML preset stands for, e.g. `["--batch_size=32"]`, without what `argv` rules out. A value is the
+    text that stands there, as on the command line; null is the default of a flag whose default is None.
+
+    Raises:
+        ValueError: the file cannot be read, or a key is unknown or has a value of the wrong kind.
+    """
+    preset = read_yaml(path, "--training_preset", plain=True)
+    known = {entry.name: entry for group in GROUPS for entry in fields(group) if entry.name != "training_preset"}
+    if unknown := sorted(map(str, set(preset) - set(known))):
         raise ValueError(f"--training_preset {path}: unknown keys {', '.join(unknown)}; known: {sorted(known)}")
     explicit = {item.partition("=")[0][2:].replace("-", "_") for item in argv if item.startswith("--")}
     for name, rival in (("max_steps", "num_epochs"), ("num_epochs", "max_steps")):
@@ -162,10 +170,40 @@ def read_preset(path: str, argv: list[str]) -> list[str]:
             preset.pop(name, None)
     flags = []
     for name, value in preset.items():
-        if name in PATHS:
-            value = Path(path).resolve().parent / value
-        flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        is_list = known[name].default_factory is list
+        if is_list and isinstance(value, list) and all(isinstance(item, str) for item in value):
+            flags += [f"--{name}", *value] if value else []
+        elif isinstance(value, str):
+            if known[name].type is bool:
+                value = {"on": "true", "off": "false"}.get(value.lower(), value)  # which YAML has beside yes and no
+            flags.append(f"--{name}={Path(path).resolve().parent / value if name in PATHS and value else value}")
+        elif value is not None or known[name].default is not None:
+            allowed = "a list of texts" if is_list else "one value"
+            got = "null" if value is None else reprlib.repr(value)
+            raise ValueError(f"--training_preset {path}: {name} must be {allowed}, got {got}")
     return flags
+
+
+def public_value(name: str, value):
+    """The value of a flag as others may read it: no folders of the machine, no credentials of an address."""
+    if name == "dataset_url" and value is not None:
+        return public_address(value)
+    if name in (*PATHS, "training_preset", "resume") and value is not None:
+        value = public_path(value)
+    return readable(value) if isinstance(value, str) else value
+
+
+def public_flags(argv: list[str]) -> list[str]:
+    """A command line as others may read it, in the manner of `public_value`."""
+    shown, name = [], ""
+    for item in argv:
+        if item.startswith("--"):
+            flag, equals, value = item.partition("=")
+            name = flag[2:].replace("-", "_")
+            shown.append(f"{flag}={public_value(name, value)}" if equals else flag)
+        else:
+            shown.append(public_value(name, item))
+    return shown
 
 
 def build_config(args: argparse.Namespace) -> PreTrainedConfig:
@@ -175,26 +213,50 @@ def build_config(args: argparse.Namespace) -> PreTrainedConfig:
     Raises:
         ValueError: the file is not a model configuration, or a field or its value is not allowed.
     """
-    path = Path(args.model_preset)
-    if not path.is_file():
-        raise ValueError(f"--model_preset: no such file: {path}")
-    values = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(values, dict) or "model_type" not in values:
-        raise ValueError(f"--model_preset {path}: must be a JSON object with a model_type")
-    config = AutoConfig.for_model(**values)
+    name = f"--model_preset {args.model_preset}"
+    values = read_json(args.model_preset, "--model_preset")
+    if "model_type" not in values:
+        raise ValueError(f"{name}: must be a JSON object with a model_type")
+    config = make_config(values, name)
     overrides = {}
     for item in args.model_override:
-        name, equals, text = item.partition("=")
-        if not equals or name == "model_type" or not hasattr(config, name):
+        key, equals, text = item.partition("=")
+        if not equals or key == "model_type" or not hasattr(config, key):
             raise ValueError(f"--model_override {item!r}: must be key=value with a field of {type(config).__name__}")
+        if key in overrides:
+            raise ValueError(f"--model_override {item!r}: {key} stands there twice")
         try:
-            overrides[name] = json.loads(text)
-        except json.JSONDecodeError:
-            overrides[name] = text  # a bare word is a string
-    config = AutoConfig.for_model(**{**values, **overrides})
+            overrides[key] = json.loads(text)
+        except (ValueError, RecursionError):
+            overrides[key] = text  # a bare word is a string
+    config = make_config({**values, **overrides}, f"{name} with --model_override" if overrides else name)
     if config.vocab_size < 256:
         raise ValueError(f"vocab_size must be at least 256 for a model of bytes, got {config.vocab_size}")
     return config
+
+
+def make_config(values: dict, name: str) -> PreTrainedConfig:
+    """The configuration of these fields; a ValueError that begins with `name` if one of them is not allowed."""
+
+    def find_infinite(value) -> bool:
+        if isinstance(value, (dict, list)):
+            return any(map(find_infinite, value.values() if isinstance(value, dict) else value))
+        return isinstance(value, float) and not math.isfinite(value)
+
+    if wrong := [field for field, value in values.items() if find_infinite(value)]:
+        raise ValueError(f"{name}: must have finite numbers, got {', '.join(f'{key}={values[key]}' for key in wrong)}")
+    layers = values.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        raise ValueError(f"{name}: num_hidden_layers must be at most {MOST_LAYERS}, got {layers}")
+    try:
+        return AutoConfig.for_model(**values)
+    except Exception as error:  # the configuration's own checks, and those of its strict dataclass
+        raise ValueError(f"{name}: {one_line(error)}") from error
+
+
+def prompt_bytes(prompt: str) -> bytes:
+    """A prompt in UTF-8. Bytes of the command line that are none, lone surrogates in Python, stay what they are."""
+    return prompt.encode("utf-8", "surrogateescape")
 
 
 def has_length_limit(config: PreTrainedConfig) -> bool:
@@ -215,6 +277,13 @@ def check_arguments(args: argparse.Namespace, num_processes: int) -> PreTrainedC
         if not ok:
             problems.append(f"--{name} must be {allowed}, got {getattr(args, name)!r}")
 
+    for name, value in vars(args).items():
+        check(value != "" or name == "sample_prompt", name, "given, or left out")
+        check(not isinstance(value, float) or math.isfinite(value), name, "a finite number")
+        check(not isinstance(value, int) or abs(value) < 2**63, name, "less than 2^63")
+    for name in ("output_dir", "cache_dir"):  # which libraries get that want UTF-8
+        value = getattr(args, name)
+        check(value == readable(value), name, "text that Python's locale can read (PYTHONUTF8=1 reads UTF-8)")
     for name, choices in CHOICES.items():
         check(getattr(args, name) in (*choices, None), name, "one of " + ", ".join(choices))
     for name in ("batch_size", "log_every", "keep_checkpoints"):
@@ -230,7 +299,8 @@ def check_arguments(args: argparse.Namespace, num_processes: int) -> PreTrainedC
     for name in ("learning_rate", "position_lr_scale"):
         check(getattr(args, name) > 0, name, "positive")
     check(0 <= args.min_lr_ratio <= 1, "min_lr_ratio", "in [0, 1]")
-    check(args.num_epochs is None or args.num_epochs > 0, "num_epochs", "positive")
+    check(args.seed < 2**32, "seed", "less than 2^32")
+    check(args.num_epochs is None or 0 < args.num_epochs <= 1e9, "num_epochs", "positive and at most 1e9")
     check(args.num_epochs is None or args.max_steps is None, "num_epochs", "left out when --max_steps is given")
     check(args.lr_decay != "inverse_sqrt" or args.warmup_steps >= 1, "warmup_steps", "at least 1 with inverse_sqrt")
     args.dataset = args.dataset or ("file" if args.dataset_path else "pydoc")
@@ -239,6 +309,11 @@ def check_arguments(args: argparse.Namespace, num_processes: int) -> PreTrainedC
     check(args.dataset != "file" or args.dataset_path is not None, "dataset_path", "given with --dataset file")
     check(args.dataset == "enwik8" or args.dataset_url is None, "dataset_url", "left out without --dataset enwik8")
     check(args.sample_bytes == 0 or args.sample_prompt, "sample_prompt", "at least one character")
+    try:
+        prompt = prompt_bytes(args.sample_prompt)
+    except UnicodeEncodeError:
+        prompt = b""
+        check(False, "sample_prompt", "text that UTF-8 has")
     check(not args.overwrite or args.resume == "none", "overwrite", "left out when --resume is given")
     check(args.batch_size % num_processes == 0, "batch_size", f"divisible by {num_processes}, the number of processes")
     args.micro_batch_size = args.micro_batch_size or max(args.batch_size // num_processes, 1)
@@ -248,22 +323,24 @@ def check_arguments(args: argparse.Namespace, num_processes: int) -> PreTrainedC
     config = None
     try:
         config = build_config(args)
-    except Exception as error:  # the configuration's own checks, and those of its strict dataclass
-        problems.append(f"--model_preset {args.model_preset}: {error}")
+    except ValueError as error:
+        problems.append(str(error))
     if config is not None:
         length = getattr(config, "max_position_embeddings", None)
         args.sequence_length = args.sequence_length or length
         check(args.sequence_length is not None, "sequence_length", "given: the model has no max_position_embeddings")
         if args.sequence_length and has_length_limit(config):
             check(args.sequence_length <= length, "sequence_length", f"at most max_position_embeddings ({length})")
-            check(len(args.sample_prompt.encode()) < length, "sample_prompt", f"shorter than {length} bytes")
+            check(len(prompt) < length, "sample_prompt", f"shorter than {length} bytes")
             check(args.eval_protocol != "carried", "eval_protocol", "another: this model's position tables end")
     if args.sequence_length:
         args.eval_stride = args.eval_stride or max(args.sequence_length // 2, 1)
         check(args.eval_stride <= args.sequence_length, "eval_stride", f"at most {args.sequence_length}")
+    args.eval_batch_size = args.eval_batch_size or args.micro_batch_size
+    if not problems:
+        problems = check_memory(args, config, num_processes)
     if problems:
         raise ValueError("pretrain_enwik8.py: " + "; ".join(problems))
-    args.eval_batch_size = args.eval_batch_size or args.micro_batch_size
     if args.max_steps is None and args.num_epochs is None:
         args.max_steps = 800
     return config

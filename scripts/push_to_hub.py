@@ -13,21 +13,23 @@ Pushes a saved model to the Hub, in one commit: weights, configurations, code, t
     python scripts/push_to_hub.py runs/tiny me/aft-tiny --private
 
 The folder is one that pretrain_enwik8.py or `save_pretrained` of model and tokenizer wrote. Before anything is sent,
-its own code loads its weights. The card is made from the log of the run, run.jsonl; without one, or with --keep_card,
-README.md, if there is one, is pushed with the metadata that it lacks. The pictures that the log names go with it.
-Checkpoints, optimizer states and whatever else is in the folder stay there. Log in with `hf auth login`, or set
-HF_TOKEN.
+its own code loads its weights; code that is not that of this repository runs only with --trust_remote_code. The card
+is made from the log of the run, run.jsonl; without one, or with --keep_card, README.md, if there is one, is pushed
+with the metadata that it lacks. The pictures that the log names go with it. Checkpoints, optimizer states and whatever
+else is in the folder stay there, and nothing outside of it is sent, where a link or the log leads there. Log in with
+`hf auth login`, or set HF_TOKEN.
 """
 
 import argparse
-import json
 import re
 from pathlib import Path
 
 import transformers
+from console import any_text, one_line, run_program
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.utils import validate_repo_id
 from run_log import fill_model_card, read_log
+from settings_files import read_json
 from transformers import AutoTokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -45,7 +47,9 @@ PARTS = (
     "run.jsonl",
     "training_curve.png",
 )
-
+READ_ONLY = ("README.md", "eval_results.json")  # what the card is made of besides
+PICTURES = (".png", ".svg")
+CODE = Path(__file__).resolve().parent.parent / "modeling_aft"  # what a saved folder carries
 TIMINGS = re.compile("runtime|per_second")  # in the results of Trainer
 
 
@@ -57,7 +61,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         ValueError: one error that lists every value that is not allowed.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where the model was saved")
+    parser.add_argument("folder", help="where the model was saved")
     parser.add_argument("repo_id", help="where it goes: owner/name; made if it does not exist")
     parser.add_argument("--revision", help="branch to push to, made if it does not exist (default: main)")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
@@ -67,8 +71,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--datasets", nargs="+", metavar="ID", help="data sets on the Hub, on the model's card")
     parser.add_argument("--keep_card", action="store_true", help="push README.md, although there is a log")
     parser.add_argument("--dry_run", action="store_true", help="check the folder and print what would be pushed")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code of the folder that is not ours")
     args = parser.parse_args(argv)
-    problems = []
+    problems = [] if args.folder else ["folder must be a path, got ''"]
+    args.folder = Path(args.folder)
     try:
         validate_repo_id(args.repo_id)
     except ValueError as error:
@@ -91,14 +97,16 @@ def check_files(folder: Path) -> dict:
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no config.json; allowed: a folder that save_pretrained wrote")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    check_inside(folder, [path for part in (*PARTS, *READ_ONLY) for path in folder.glob(part)])
+    config, needed = {}, {"tokenizer_config.json"}
+    for path in (folder / "tokenizer_config.json", folder / "config.json"):
+        if path.is_file():
+            config = read_json(path, f"{folder}:")
+            needed |= code_files(config, path)
     index = folder / "model.safetensors.index.json"
-    weights = {"model.safetensors"}
-    if index.is_file():
-        weights = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    needed = weights | {"tokenizer_config.json"}
-    needed |= {f"{reference.split('.')[0]}.py" for reference in config.get("auto_map", {}).values()}
-    problems = [f"no {name}" for name in sorted(needed) if not (folder / name).is_file()]
+    weights = read_json(index, f"{folder}:").get("weight_map", {}) if index.is_file() else {"all": "model.safetensors"}
+    needed |= set(weights.values())
+    problems = [f"no {name}" for name in sorted(needed) if Path(name).name != name or not (folder / name).is_file()]
     if index.is_file() and (folder / "model.safetensors").is_file():
         problems.append("weights twice: model.safetensors and model.safetensors.index.json")
     if not config.get("architectures"):
@@ -108,6 +116,74 @@ def check_files(folder: Path) -> dict:
     if problems:
         raise ValueError(f"{folder}: " + "; ".join(problems))
     return config
+
+
+def code_files(config: dict, path: Path) -> set[str]:
+    """
+    The files that a configuration takes classes from; one of another repository is named with it, owner/name--.
+
+    Raises:
+        ValueError: its auto_map does not map classes to names.
+    """
+    auto_map = config.get("auto_map") or {}
+    values = auto_map.values() if isinstance(auto_map, dict) else [auto_map]
+    names = [name for value in values for name in (value if isinstance(value, list) else [value]) if name is not None]
+    if not isinstance(auto_map, dict) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path}: auto_map must map classes to names, got {auto_map!r}")
+    return {f"{name.rpartition('.')[0]}.py" for name in names}
+
+
+def check_inside(folder: Path, paths: list[Path]) -> None:
+    """
+    Checks that files that are read or sent are in the folder: what was downloaded may hold links to anything.
+
+    Raises:
+        ValueError: lists those that are not.
+    """
+    outside = [path for path in paths if not path.resolve().is_relative_to(folder.resolve())]
+    if outside:
+        found = ", ".join(f"{path.name} -> {path.resolve()}" for path in sorted(outside))
+        raise ValueError(f"{folder}: must hold its files itself, and not lead out of itself: {found}")
+
+
+def check_code(folder: Path) -> None:
+    """
+    Checks that the code in `folder` is that of this repository, which may run.
+
+    Raises:
+        ValueError: lists the files that are not, or says that one is not Python.
+    """
+    foreign = []
+    for path in sorted(folder.glob("*.py")):
+        ours, content = CODE / path.name, path.read_bytes()
+        if not ours.is_file() or ours.read_bytes() != content:
+            foreign.append(path.name)
+            try:
+                compile(content, path.name, "exec")
+            except (SyntaxError, ValueError) as error:
+                raise ValueError(f"{folder} does not load: {type(error).__name__}: {error}") from error
+    if foreign:
+        raise ValueError(
+            f"{folder}: {', '.join(foreign)} {'is' if len(foreign) == 1 else 'are'} not the code of this repository; "
+            "--trust_remote_code runs it"
+        )
+
+
+def find_pictures(folder: Path, events: list[dict]) -> list[Path]:
+    """
+    The pictures that a log names and that are there.
+
+    Raises:
+        ValueError: a name is not that of a picture in the folder.
+    """
+    named = [picture["file"] for event in events for picture in event.get("pictures", [])]
+    for name in named:
+        if not isinstance(name, str) or Path(name).name != name or Path(name).suffix not in PICTURES:
+            allowed = f"names of pictures in the folder, {' or '.join(PICTURES)}"
+            raise ValueError(f"{folder / 'run.jsonl'}: pictures must have {allowed}, got {name!r}")
+    pictures = [folder / name for name in dict.fromkeys(named) if (folder / name).is_file()]
+    check_inside(folder, pictures)
+    return pictures
 
 
 def check_model(folder: Path, config: dict) -> dict:
@@ -145,7 +221,7 @@ def check_model(folder: Path, config: dict) -> dict:
 def make_card(args: argparse.Namespace, events: list[dict], values: dict) -> str:
     """The README.md to push; `events` are those of the log, and `values` those of `check_model`."""
     results, readme = (args.folder / name for name in ("eval_results.json", "README.md"))
-    metrics = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
+    metrics = read_json(results, f"{args.folder}:") if results.is_file() else {}
     metrics = {name.removeprefix("eval_"): value for name, value in metrics.items() if not TIMINGS.search(name)}
     card = made = ModelCard(fill_model_card(events, name=args.repo_id, path=args.repo_id, metrics=metrics, **values))
     if readme.is_file() and (args.keep_card or not events):
@@ -179,26 +255,40 @@ def push(args: argparse.Namespace, files: list[Path], card: str, message: str) -
     return commit.pr_url or commit.commit_url
 
 
+@any_text()
 def main(argv: list[str] | None = None) -> None:
-    """Runs the program with the flags `argv`, those of the command line by default."""
+    """
+    Runs the program with the flags `argv`, those of the command line by default.
+
+    Raises:
+        ValueError: a flag is wrong, or the folder is not one to push.
+        OSError: it was not pushed.
+    """
     args = parse_arguments(argv)
     transformers.utils.logging.disable_progress_bar()
     config = check_files(args.folder)
-    values = check_model(args.folder, config)
+    if not args.trust_remote_code:
+        check_code(args.folder)
     log = args.folder / "run.jsonl"
     events = read_log(log) if log.is_file() else []
+    pictures = find_pictures(args.folder, events)
+    values = check_model(args.folder, config)
     card = make_card(args, events, values)
-    pictures = {args.folder / picture["file"] for event in events for picture in event.get("pictures", [])}
-    files = {path for part in PARTS for path in args.folder.glob(part)}
-    files = sorted(files | {path for path in pictures if path.is_file()})
+    files = sorted({path for part in PARTS for path in args.folder.glob(part) if path.is_file()} | set(pictures))
     for name, size in [*((path.name, path.stat().st_size) for path in files), ("README.md", len(card.encode()))]:
         print(f"{size:>13,} {name}")
     if args.dry_run:
         print(f"\n{card}\nNothing was pushed: --dry_run.")
         return
     message = args.commit_message or f"Upload {values['model_class']}"
-    print(f"pushed: {push(args, files, card, message)}")
+    try:
+        url = push(args, files, card, message)
+    except OSError:
+        raise
+    except Exception as error:  # of the client's HTTP library, whose errors are not all OSErrors
+        raise OSError(f"{args.repo_id} was not pushed: {type(error).__name__}: {one_line(error)}") from error
+    print(f"pushed: {url}")
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

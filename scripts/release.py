@@ -27,18 +27,21 @@ import shlex
 import sys
 import tempfile
 from pathlib import Path
-from shutil import rmtree
 
 import torch
 import transformers
 from accelerate import Accelerator
 from bpb_evaluation import evaluate_split
 from byte_data import file_bytes, pydoc_bytes, split_ranges
+from console import any_text, one_line, run_program
 from draw_model import draw_model, draw_receptive_fields, load_models
 from drawing import save_figure
 from pretrain_enwik8 import sample_text
 from pretraining_arguments import has_length_limit
+from redaction import public_path, readable
 from run_log import OF_THE_MACHINE, fill_model_card, plot_training_curve, read_log, today
+from safetensors import SafetensorError
+from saved_models import load_model
 from transformers import AutoModelForCausalLM
 
 from modeling_aft import ByteTokenizer
@@ -74,19 +77,27 @@ def check_run(folder: Path, content: bytes) -> list[dict]:
     if not (folder / "config.json").is_file() or not events or events[-1]["event"] != "final":
         last = events[-1]["event"] if events else None
         raise ValueError(f"run: {folder} must be the folder of a finished run, got one whose log ends with {last!r}")
-    trained_on, sha256 = events[0]["data_sha256"], hashlib.sha256(content).hexdigest()
+    trained_on, sha256 = events[0].get("data_sha256"), hashlib.sha256(content).hexdigest()
     if trained_on != sha256:
         raise ValueError(f"--dataset_path must be the data of the run, of sha256 {trained_on}, got {sha256}")
     return events
 
 
 def save_weights(model, folder: Path, dtype: torch.dtype) -> None:
-    """Saves a model with its floating-point numbers in `dtype`; config.json keeps the dtype that the model has."""
+    """
+    Saves a model with its floating-point numbers in `dtype`; config.json keeps the dtype that the model has.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     state = model.state_dict()
     rounded = {  # by address, so that what is tied stays tied
         tensor.data_ptr(): tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in state.values()
     }
-    model.save_pretrained(folder, state_dict={name: rounded[tensor.data_ptr()] for name, tensor in state.items()})
+    try:
+        model.save_pretrained(folder, state_dict={name: rounded[tensor.data_ptr()] for name, tensor in state.items()})
+    except SafetensorError as error:  # what safetensors makes of a full disk
+        raise OSError(f"the weights cannot be written to {folder.parent.parent}: {one_line(error)}") from error
     ByteTokenizer().save_pretrained(folder)
 
 
@@ -140,6 +151,12 @@ def score(model, content: bytes, length: int, splits: tuple[str, ...], protocols
     return events
 
 
+def public_argument(word: str) -> str:
+    """A word of the command line as the card shows it, without where this machine has its files."""
+    flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return readable(flag + equals + public_path(value))
+
+
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """
     The flags of this script.
@@ -148,20 +165,23 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         ValueError: one error that lists every value that is not allowed.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of a finished run")
-    parser.add_argument("folder", type=Path, help="the new folder, whose name is that of the model")
+    parser.add_argument("run", help="folder of a finished run")
+    parser.add_argument("folder", help="the new folder, whose name is that of the model")
     parser.add_argument("--dataset_path", type=Path, help="data of the run; Python's documentation when left out")
     parser.add_argument("--dataset_note", help="what the data are and where from, for the card")
     parser.add_argument("--dtype", default="bfloat16", help=f"of the stored weights: {', '.join(DTYPES)}")
     parser.add_argument("--beside", type=Path, nargs="+", default=[], help="AFT models for the receptive field")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder of an earlier release")
     args = parser.parse_args(argv)
-    problems = []
+    problems = [f"{name} must be a path, got ''" for name in ("run", "folder") if not getattr(args, name)]
+    if readable(args.folder) != args.folder:
+        problems.append(f"folder must have a name in UTF-8, which the card can hold, got {args.folder!r}")
+    args.run, args.folder = Path(args.run), Path(args.folder)
     if args.dtype not in DTYPES:
         problems.append(f"--dtype must be one of {', '.join(DTYPES)}, got {args.dtype!r}")
     log = args.folder / "run.jsonl"
     is_release = log.is_file() and any(event["event"] == "release" for event in read_log(log))
-    if args.folder.exists() and not (args.overwrite and is_release):
+    if not problems and args.folder.exists() and not (args.overwrite and is_release):
         problems.append(f"folder must be new, or with --overwrite that of an earlier release, got {args.folder}")
     if args.folder.name in (names := [path.resolve().name for path in args.beside]):
         problems.append(f"--beside must have other names than {args.folder.name}, got {', '.join(names)}")
@@ -170,6 +190,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+@any_text()
 def main(argv: list[str] | None = None) -> Path:
     """
     Runs the program with the flags `argv`, those of the command line by default; returns the folder.
@@ -182,8 +203,8 @@ def main(argv: list[str] | None = None) -> Path:
     transformers.utils.logging.disable_progress_bar()
     content = pydoc_bytes() if args.dataset_path is None else file_bytes(args.dataset_path)
     events = check_run(args.run, content)
-    trained = AutoModelForCausalLM.from_pretrained(args.run, dtype=torch.float32).eval()
-    beside = load_models(args.beside)
+    trained, _ = load_model(AutoModelForCausalLM, args.run, "run:", dtype=torch.float32, trust_remote_code=False)
+    beside = load_models(args.beside, "--beside")
     if wrong := [
         name for name, model in beside.items() if {model.config.model_type, trained.config.model_type} != {"aft"}
     ]:
@@ -198,7 +219,7 @@ def main(argv: list[str] | None = None) -> Path:
     with tempfile.TemporaryDirectory(dir=args.folder.parent, prefix=f".{name}-") as temporary:
         folder = Path(temporary) / name
         save_weights(trained, folder, getattr(torch, args.dtype))
-        stored = AutoModelForCausalLM.from_pretrained(folder).eval()
+        stored, _ = load_model(AutoModelForCausalLM, folder, f"--dtype {args.dtype}:", trust_remote_code=False)
         pictures = draw(name, {name: stored.base_model, **beside}, folder, args.dataset_path)
         plot_training_curve(events, folder / "training_curve.png")
 
@@ -216,11 +237,11 @@ def main(argv: list[str] | None = None) -> Path:
         config = {**config, "arguments": {k: v for k, v in arguments.items() if k not in OF_THE_MACHINE}}
         release = {
             "event": "release",
-            "command": shlex.join(["python", "scripts/release.py", *argv]),
+            "command": shlex.join(["python", "scripts/release.py", *map(public_argument, argv)]),
             "date": today(),
-            "folder": str(args.folder),
+            "folder": public_path(args.folder),
             "weights_sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
-            "dataset_note": args.dataset_note,
+            "dataset_note": args.dataset_note and readable(args.dataset_note),
             "dtype": args.dtype,
             "storage_cost": after["bits_per_byte"] - before["bits_per_byte"],
             "xz_bits_per_byte": xz_bits_per_byte(content, split_ranges(len(content))["test"][0]),
@@ -230,11 +251,11 @@ def main(argv: list[str] | None = None) -> Path:
         (folder / "run.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
         (folder / "README.md").write_text(fill_model_card(events), encoding="utf-8")
         if args.folder.exists():
-            rmtree(args.folder)
+            args.folder.rename(Path(temporary) / "replaced")  # which is removed when the new one is there
         folder.rename(args.folder)
     print(f"wrote {args.folder}")
     return args.folder
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

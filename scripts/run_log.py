@@ -9,18 +9,20 @@
 """The log of a training run, one JSON object per line, and what is made of it: training curve and model card."""
 
 import json
+import shlex
 from datetime import UTC, datetime
 from pathlib import Path
 
 import jinja2
 from huggingface_hub import EvalResult, ModelCardData
-from pretraining_arguments import PATHS
-from whole_files import write_whole
+from pretraining_arguments import PATHS, public_flags, public_value
+from redaction import public_path
+from whole_files import naming, replacing, sync, write_whole
 
 
 CARD_TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "template.md"
 OF_THE_MACHINE = {"training_preset", *PATHS}  # arguments that tell others nothing; the command is on the card
-HUB_DATASETS = {"enwik8": "LTCB/enwik8"}  # the data of a run that the Hub has
+HUB_DATASETS = {"enwik8": "LTCB/enwik8"}  # names on the Hub of the known files of byte_data
 PAPERS = {
     "aft": "an [Attention Free Transformer](https://arxiv.org/abs/2105.14103)",
     "synthesizer": "a [Synthesizer](https://arxiv.org/abs/2005.00743)",
@@ -44,6 +46,12 @@ class RunLog:
         keep_lines (`int`): how many of its lines to keep; the rest is younger than the checkpoint resumed from.
         tensorboard (`Path`, *optional*): folder of the TensorBoard files.
         active (`bool`): False on every process but one, where nothing is written.
+
+    Attributes:
+        kept (`list[dict]`): the events of the lines that were kept; fewer than `keep_lines` if the log has fewer.
+
+    Raises:
+        ValueError: a line to keep is damaged.
     """
 
     def __init__(
@@ -54,24 +62,26 @@ class RunLog:
         tensorboard: Path | None = None,
         active: bool = True,
     ):
-        self.path, self.active, self.writer, self.num_lines = path, active, None, 0
+        self.path, self.active, self.writer, self.num_lines, self.kept = path, active, None, 0, []
         if not active:
             return
-        kept = continues.read_text(encoding="utf-8").splitlines(keepends=True)[:keep_lines] if continues else []
-        write_whole(path, "".join(kept))
-        self.num_lines = len(kept)
+        if continues is not None and continues.is_file():
+            self.kept = [public_event(event) for event in read_log(continues, keep_lines)]
+        write_whole(path, "".join(json.dumps(event) + "\n" for event in self.kept))
+        self.num_lines = len(self.kept)
         if tensorboard is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            last_step = json.loads(kept[-1]).get("step", 0) if kept else 0
-            self.writer = SummaryWriter(str(tensorboard), purge_step=last_step + 1 if kept else None)
+            last_step = self.kept[-1].get("step", 0) if self.kept else 0
+            self.writer = SummaryWriter(str(tensorboard), purge_step=last_step + 1 if self.kept else None)
 
     def write(self, event: str, **values) -> None:
         """Appends one line; in TensorBoard, numbers of an event that has a step are named event/value."""
         if not self.active:
             return
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"event": event, **values}) + "\n")
+        line = json.dumps({"event": event, **values}, allow_nan=False)
+        with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
         self.num_lines += 1
         if self.writer is not None and "step" in values:
             for name, value in values.items():
@@ -79,10 +89,39 @@ class RunLog:
                     self.writer.add_scalar(f"{values.get('split', event)}/{name}", value, values["step"])
             self.writer.flush()
 
+    def sync(self) -> None:
+        """Waits until all lines are on the disk: a checkpoint that counts on them comes after."""
+        if self.active:
+            sync(self.path)
 
-def read_log(path: Path) -> list[dict]:
-    """The events of a log, in order."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+def read_log(path: Path, num_lines: int | None = None) -> list[dict]:
+    """
+    The events of a log, in order; of its first `num_lines` lines if given.
+
+    Raises:
+        ValueError: a line is no JSON object; the message has its number.
+    """
+    events = []
+    for number, line in enumerate(path.read_bytes().splitlines()[:num_lines], start=1):
+        try:
+            event = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}: line {number} is damaged: {error}") from error
+        if not isinstance(event, dict) or "event" not in event:
+            raise ValueError(f"{path}: line {number} is damaged: it must be an object with an event, got {line!r}")
+        events.append(event)
+    return events
+
+
+def public_event(event: dict) -> dict:
+    """An event that an earlier version may have written, without folders of the machine and credentials."""
+    changed = {}
+    if isinstance(event.get("arguments"), dict):
+        changed["arguments"] = {name: public_value(name, value) for name, value in event["arguments"].items()}
+    if event["event"] in ("config", "resume") and "command" in event:
+        changed["command"] = shlex.join(public_flags(shlex.split(event["command"])))
+    return {**event, **changed}
 
 
 def plot_training_curve(events: list[dict], path: Path) -> None:
@@ -99,7 +138,8 @@ def plot_training_curve(events: list[dict], path: Path) -> None:
         axes.plot(steps, values, style, label=name, markersize=4)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def describe_protocol(evaluation: dict) -> str:
@@ -116,7 +156,8 @@ def final_scores(events: list[dict]) -> list[dict]:
     scores = [event for event in events[released or 0 :] if event["event"] == "evaluation"]
     if released is not None:
         return scores
-    return [next(event for event in reversed(scores) if event["split"] == split) for split in ("test", "valid")]
+    last = {event["split"]: event for event in scores}
+    return [last[split] for split in ("test", "valid") if split in last]  # a log that was lost in part may lack valid
 
 
 def card_values(events: list[dict]) -> dict:
@@ -141,12 +182,16 @@ def card_values(events: list[dict]) -> dict:
     )
     return {
         "name": final["model_name"],
-        "path": one["release"]["folder"] if "release" in one else config["arguments"]["output_dir"],
+        "path": public_path(one["release"]["folder"] if "release" in one else config["arguments"]["output_dir"]),
         "model_type": model_type,
         "model_class": model_class,
         "auto_class": "AutoModelForCausalLM",
         "parameters": config["parameters"],
         "dataset": config["data"],
+        # A log of a version that did not say it has checked the data itself only if it downloaded them.
+        "hub_dataset": config.get(
+            "hub_dataset", HUB_DATASETS.get(config["data"]) if config["arguments"].get("dataset") == "enwik8" else None
+        ),
         "dataset_sha256": config["data_sha256"],
         **{f"{split}_bytes": f"{config[f'{split}_bytes']:,}" for split in ("train", "valid", "test")},
         "scores": [
@@ -178,7 +223,7 @@ def card_metadata(values: dict) -> ModelCardData:
         license="apache-2.0", library_name="transformers", pipeline_tag=task, tags=[values["model_type"]]
     )
     if values["run"]:
-        dataset = HUB_DATASETS.get(values["dataset"])
+        dataset = values["hub_dataset"]
         data.tags += ["byte-level", "causal-lm"]
         data.datasets = [dataset] if dataset else None
         data.metrics = ["bits_per_byte"]

@@ -8,23 +8,49 @@
 # specific language governing permissions and limitations under the License.
 """Files that are there whole or not at all, whatever stops the program, and whoever else writes them."""
 
+import contextlib
 import csv
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from uuid import uuid4
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a file beside `path`, makes it `path` when all of it is there, and folders before that."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Gives errors of the system that name no file, as a full disk's, the name of `path`."""
     try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """
+    A name beside `path` to write a file to, and folders before that. When the block ends, what was written reaches the
+    disk and then becomes `path`; when it raises, it is removed. No two writers have the same name, on any machine.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name[:50]}.{uuid4().hex}.tmp")
+    try:
+        with naming(path):
+            yield temporary
+            sync(temporary)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    sync(path.parent)
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes a file, whole or not at all: a reader finds the old content or the new one."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def write_rows(path: Path, columns: Iterable[str], rows: list[dict]) -> None:
@@ -34,3 +60,24 @@ def write_rows(path: Path, columns: Iterable[str], rows: list[dict]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_whole(path, file.getvalue())
+
+
+def check_file(path: Path, name: str) -> None:
+    """Raises a ValueError, which begins with `name`, if `path` is no file that can be read again and again."""
+    if path.is_file():
+        return
+    if not path.exists():
+        raise ValueError(f"{name}: no such file: {path}")
+    kind = "a folder" if path.is_dir() else "a pipe" if path.is_fifo() else "a device or socket"
+    raise ValueError(f"{name}: must be a file, got {kind}: {path}")
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the entries of a folder, are on the disk."""
+    if path.is_dir() and os.name == "nt":  # Windows cannot open folders
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

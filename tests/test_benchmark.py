@@ -272,3 +272,26 @@ def test_wrong_limits_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         arguments("operator", "--longest", "aft-full")
     assert "must be NAME=LENGTH, got aft-full" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--device", "cuda:7"], "--device must be cpu, or cuda where there is a GPU, got cuda:7"),
+        (["--device", "abacus"], "--device must be cpu, or cuda where there is a GPU, got abacus"),
+        (["--seconds", "nan"], "--seconds must be positive, got nan"),
+        (["--seconds", "0"], "--seconds must be positive, got 0.0"),
+        (["--output_dir", ""], "--output_dir must be a path, got ''"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_values_that_cannot_be_are_refused(flags, message):
+    with pytest.raises(ValueError, match=f"benchmark.py: {message}"):
+        benchmark.parse_arguments(["operator", *flags])
+
+
+@pytest.mark.parametrize("suite", ["train", "memory"])
+def test_what_no_memory_holds_is_left_out(tmp_path, capsys, suite):
+    flags = ["--models", "aft-simple", "--lengths", "1000000000000", "--batch_size", "1", "--width", "1024"]
+    assert rows_of(tmp_path, suite, *flags) == []
+    assert "left out for want of memory: aft-simple" in capsys.readouterr().out

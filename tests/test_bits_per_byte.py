@@ -172,6 +172,37 @@ def test_wrong_range_is_refused(accelerator, start, stop):
         )
 
 
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_batch_larger_than_the_text_is_all_of_it(accelerator, recurrent_model, protocol):
+    """No memory is spent on rows and columns that hold nothing."""
+    score = [
+        evaluate_bits_per_byte(
+            recurrent_model, read, accelerator, 100, 140, protocol=protocol, length=length, stride=1, batch_size=rows
+        )
+        for length, rows in ((40, 40), (10**12, 10**12))
+    ]
+    assert score[1]["bits_per_byte"] == pytest.approx(score[0]["bits_per_byte"], rel=1e-6)
+    assert score[1]["length"] == 10**12 and score[1].get("streams") == score[0].get("streams")
+
+
+@pytest.mark.parametrize("rows, streams, longest", [(1, 1, 40), (3, 3, 14), (40, 40, 1), (50, 40, 1)])
+def test_carried_names_the_length_of_its_streams(accelerator, recurrent_model, rows, streams, longest):
+    result = evaluate_bits_per_byte(
+        recurrent_model, read, accelerator, 100, 140, protocol="carried", length=7, stride=1, batch_size=rows
+    )
+    assert (result["streams"], result["bytes_per_stream"]) == (streams, longest)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_a_score_that_is_no_number_is_an_error(accelerator, number):
+    model = Bigram()
+    torch.nn.init.constant_(model.table.weight, number)
+    with pytest.raises(FloatingPointError, match="the score is nan bits per byte"):
+        evaluate_bits_per_byte(
+            model, read, accelerator, 1, 50, protocol="segments", length=16, stride=16, batch_size=3
+        )
+
+
 # The command line
 
 
@@ -195,7 +226,7 @@ def test_command_line_scores_a_split(folders, recurrent_model, capsys, split, st
     assert result["bits_per_byte"] == pytest.approx(expected, rel=1e-4)
     assert result["bytes_scored"] == stop - start
     line = f"{split}: {result['bits_per_byte']:.4f} bits per byte (carried, T = 64, 1 streams, {stop - start} bytes, "
-    assert line + "float32)" in capsys.readouterr().out
+    assert line + f"float32); {stop - start} bytes per stream\n" in capsys.readouterr().out
 
 
 def test_command_line_takes_length_and_stride_from_the_model(folders):

@@ -1,14 +1,18 @@
 """Files of bytes: sources, verification, splits, the memory-mapped copy, and the order of training windows."""
 
+import base64
+import errno
 import gzip
 import hashlib
 import os
+import shutil
 import threading
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
+import psutil
 import pytest
 from byte_data import (
     BLOCK_SIZE,
@@ -48,13 +52,19 @@ def write_file(path, content: bytes = CONTENT):
 
 @pytest.fixture
 def serve():
-    """A function that serves a body at a local address, promising `missing` bytes more than it sends."""
+    """
+    A function that serves a body at a local address, promising `missing` bytes more than it sends, or sends elsewhere.
+    Its attribute `requests` lists what was asked.
+    """
     servers = []
 
-    def start(body: bytes, missing: int = 0) -> str:
+    def start(body: bytes, missing: int = 0, location: str | None = None) -> str:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
-                self.send_response(200)
+                start.requests.append(self)
+                self.send_response(302 if location else 200)
+                if location:
+                    self.send_header("Location", location)
                 self.send_header("Content-Length", str(len(body) + missing))
                 self.end_headers()
                 self.wfile.write(body)
@@ -66,6 +76,7 @@ def serve():
         threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
         return f"http://127.0.0.1:{servers[-1].server_port}/letters.zip"
 
+    start.requests = []
     yield start
     for server in servers:
         server.shutdown()
@@ -95,6 +106,83 @@ def test_zip_of_two_files_is_refused(tmp_path):
         archive.writestr("second", CONTENT)
     with pytest.raises(ValueError, match="exactly one file, found .'first', 'second'"):
         file_bytes(tmp_path / "two.zip")
+
+
+def change(path, *changes: tuple[int, bytes]):
+    content = bytearray(path.read_bytes())
+    for position, new in changes:
+        content[position : position + len(new)] = new
+    path.write_bytes(content)
+
+
+def find(path, text: bytes) -> int:
+    return path.read_bytes().index(text)
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        pytest.param(6, b"\x01\x00", "'letters' is encrypted", id="encrypted"),
+        pytest.param(8, b"\x63\x00", "compression method is not supported", id="compression"),
+        pytest.param(4, b"\xff\x00", "zip file version", id="version"),
+    ],
+)
+def test_zip_that_cannot_be_unpacked_is_named(tmp_path, field, value, message):
+    path = write_file(tmp_path / "letters.zip")
+    change(path, (field, value), (find(path, b"PK\x01\x02") + field + 2, value))
+    with pytest.raises(ValueError, match=f"letters.zip: not a whole .zip file .*{message}"):
+        file_bytes(path)
+
+
+@pytest.mark.parametrize("name", ["letters.zip", "letters.gz"])
+def test_changed_archive_is_the_content_or_named(tmp_path, name):
+    whole = write_file(tmp_path / name).read_bytes()
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        (tmp_path / name).write_bytes(whole)
+        change(tmp_path / name, (int(random.integers(40)) - 20 * int(random.integers(2)), random.bytes(2)))
+        try:
+            assert file_bytes(tmp_path / name) == CONTENT
+        except ValueError as error:
+            assert name in str(error)
+
+
+def make_pipe(path):
+    os.mkfifo(path)
+
+
+def make_device(path):
+    path.symlink_to("/dev/null")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+@pytest.mark.parametrize("make, kind", [(os.mkdir, "a folder"), (make_pipe, "a pipe"), (make_device, "a device")])
+@pytest.mark.parametrize("name", ["data", "data.zip", "data.gz"])
+def test_what_is_no_file_is_named(tmp_path, make, kind, name):
+    make(tmp_path / name)
+    with pytest.raises(ValueError, match=f"must be a file, got {kind}.*{name}"):
+        file_bytes(tmp_path / name)
+
+
+def test_suffix_in_capitals(tmp_path):
+    os.rename(write_file(tmp_path / "letters.zip"), tmp_path / "LETTERS.ZIP")
+    assert file_bytes(tmp_path / "LETTERS.ZIP") == CONTENT
+
+
+def test_more_than_the_memory_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    (tmp_path / "sparse").touch()
+    os.truncate(tmp_path / "sparse", 10**12)
+    with pytest.raises(ValueError, match=r"sparse: must fit into the memory.*got 1,000,000,000,000"):
+        file_bytes(tmp_path / "sparse")
+    path = write_file(tmp_path / "letters.zip")
+    change(path, (find(path, b"PK\x01\x02") + 24, (2**32 - 2).to_bytes(4, "little")))  # what its table says
+    memory = psutil.virtual_memory()._replace(available=2 << 20)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
+    with pytest.raises(ValueError, match="letters.zip: must fit into the memory.*got 4,294,967,294"):
+        file_bytes(path)
+    (tmp_path / "zeros.gz").write_bytes(gzip.compress(bytes(10**8)))
+    with pytest.raises(ValueError, match="zeros.gz: must fit into the memory.*2,097,152 bytes are free"):
+        file_bytes(tmp_path / "zeros.gz")
 
 
 def test_missing_file_is_named(tmp_path):
@@ -134,6 +222,57 @@ def test_interrupted_download_leaves_nothing(tmp_path, serve):
     url = serve(b"PK", missing=10)
     with pytest.raises(OSError, match="expected 12 bytes, got 2"):
         known_file_bytes(KNOWN, None, url, tmp_path / "cache")
+    assert os.listdir(tmp_path / "cache") == []
+
+
+def test_damaged_download_is_made_again(tmp_path, serve, capsys):
+    url = serve(write_file(tmp_path / "letters.zip").read_bytes())
+    known_file_bytes(KNOWN, None, url, tmp_path / "cache")
+    change(tmp_path / "cache" / "letters.zip", (200, b"damaged"))
+    assert known_file_bytes(KNOWN, None, url, tmp_path / "cache") == CONTENT
+    assert "letters.zip: not a whole .zip file" in capsys.readouterr().err
+
+
+SECRETS = "user%40home:pass%20word"
+
+
+def with_secrets(url: str) -> str:
+    return url.replace("http://", f"http://{SECRETS}@") + "?token=t0ken#part"
+
+
+def test_credentials_reach_the_server_and_no_file_name(tmp_path, serve):
+    url = serve(write_file(tmp_path / "letters.zip").read_bytes())
+    assert known_file_bytes(KNOWN, None, with_secrets(url), tmp_path / "cache") == CONTENT
+    assert os.listdir(tmp_path / "cache") == ["letters.zip"]
+    (request,) = serve.requests
+    expected = base64.b64encode(b"user@home:pass word").decode()
+    assert (request.path, request.headers["Authorization"]) == ("/letters.zip?token=t0ken", f"Basic {expected}")
+
+
+def test_credentials_are_not_sent_elsewhere(tmp_path, serve):
+    body = write_file(tmp_path / "letters.zip").read_bytes()
+    first = serve(b"", location=serve(body))
+    assert known_file_bytes(KNOWN, None, with_secrets(first), tmp_path / "cache") == CONTENT
+    assert ["Authorization" in request.headers for request in serve.requests] == [True, False]
+
+
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:9/a.zip", "http://127.0.0.1:port/a.zip", "scheme://127.0.0.1/a.zip", "http:///a b.zip"]
+)
+def test_no_secret_stands_in_an_error(tmp_path, url):
+    with pytest.raises(OSError, match="a b.zip|a.zip") as error:
+        known_file_bytes(KNOWN, None, with_secrets(url), tmp_path)
+    assert not any(secret in str(error.value) for secret in (*SECRETS.split(":"), "t0ken"))
+    assert "--dataset_path" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_full_disk_during_the_download_is_named(tmp_path, serve, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("shutil.copyfileobj", full)
+    with pytest.raises(OSError, match="letters.zip cannot be downloaded to .*No space left"):
+        known_file_bytes(KNOWN, None, serve(b"PK"), tmp_path / "cache")
     assert os.listdir(tmp_path / "cache") == []
 
 
@@ -184,6 +323,66 @@ def test_several_writers_agree(tmp_path):
         copies = list(pool.map(lambda _: ByteData.from_bytes(content, tmp_path), range(4)))
     assert all(copy.read(0, len(content)).tobytes() == content for copy in copies)
     assert len(list(tmp_path.iterdir())) == 1
+
+
+TABLE = "data-00000-of-00001.arrow"
+DAMAGES = {
+    "ten-bytes": lambda folder: change(folder / TABLE, (find(folder / TABLE, CONTENT[:100]) + 50, b"ten bytes!")),
+    "offset": lambda folder: change(folder / TABLE, (find(folder / TABLE, CONTENT[:100]) - 5, b"\x7f")),
+    "every-byte": lambda folder: (folder / TABLE).write_bytes(bytes((folder / TABLE).stat().st_size)),
+    "truncated": lambda folder: os.truncate(folder / TABLE, 1000),
+    "empty": lambda folder: os.truncate(folder / TABLE, 0),
+    "no-table": lambda folder: os.remove(folder / TABLE),
+    "no-state": lambda folder: os.remove(folder / "state.json"),
+    "state": lambda folder: (folder / "state.json").write_text('{"_data_files": 1}'),
+    "info": lambda folder: (folder / "dataset_info.json").write_bytes(b"\xff"),
+    "other-features": lambda folder: (folder / "dataset_info.json").write_text('{"features": {}}'),
+    "empty-folder": lambda folder: [os.remove(path) for path in folder.iterdir()],
+    "file": lambda folder: (shutil.rmtree(folder), folder.touch()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_copy_is_written_again(tmp_path, damage, capsys):
+    ByteData.from_bytes(CONTENT, tmp_path)
+    (folder,) = tmp_path.iterdir()
+    DAMAGES[damage](folder)
+    data = ByteData.from_bytes(CONTENT, tmp_path)
+    assert data.read(0, data.num_bytes).tobytes() == CONTENT
+    assert list(tmp_path.iterdir()) == [folder] and f"{folder}: damaged" in capsys.readouterr().err
+    ByteData.from_bytes(CONTENT, tmp_path)
+    assert capsys.readouterr().err == ""
+
+
+def test_several_writers_repair_a_copy(tmp_path):
+    content = random_bytes(20 * BLOCK_SIZE)
+    for damage in ("truncated", "no-table", "state"):
+        ByteData.from_bytes(content, tmp_path)
+        DAMAGES[damage](next(tmp_path.iterdir()))
+        with ThreadPoolExecutor(4) as pool:
+            copies = list(pool.map(lambda _: ByteData.from_bytes(content, tmp_path), range(4)))
+        assert all(copy.read(0, len(content)).tobytes() == content for copy in copies)
+        assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_copy_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    synced, rename = [], os.rename
+    monkeypatch.setattr("byte_data.sync", lambda path: synced.append(path.name))
+
+    def check(old, new):
+        if old.name == "table":
+            assert {*synced} == {TABLE, "state.json", "dataset_info.json", "table"}
+        rename(old, new)
+
+    monkeypatch.setattr("os.rename", check)
+    ByteData.from_bytes(CONTENT, tmp_path)
+    assert synced[-1] == tmp_path.name
+
+
+def test_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="--cache_dir .*file: the data cannot be written there"):
+        ByteData.from_bytes(CONTENT, tmp_path / "file")
 
 
 def test_too_few_bytes_are_refused(tmp_path):

@@ -94,7 +94,7 @@ def events(folder: Path, name: str) -> list[dict]:
 
 
 def table(folder: Path) -> dict[str, dict]:
-    with open(folder / "out" / "compare-plan.csv", newline="") as file:
+    with open(folder / "out" / "compare-plan.csv", newline="", encoding="utf-8") as file:
         return {row["run"]: row for row in csv.DictReader(file)}
 
 
@@ -159,6 +159,19 @@ def test_plans_of_windows_and_lengths():
         pytest.param(
             "runs: {a: {model_preset: m, training: {dataset_path: x}}}\n", "dataset_path", id="data-of-a-run"
         ),
+        pytest.param("runs: {a: {model_preset: m}, a: {model_preset: n}}\n", "key 'a' stands there twice", id="twice"),
+        pytest.param("runs: {1: {model_preset: m}, '1': {model_preset: n}}\n", "of one run, got '1'", id="same-name"),
+        *(
+            pytest.param(f"runs: {{{name}: {{model_preset: m}}}}\n", "must be that of a folder", id=f"name-{number}")
+            for number, name in enumerate(
+                ("'../../x'", "/tmp/x", "..", "''", "'a\\b'", '"a\\nb"', "null", "2020-01-01")
+            )
+        ),
+        pytest.param("runs: {a: {model_preset: m}\n", "plan .*plan.yaml: ", id="broken"),
+        pytest.param("runs: \x07\n", "plan .*plan.yaml: ", id="control-character"),
+        pytest.param("seconds: .nan\nruns: {a: {model_preset: m}}\n", "seconds must be a positive", id="nan"),
+        pytest.param("seconds: .inf\nruns: {a: {model_preset: m}}\n", "seconds must be a positive", id="inf"),
+        pytest.param("seconds: true\nruns: {a: {model_preset: m}}\n", "seconds must be a positive", id="true"),
         pytest.param("seconds: 0\nruns: {a: {model_preset: m}}\n", "seconds must be a positive", id="seconds"),
         pytest.param("seeds: 0\nruns: {a: {model_preset: m}}\n", "seeds must be a list", id="seeds"),
         pytest.param(
@@ -186,6 +199,11 @@ def test_wrong_plan_is_refused(tmp_path, text, message):
         pytest.param(["--seeds", "-1"], "--seeds must be different whole numbers from 0", id="seeds"),
         pytest.param(["--seeds", "1", "1"], "--seeds must be different .* got \\[1, 1\\]", id="one-seed-twice"),
         pytest.param(["--max_hours", "0"], "--max_hours must be positive", id="hours"),
+        pytest.param(["--max_hours", "nan"], "--max_hours must be positive", id="nan-hours"),
+        pytest.param(["--seconds", "nan"], "--seconds must be positive and finite, got nan", id="nan-seconds"),
+        pytest.param(["--seconds", "inf"], "--seconds must be positive and finite, got inf", id="inf-seconds"),
+        pytest.param(["--output_dir", ""], "--output_dir must be a path, got ''", id="no-output"),
+        pytest.param(["--runs_dir", ""], "--runs_dir must be a path, got ''", id="no-runs"),
         pytest.param(["--table_only"], "--table_only must stand without flags of training", id="table-only"),
     ],
 )
@@ -405,3 +423,25 @@ def test_table_lies_beside_the_runs_unless_told(inputs):
     written = compare.main([str(inputs / "plan.yaml"), *more])
     assert {path.name for path in written} == {f"compare-plan.{suffix}" for suffix in ("csv", "md", "svg")}
     assert {path.parent for path in written} == {inputs / "runs" / "plan"}
+
+
+def test_failed_process_says_why_in_one_line(inputs, monkeypatch, capfd):
+    monkeypatch.undo()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(RuntimeError, match="these runs failed, see above: local-seed0$"):
+        compare.main(flags(inputs, "--only", "local", "--seeds", "0", "--learning_rate", "1e30"))
+    printed = capfd.readouterr().err
+    assert "Traceback" not in printed and "error: the loss is nan at step" in printed
+
+
+def test_names_of_runs_are_printed_as_they_are(inputs):
+    names = ["_hidden", "a$x$b", "one|two", "\u043c\u043e\u0434\u0435\u043b\u044c"]
+    runs = "\n".join(f"  '{name}': {{model_preset: model.json}}" for name in names)
+    (inputs / "plan.yaml").write_text(f"{PLAN.partition('reference')[0]}runs:\n{runs}\n", encoding="utf-8")
+    compare.main(flags(inputs, "--seeds", "0"))
+    assert list(table(inputs)) == names
+    picture = "".join(ElementTree.parse(inputs / "out" / "compare-plan.svg").getroot().itertext())
+    text = (inputs / "out" / "compare-plan.md").read_text(encoding="utf-8")
+    for name, row in table(inputs).items():
+        assert f"{name} {float(row['valid']):.3f}" in picture
+        assert f"| {name.replace('|', chr(92) + '|')} |" in text

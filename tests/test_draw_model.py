@@ -133,6 +133,7 @@ def test_several_models_share_the_receptive_field(folders, tmp_path):
     [
         pytest.param(["{local}", "{dense}"], "dense has nothing to draw", id="dense"),
         pytest.param(["{dot_product-nopos}"], "has nothing to draw: .*dot_product", id="transformer"),
+        pytest.param(["{local}", "--output_dir", ""], "--output_dir must be a path, got ''", id="no-output"),
         pytest.param(["nowhere"], "nowhere must be a folder with a saved model", id="no-model"),
         pytest.param(["{local}", "--length", "1"], "--length must be at least 2, got 1", id="length"),
         pytest.param(["{local}", "--num_windows", "0"], "--num_windows must be at least 1", id="windows"),
@@ -150,7 +151,7 @@ def test_wrong_input_is_refused(folders, tmp_path, more, message):
     paths = {**folders, "short": str(tmp_path / "short")}
     argv = [paths.get(word.strip("{}"), word) for word in more]
     with pytest.raises(ValueError, match=message):
-        draw_model.main([*argv, "--output_dir", str(tmp_path / "out")])
+        draw_model.main(["--output_dir", str(tmp_path / "out"), *argv])
     assert not (tmp_path / "out").exists()
 
 
@@ -173,3 +174,15 @@ def test_thinned_offsets_keep_the_near_ones():
     offsets = np.arange(-1023, 1024)
     kept = offsets[draw_model.thinned(offsets)]
     assert set(range(-16, 17)) <= set(kept.tolist()) and {-1023, 1023} <= set(kept.tolist()) and len(kept) < 150
+
+
+NAMES = ["a$x$b", "$\\frac$", "_hidden", "two words", "\u043c\u043e\u0434\u0435\u043b\u044c"]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
+def test_any_name_of_a_folder_is_printed(tmp_path, name):
+    make_model("local", dtype=torch.float32).save_pretrained(tmp_path / name)
+    written = draw_model.main([str(tmp_path / name), "--output_dir", str(tmp_path / "out"), "--num_windows", "1"])
+    text = "".join(ElementTree.parse(written[-1]).getroot().itertext())
+    assert name in text
+    assert [path.name for path in written] == [f"{name}-bias-map.png", f"{name}-bias-curve.svg", "receptive-field.svg"]

@@ -95,12 +95,21 @@ def test_fills_the_length_limit_by_default(folder, monkeypatch, capsys):
         ("--top_p", "1.5"),
         ("--repetition_penalty", "0"),
         ("--dtype", "int8"),
+        ("--temperature", "nan"),
+        ("--temperature", "inf"),
+        ("--temperature", "1e-40"),
+        ("--top_p", "nan"),
+        ("--repetition_penalty", "inf"),
+        ("--seed", "-1"),
+        ("--seed", "1000000000000"),
+        ("--device", "abacus"),
+        ("--prompt_file", "nowhere"),
     ],
     ids=" ".join,
 )
 def test_wrong_values_are_refused(flags):
     with pytest.raises(ValueError, match=f"{flags[0]} must be .*got .*{flags[1]}"):
-        main(["--model", "nowhere", "--prompt", "a", *flags])
+        main(["--model", "nowhere", *([] if "--prompt_file" in flags else ["--prompt", "a"]), *flags])
 
 
 def test_empty_prompt_is_refused():
@@ -121,28 +130,79 @@ def test_other_tokens_are_refused(tmp_path):
         main(["--model", str(tmp_path), "--prompt", "a"])
 
 
-def test_runs_without_the_package(folder, tmp_path):
-    """Where modeling_aft cannot be imported, the code beside the weights is used."""
+ANY_BYTES = bytes([0, 255, 254, 128, 13, 10, 0xC3])
+
+
+def given(how: str, content: bytes, folder: Path, monkeypatch) -> list[str]:
+    """The flags for a prompt that is given in one of the three ways."""
+    if how == "pipe":
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content + b"\n"), encoding="ascii"))
+        return []
+    if how == "argument":
+        return ["--prompt", os.fsdecode(content)]
+    (folder / "prompt[1].bin").write_bytes(content)
+    return ["--prompt_file", str(folder / "prompt[1].bin")]
+
+
+@pytest.mark.parametrize("content", [ANY_BYTES, b"\xff", "n\u00e9 \u4e2d".encode()], ids=["any", "one", "utf-8"])
+@pytest.mark.parametrize("how", ["argument", "pipe", "file"])
+def test_any_bytes_are_continued(folder, tmp_path, monkeypatch, capsys, how, content):
+    prompt = given(how, content, tmp_path, monkeypatch)
+    output = tmp_path / "new" / "whole.bin"
+    main(["--model", folder, *prompt, "--max_new_tokens", "8", "--greedy", "--output_file", str(output)])
+    model, ids = AFTForCausalLM.from_pretrained(folder), torch.tensor([list(content)])
+    made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)[0]
+    assert output.read_bytes() == bytes(made.tolist()) and len(made) == len(content) + 8
+    assert capsys.readouterr().out == bytes(made.tolist()).decode(errors="replace") + "\n"
+
+
+def test_a_file_is_continued_to_its_last_byte(folder, tmp_path):
+    for name, content in (("a", b"text\n\n"), ("b", b"text")):
+        (tmp_path / name).write_bytes(content)
+        flags = ["--prompt_file", str(tmp_path / name), "--max_new_tokens", "1"]
+        main(["--model", folder, *flags, "--output_file", str(tmp_path / "out")])
+        assert (tmp_path / "out").read_bytes()[:-1] == content
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1"])
+def test_text_is_printed_on_every_terminal(folder, monkeypatch, encoding):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr("sys.stdout", stdout)
+    main(["--model", folder, "--prompt", os.fsdecode("\u4e2d".encode() + b"\xff"), "--max_new_tokens", "1"])
+    stdout.flush()
+    assert stdout.buffer.getvalue().startswith(b"\\u4e2d\\ufffd")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("target", ["/dev/full", "/dev/null", "{folder}"])
+def test_only_a_file_is_written(folder, tmp_path, target):
+    target = target.format(folder=tmp_path)
+    with pytest.raises(ValueError, match="--output_file must be a new file or a regular one, got"):
+        main(["--model", folder, "--prompt", "a", "--output_file", target])
+
+
+@pytest.mark.parametrize("program", ["generate", "bpb_evaluation"])
+@pytest.mark.parametrize("trusted", [True, False], ids=["trusted", "not-trusted"])
+def test_code_beside_the_weights_runs_only_when_asked_for(program, trusted, folder, tmp_path):
+    """Where modeling_aft cannot be imported."""
     blocked = tmp_path / "modeling_aft"
     blocked.mkdir()
     (blocked / "__init__.py").write_text("raise ImportError('not installed')")
+    flags = ["--model", folder, "--prompt", "The ", "--max_new_tokens", "5", "--device", "cpu"]
+    if program == "bpb_evaluation":
+        (tmp_path / "data").write_bytes(bytes(range(256)))
+        flags = [folder, "--dataset_path", str(tmp_path / "data")]
     result = subprocess.run(
-        [
-            sys.executable,
-            str(SCRIPT),
-            "--model",
-            folder,
-            "--prompt",
-            "The ",
-            "--max_new_tokens",
-            "5",
-            "--device",
-            "cpu",
-        ],
+        [sys.executable, str(SCRIPT.with_name(f"{program}.py")), *flags, *["--trust_remote_code"] * trusted],
         env={**os.environ, "PYTHONPATH": str(tmp_path), "HF_MODULES_CACHE": str(tmp_path / "modules")},
         capture_output=True,
         text=True,
         timeout=240,
     )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.startswith("The ")
+    if trusted:
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert result.stdout.startswith("The " if program == "generate" else "test: ")
+    else:
+        assert result.returncode == 1 and result.stdout == ""
+        assert "trust_remote_code" in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
+        assert not any((tmp_path / "modules").rglob("modeling_aft.py"))

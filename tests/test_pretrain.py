@@ -1,5 +1,6 @@
 """scripts/pretrain_enwik8.py: arguments, the run folder, resumption, and independence of the number of processes."""
 
+import io
 import json
 import math
 import os
@@ -93,6 +94,30 @@ def test_explicit_flags_win_over_the_preset(tmp_path):
     assert (args.batch_size, args.max_steps, args.num_epochs, args.compile) == (4, 3, None, False)
 
 
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        pytest.param("mixed_precision: no", {"mixed_precision": "no"}, id="no-is-a-word"),
+        pytest.param("compile: yes\ntensorboard: on", {"compile": True, "tensorboard": True}, id="yes-and-on"),
+        pytest.param("overwrite: off\ncompile: No", {"overwrite": False, "compile": False}, id="off-and-no"),
+        pytest.param("dataset_path: null\nnum_epochs: ~\ndataset:", {"dataset_path": None}, id="null"),
+        pytest.param("sample_prompt: 2024-01-01", {"sample_prompt": "2024-01-01"}, id="date"),
+        pytest.param("sample_prompt: 2024-01-01 10:00:00", {"sample_prompt": "2024-01-01 10:00:00"}, id="time"),
+        pytest.param("sample_prompt: 007", {"sample_prompt": "007"}, id="zeros"),
+        pytest.param("sample_prompt: 1:30", {"sample_prompt": "1:30"}, id="base-sixty"),
+        pytest.param("sample_prompt: ' 1 = --seed '", {"sample_prompt": " 1 = --seed "}, id="spaces-and-signs"),
+        pytest.param("sample_prompt: --seed", {"sample_prompt": "--seed"}, id="like-a-flag"),
+        pytest.param("model_override: [a=no, b=null]", {"model_override": ["a=no", "b=null"]}, id="list"),
+        pytest.param("model_override: a=1", {"model_override": ["a=1"]}, id="list-of-one"),
+        pytest.param("model_override: []", {"model_override": []}, id="empty-list"),
+    ],
+)
+def test_a_preset_says_what_stands_there(tmp_path, text, expected):
+    (tmp_path / "preset.yaml").write_text(text)
+    args = parse_arguments(["--training_preset", str(tmp_path / "preset.yaml")])
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
 def test_paths_in_a_preset_start_at_its_folder(tmp_path, monkeypatch):
     preset = tmp_path / "training" / "preset.yaml"
     preset.parent.mkdir()
@@ -107,12 +132,39 @@ def test_paths_in_a_preset_start_at_its_folder(tmp_path, monkeypatch):
         pytest.param("batch_sise: 4\n", "unknown keys batch_sise", id="unknown-key"),
         pytest.param("- 4\n", "must be a mapping", id="no-mapping"),
         pytest.param("batch_size: many\n", "batch_size.*many", id="wrong-type"),
+        pytest.param("batch_size: [1, 2]", r"batch_size must be one value, got \['1', '2'\]", id="list"),
+        pytest.param("batch_size: {a: 1}", "batch_size must be one value, got {'a': '1'}", id="mapping"),
+        pytest.param("batch_size: null", "batch_size must be one value, got null", id="null"),
+        pytest.param("batch_size: 2024-01-01", "batch_size.*2024-01-01", id="date"),
+        pytest.param("compile: 2", "--compile: .*boolean.*'2'|--compile.*2", id="no-boolean"),
+        pytest.param("model_override: {a: 1}", "model_override must be a list of texts, got {'a': '1'}", id="no-list"),
+        pytest.param("model_override: [[a]]", r"model_override must be a list of texts, got \[\['a'\]\]", id="lists"),
+        pytest.param("seed: 1\nseed: 2", "'seed' stands there twice", id="twice"),
+        pytest.param("1: 2\nnull: 3", "unknown keys 1, None", id="no-text-as-key"),
+        pytest.param("[a]: 2", "preset.yaml: unhashable", id="list-as-key"),
+        pytest.param("a: b: c", "preset.yaml: mapping values are not allowed", id="syntax"),
+        pytest.param("seed: &a [*a]", "seed must be one value", id="endless"),
+        pytest.param("seed: " + "[" * 2000, "preset.yaml: is nested too deeply", id="deep"),
+        pytest.param("seed: !!timestamp 5", "preset.yaml: ", id="parser-error"),
+        pytest.param("seed: !!python/name:os.system", "preset.yaml: .*python/name:os.system", id="python"),
+        pytest.param("sample_prompt: \udcff", "preset.yaml: 'utf-8' codec", id="no-utf-8"),
+        pytest.param("", "must be a mapping", id="empty"),
     ],
 )
 def test_wrong_preset_is_refused(tmp_path, text, message):
-    (tmp_path / "preset.yaml").write_text(text)
-    with pytest.raises(ValueError, match=message):
+    (tmp_path / "preset.yaml").write_text(text, errors="surrogateescape")
+    with pytest.raises(ValueError, match=message) as error:
         parse_arguments(["--training_preset", str(tmp_path / "preset.yaml")])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind, message", [("mkdir", "got a folder"), ("mkfifo", "got a pipe"), ("len", "no such")])
+@pytest.mark.parametrize("name", ["training_preset", "model_preset"])
+def test_preset_that_is_no_file_is_refused(tmp_path, name, kind, message):
+    getattr(os, kind, len)(str(tmp_path / "preset"))
+    with pytest.raises(ValueError, match=f"--{name}: .*{message}"):
+        main([f"--{name}", str(tmp_path / "preset"), "--output_dir", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("argv", [["--batch_sise", "4"], ["--batch", "4"], ["--max_steps", "few"]])
@@ -150,6 +202,31 @@ def test_all_problems_are_in_one_error(inputs, tmp_path):
         pytest.param({"sample_prompt": "a" * 32}, "sample_prompt", id="long-prompt"),
         pytest.param({"resume": "auto", "overwrite": True}, "overwrite", id="resume-and-overwrite"),
         pytest.param({"resume": "/nowhere"}, "resume /nowhere", id="no-checkpoint"),
+        pytest.param(
+            {"model_override": "initializer_range=NaN"}, "finite numbers, got initializer_range=nan", id="NaN"
+        ),
+        pytest.param({"model_override": "layer_norm_eps=1e999"}, "finite numbers, got layer_norm_eps=inf", id="inf"),
+        pytest.param({"learning_rate": "nan"}, "--learning_rate must be a finite number, got nan", id="flag-nan"),
+        pytest.param({"max_grad_norm": "inf"}, "--max_grad_norm must be a finite number, got inf", id="flag-inf"),
+        pytest.param({"weight_decay": "1e999"}, "--weight_decay must be a finite number, got inf", id="flag-1e999"),
+        pytest.param({"seed": 2**32}, "--seed must be less than 2\\^32, got 4294967296", id="seed"),
+        pytest.param({"eval_every": 10**30}, "--eval_every must be less than 2\\^63", id="int64"),
+        pytest.param({"sequence_length": 10**12}, "--sequence_length must be at most", id="length"),
+        *(
+            pytest.param({name: 10**12}, f"--{name} 1000000000000.*needs more than .* bytes", id=f"large-{name}")
+            for name in ("eval_batch_size", "sample_bytes")
+        ),
+        pytest.param({"batch_size": 10**12}, "--micro_batch_size 1000000000000 with", id="large-batch"),
+        *(
+            pytest.param({"model_override": f"{name}=1000000000000"}, message, id=f"large-{name}")
+            for name, message in {
+                "hidden_size": "--model_preset .*: a tensor of it has too many elements",
+                "vocab_size": "--model_preset .*: needs more than [0-9,]+ bytes",
+                "max_position_embeddings": "--model_preset .*: needs more than [0-9,]+ bytes",
+                "num_hidden_layers": "num_hidden_layers must be at most 1000000, got",
+            }.items()
+        ),
+        pytest.param({"model_override": "num_hidden_layers=1000000"}, "--model_preset .*: needs more than", id="deep"),
     ],
 )
 def test_wrong_arguments_are_refused(inputs, tmp_path, changes, message):
@@ -158,9 +235,50 @@ def test_wrong_arguments_are_refused(inputs, tmp_path, changes, message):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "name", ["output_dir", "dataset_path", "cache_dir", "model_preset", "training_preset", "resume", "dataset_url"]
+)
+def test_empty_flag_is_refused(inputs, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"--{name}"):
+        main([*flags(inputs, tmp_path / "run"), f"--{name}", ""])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_flag_without_its_value_is_refused():
+    for argv in (["--training_preset"], ["--seed"], ["--model_override"]):
+        with pytest.raises(ValueError, match=f"{argv[0]}.*expected"):
+            parse_arguments(argv)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        pytest.param(b'{"model_type": "aft", "layer_norm_eps": NaN}', "got layer_norm_eps=nan", id="NaN"),
+        pytest.param(b'{"model_type": "aft", "x": [{"y": -Infinity}]}', "finite numbers, got x=", id="nested"),
+        pytest.param(b'{"model_type": "aft", "model_type": "gpt2"}', "'model_type' stands there twice", id="twice"),
+        pytest.param(b'{"model_type": ["aft"]}', "model.json: unhashable", id="list-as-type"),
+        pytest.param(b'{"model_type": "no"}', "model.json: Unrecognized model identifier: no", id="unknown-type"),
+        pytest.param(b'["aft"]', "must be a mapping", id="list"),
+        pytest.param(b'{"hidden_size": 8}', "must be a JSON object with a model_type", id="no-type"),
+        pytest.param(b'{"model_type": "\xe9"}', "model.json: 'utf-8' codec", id="latin-1"),
+        pytest.param(b'{"model_type": ', "model.json: Expecting value", id="part"),
+        pytest.param(b"[" * 100_000, "model.json: is nested too deeply", id="deep"),
+        pytest.param(b"", "model.json: Expecting value", id="empty"),
+    ],
+)
+def test_wrong_model_preset_is_refused(inputs, tmp_path, content, message):
+    (tmp_path / "model.json").write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        main(flags(inputs, tmp_path / "run", model_preset=tmp_path / "model.json"))
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
 def test_model_override_has_json_types(inputs, tmp_path):
     argv = flags(inputs, tmp_path, max_steps=1) + ["--model_override", "aft_type=conv", "num_attention_heads=4"]
     argv += ["tie_word_embeddings=false", "position_bias_rank=null"]
+    with pytest.raises(ValueError, match="'aft_type=full': aft_type stands there twice"):
+        check_arguments(parse_arguments([*argv, "aft_type=full"]), num_processes=1)
     config = check_arguments(parse_arguments(argv), num_processes=1)
     assert (config.aft_type, config.num_attention_heads, config.tie_word_embeddings) == ("conv", 4, False)
     assert config.position_bias_rank is None
@@ -326,7 +444,7 @@ def test_log(finished, inputs):
     assert [event["step"] for event in events(finished, "sample")] == [20]
     (final,) = events(finished, "final")
     assert final["sample"].startswith("The ")
-    assert final["model_path"] == str(finished)
+    assert final["model_path"] == finished.name
 
 
 def test_saved_folder_loads_and_scores_the_same(finished, inputs):
@@ -495,6 +613,23 @@ def test_two_processes_equal_one(inputs, without_dropout, tmp_path):
     torch.testing.assert_close(weights(two), weights(one), rtol=0, atol=1e-4)
     scores = [[event.get("bits_per_byte") for event in read_log(folder / "run.jsonl")[1:-1]] for folder in (one, two)]
     assert scores[0] == pytest.approx(scores[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "ascii"])
+def test_sample_is_printed_in_every_encoding(inputs, tmp_path, monkeypatch, encoding):
+    monkeypatch.setattr("pretrain_enwik8.sample_text", lambda model, args: "\u4e2d \ufffd")
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    main(flags(inputs, tmp_path / "run", max_steps=2, sample_every=1))
+    stdout.flush()
+    assert stdout.buffer.getvalue().count(b"\\u4e2d \\ufffd\n---") == 2
+
+
+def test_wrong_flag_is_one_line():
+    command = [sys.executable, str(SCRIPT), "--batch_size", "0"]
+    result = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.stderr.endswith("error: pretrain_enwik8.py: --batch_size must be at least 1, got 0\n")
 
 
 def test_default_data_needs_no_path(inputs, tmp_path):

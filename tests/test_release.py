@@ -14,9 +14,10 @@ from bpb_evaluation import main as evaluate
 from huggingface_hub import ModelCard
 from pretrain_enwik8 import main as pretrain
 from push_to_hub import main as push
-from release import main, xz_bits_per_byte
+from release import main, public_argument, xz_bits_per_byte
 from run_log import read_log
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 
@@ -193,3 +194,75 @@ def test_only_an_earlier_release_is_overwritten(runs, released, data, tmp_path):
     before, after = (load_file(path / "model.safetensors") for path in (runs / "conv", folder))
     assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
     assert "stored in" not in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        (None, "run: .*: its tensors are not those of AFTForCausalLM; missing: model.norm.bias"),
+        (float("nan"), "run: .*; not finite: model.norm.bias"),
+        (1e30, "--dtype float16: .*; not finite: model.norm.bias"),
+    ],
+    ids=["missing", "nan", "too-large-for-the-dtype"],
+)
+def test_incomplete_weights_are_not_released(runs, data, tmp_path, value, message):
+    run = shutil.copytree(runs / "conv", tmp_path / "run")
+    tensors = load_file(run / "model.safetensors")
+    tensors["model.norm.bias"][0] = value or 0
+    if value is None:
+        del tensors["model.norm.bias"]
+    save_file(tensors, run / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=message):
+        main([str(run), str(tmp_path / "out"), "--dataset_path", str(data), "--dtype", "float16"])
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_an_earlier_release_stays_until_the_new_one_is_there(runs, released, data, tmp_path, monkeypatch):
+    folder = shutil.copytree(released / "my-conv", tmp_path / "my-conv")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def no_space(events):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("release.fill_model_card", no_space)
+    with pytest.raises(OSError, match="No space"):
+        main([str(runs / "conv"), str(folder), "--dataset_path", str(data), "--overwrite"])
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["my-conv"]
+
+
+def test_full_disk_is_an_os_error(runs, data, tmp_path, monkeypatch):
+    def fail(*args, **options):
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", fail)
+    with pytest.raises(OSError, match=f"the weights cannot be written to {tmp_path}: I/O error: No space left"):
+        main([str(runs / "conv"), str(tmp_path / "out"), "--dataset_path", str(data)])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "run, folder, message",
+    [
+        ("", "out", "run must be a path, got ''"),
+        ("run", "", "folder must be a path, got ''"),
+        ("run", "caf\udce9", "folder must have a name in UTF-8"),
+    ],
+)
+def test_names_that_cannot_be_are_refused(run, folder, message):
+    with pytest.raises(ValueError, match=f"release.py: .*{message}"):
+        main([run, folder])
+
+
+@pytest.mark.parametrize(
+    "word, shown",
+    [
+        ("/home/someone/secret/text", "text"),
+        ("--dataset_path=/home/someone/text", "--dataset_path=text"),
+        ("runs/conv", "runs/conv"),
+        ("--dataset_note", "--dataset_note"),
+        ("caf\udcc3\udca9 \udcff", "caf\u00e9 \ufffd"),
+    ],
+)
+def test_command_on_the_card_tells_nothing_of_the_machine(word, shown):
+    assert public_argument(word) == shown

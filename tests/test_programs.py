@@ -1,0 +1,53 @@
+"""Every program of scripts/ from its command line: any text on any terminal, and one line where its user is wrong."""
+
+import io
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+NOWHERE = "nowhere/\u043c\u043e\u0434\u0435\u043b\u044c-\u4e2d-\udcff"  # the last is a byte of a path that is no UTF-8
+ESCAPED = NOWHERE.encode("ascii", "backslashreplace").decode()
+WRONG = {  # flags that are refused at once, and with what
+    "benchmark.py": (["train", "--models", NOWHERE], "--models must be files or of aft-simple,"),
+    "benchmark_account.py": (["--output_dir", NOWHERE], "--output_dir must hold operator-cpu.csv"),
+    "bpb_evaluation.py": ([NOWHERE, "--dtype", NOWHERE], "--dtype must be one of auto, float32, bfloat16, float16"),
+    "compare.py": ([NOWHERE], "plan: no such file: "),
+    "draw_model.py": ([NOWHERE, "--output_dir", NOWHERE], "models: nowhere/"),
+    "finetune.py": (["--model", "m", "--text_file", NOWHERE], "finetune.py: --text_file must be a file, got "),
+    "generate.py": (["--model", "m", "--dtype", NOWHERE], "generate.py: --dtype must be float32, bfloat16 or "),
+    "push_to_hub.py": ([NOWHERE, "me/model"], "nowhere/"),
+    "release.py": ([NOWHERE, "out", "--dtype", NOWHERE], "release.py: --dtype must be one of float32, "),
+}
+
+
+def test_all_programs_are_here():
+    programs = {path.name for path in SCRIPTS.glob("*.py") if "__main__" in path.read_text(encoding="utf-8")}
+    assert programs - {"pretrain_enwik8.py"} == WRONG.keys()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1"])
+@pytest.mark.parametrize("program", WRONG)
+def test_a_mistake_is_one_line_on_every_terminal(program, encoding, monkeypatch):
+    flags, message = WRONG[program]
+    stderr = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setattr(sys, "argv", [program, *flags])
+    with pytest.raises(SystemExit) as ending:
+        runpy.run_path(str(SCRIPTS / program), run_name="__main__")
+    printed = stderr.buffer.getvalue().decode(encoding)
+    assert ending.value.code == 1
+    assert printed.startswith("error: ") and message in printed and printed.count("\n") == 1
+    assert ESCAPED[-20:] in printed.replace("\\\\", "\\")
+
+
+@pytest.mark.parametrize("program", [*WRONG, "pretrain_enwik8.py"])
+def test_help_is_printed_on_every_terminal(program, monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    monkeypatch.setattr(sys, "argv", [program, "--help"])
+    runpy.run_path(str(SCRIPTS / program), run_name="__main__")
+    assert stdout.buffer.getvalue().startswith(f"usage: {program} ".encode())
