@@ -9,6 +9,7 @@
 """The configuration fields that both model families share, and their checks."""
 
 import json
+import math
 from functools import wraps
 
 from huggingface_hub.dataclasses import strict
@@ -83,6 +84,12 @@ class MixerConfig(PreTrainedConfig):
     def validate_layer_type(self):
         """Replaces the check of the base class, which knows only the layer types of the library."""
 
+    def validate_token_ids(self):
+        """The check of the base class, which warns of ids beyond the vocabulary, where that of padding is within it:
+        beyond it, no byte is lost to padding."""
+        if self.pad_token_id is None or self.pad_token_id < self.vocab_size:
+            super().validate_token_ids()
+
     def validate_fields(self):
         """Raises one ValueError that lists every field with a value that is not allowed."""
         if problems := self._problems():
@@ -104,10 +111,10 @@ class MixerConfig(PreTrainedConfig):
             problems.append(self._problem("position_embedding_type", f"one of {', '.join(POSITION_EMBEDDING_TYPES)}"))
         if not 0 <= self.hidden_dropout_prob < 1:
             problems.append(self._problem("hidden_dropout_prob", "in [0, 1)"))
-        if self.layer_norm_eps <= 0:
-            problems.append(self._problem("layer_norm_eps", "positive"))
-        if self.initializer_range < 0:
-            problems.append(self._problem("initializer_range", "at least 0"))
+        if not 0 < self.layer_norm_eps < math.inf:
+            problems.append(self._problem("layer_norm_eps", "positive and finite"))
+        if not 0 <= self.initializer_range < math.inf:
+            problems.append(self._problem("initializer_range", "at least 0 and finite"))
         return problems
 
     def _problem(self, name: str, allowed: str) -> str:

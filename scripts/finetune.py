@@ -64,6 +64,7 @@ from transformers import (
     set_seed,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from vocabulary import rows_needed
 from whole_files import write_whole
 
 from modeling_aft import ByteTokenizer
@@ -83,9 +84,9 @@ def load_config_and_tokenizer(inputs: InputArguments):
         load(auto_class, inputs.model, trust_remote_code=inputs.trust_remote_code)
         for auto_class in (AutoConfig, AutoTokenizer)
     )
-    if len(tokenizer) > config.vocab_size:
+    if (needed := rows_needed(tokenizer, config)) > config.vocab_size:
         raise ValueError(
-            f"--model {inputs.model}: its vocab_size must be at least that of its tokenizer, {len(tokenizer)}, got "
+            f"--model {inputs.model}: its vocab_size must be at least that of its tokenizer, {needed}, got "
             f"{config.vocab_size}"
         )
     if has_length_limit(config) and (inputs.max_length or 0) > config.max_position_embeddings:

@@ -412,6 +412,10 @@ def set_up(args, argv: list[str], config) -> Run:
     set_seed(args.seed)
     model = AutoModelForCausalLM.from_config(config)
     model.generation_config.update(do_sample=True, temperature=0.8, top_k=40)
+    if has_length_limit(config):  # else pipelines ask for 256 tokens, whatever there is room for
+        model.generation_config.max_new_tokens = max(1, config.max_position_embeddings // 2)
+    elif hasattr(config, "max_position_embeddings"):  # what tools take for the length that the model knows
+        model.config.max_position_embeddings = args.sequence_length
     if args.gradient_checkpointing:
         # transformers 5.23 gave gradient_checkpointing_enable this new name.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()

@@ -32,6 +32,7 @@ from run_log import fill_model_card, read_log
 from settings_files import read_json
 from transformers import AutoTokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from vocabulary import rows_needed
 
 
 # What a model consists of; run.jsonl is where the numbers on its card come from.
@@ -206,8 +207,8 @@ def check_model(folder: Path, config: dict) -> dict:
     except Exception as error:
         raise ValueError(f"{folder} does not load: {type(error).__name__}: {error}") from error
     problems = [f"{name.replace('_', ' ')}: {', '.join(map(str, found))}" for name, found in report.items() if found]
-    if len(tokenizer) > model.config.vocab_size:
-        problems.append(f"{len(tokenizer)} tokens of the tokenizer, but vocab_size {model.config.vocab_size}")
+    if (needed := rows_needed(tokenizer, model.config)) > model.config.vocab_size:
+        problems.append(f"{needed} tokens of the tokenizer, but vocab_size {model.config.vocab_size}")
     if problems:
         raise ValueError(f"{folder}: " + "; ".join(problems))
     return {

@@ -98,7 +98,7 @@ def save_weights(model, folder: Path, dtype: torch.dtype) -> None:
         model.save_pretrained(folder, state_dict={name: rounded[tensor.data_ptr()] for name, tensor in state.items()})
     except SafetensorError as error:  # what safetensors makes of a full disk
         raise OSError(f"the weights cannot be written to {folder.parent.parent}: {one_line(error)}") from error
-    ByteTokenizer().save_pretrained(folder)
+    ByteTokenizer().save_pretrained(folder)  # after the model, of which it takes the limit of length
 
 
 def draw(name: str, models: dict, folder: Path, dataset_path: Path | None) -> list[dict]:

@@ -75,10 +75,10 @@ def save_model(model, accelerator: Accelerator, folder: Path) -> None:
     if accelerator.is_main_process:
         with tempfile.TemporaryDirectory(dir=folder, prefix=MODEL_PART) as temporary:
             try:
-                ByteTokenizer().save_pretrained(temporary)
                 accelerator.unwrap_model(model, keep_torch_compile=False).save_pretrained(
                     temporary, state_dict=state_dict
                 )
+                ByteTokenizer().save_pretrained(temporary)  # after the model, of which it takes the limit of length
             except SafetensorError as error:  # what safetensors makes of a full disk
                 raise OSError(f"the model cannot be written to {folder}: {error}") from error
             files = sorted(Path(temporary).iterdir(), key=lambda path: path.name == "config.json")

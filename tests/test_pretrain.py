@@ -450,7 +450,10 @@ def test_log(finished, inputs):
 def test_saved_folder_loads_and_scores_the_same(finished, inputs):
     model = AutoModelForCausalLM.from_pretrained(finished).eval()
     assert model.generation_config.do_sample
-    assert type(AutoTokenizer.from_pretrained(finished)) is ByteTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(finished)
+    assert type(tokenizer) is ByteTokenizer
+    limit = model.config.max_position_embeddings
+    assert (tokenizer.model_max_length, model.generation_config.max_new_tokens) == (limit, limit // 2)
     content = (inputs / "text.bin").read_bytes()
     start = len(content) * 95 // 100
     nats = 0.0
@@ -462,6 +465,17 @@ def test_saved_folder_loads_and_scores_the_same(finished, inputs):
     test = events(finished, "evaluation")[-1]
     assert test["bytes_scored"] == len(content) - start
     assert test["bits_per_byte"] == pytest.approx(nats / math.log(2) / (len(content) - start), rel=1e-5)
+
+
+def test_a_model_without_a_limit_says_at_which_length_it_was_trained(inputs, tmp_path):
+    model = {**MODEL, "aft_type": "simple", "position_embedding_type": "none"}
+    (tmp_path / "model.json").write_text(json.dumps(model))
+    changes = {"model_preset": tmp_path / "model.json", "sequence_length": 2 * LENGTH, "max_steps": 1}
+    main(flags(inputs, tmp_path / "run", **changes))
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    assert saved.config.max_position_embeddings == 2 * LENGTH
+    assert saved.generation_config.max_new_tokens is None
+    assert AutoTokenizer.from_pretrained(tmp_path / "run").model_max_length > 1e20
 
 
 def test_model_card_has_the_numbers_of_the_log(finished):
