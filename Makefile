@@ -1,20 +1,23 @@
 # make pretrain   train the tiny preset on a CPU and end with a score, a sample and a saved model in runs/tiny
 # make test       run all tests
-# make test-range run all tests twice: on the oldest versions that are supported, in .venv-oldest, and on the newest
+# make test-range run all tests twice: on the versions in constraints.txt, and on the oldest supported, in .venv-oldest
+# make test-newest  run the fast tests on the newest releases of everything, in .venv-newest, to see what will break
 # make faults     put deliberate faults into copies of the package, and show which test catches each
 # make bench      measure on this machine what benchmarks/ holds, and draw it; takes hours on a CPU
 # make style      check lint and format
 # make clean      remove the environments and caches; runs/ stays
 # Each sets up .venv by itself. PYTHON chooses the interpreter, PIP_EXTRA_INDEX_URL another build of torch
-# (https://download.pytorch.org/whl/cpu is the small one, without CUDA).
+# (https://download.pytorch.org/whl/cpu is the small one, without CUDA), TORCH that of test-newest (TORCH=torch==2.13.0).
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 OLDEST := .venv-oldest
+NEWEST := .venv-newest
+TORCH ?= torch
 
-.PHONY: pretrain test test-range faults bench style clean
+.PHONY: pretrain test test-range test-newest faults bench style clean
 
 # --resume auto: a run that was interrupted continues where its last checkpoint left it.
 pretrain: $(INSTALLED)
@@ -26,6 +29,14 @@ test: $(INSTALLED)
 
 test-range: test $(OLDEST)/installed
 	$(OLDEST)/bin/python -m pytest -n auto
+
+# Without pins, and with a transformers beyond what pyproject.toml allows, if there is one: pip then says so, and goes on.
+test-newest:
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --upgrade --upgrade-strategy eager "$(TORCH)" -e ".[dev]"
+	$(NEWEST)/bin/python -m pip install --upgrade "$(TORCH)" transformers
+	$(NEWEST)/bin/python -m pytest -n auto $(addprefix tests/test_, compatibility.py generate_features.py \
+		generation.py heads.py modeling.py remote_code.py static_cache.py tokenization.py)
 
 faults: $(INSTALLED)
 	$(BIN)/python tests/faults.py
@@ -45,7 +56,7 @@ style: $(INSTALLED)
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) build *.egg-info .pytest_cache .ruff_cache
 	find modeling_aft scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Torch first and by itself: the build that is there decides what the others bring along. The tests of Hugging Face

@@ -35,6 +35,7 @@ from transformers import (
 )
 
 from modeling_aft import AFTConfig, SynthesizerConfig, SynthesizerModel
+from modeling_aft.compatibility import CACHE_NAME
 from modeling_aft.configuration_common import MixerConfig
 from modeling_aft.ops import aft_attention
 
@@ -268,7 +269,7 @@ def decode_contestants(args, batch: int, length: int) -> Contestants:
     def read(model, ids, past):
         # In parts, a model of this package needs less memory; attention would need more, for its masks.
         for part in ids.split(PREFILL if isinstance(model.config, MixerConfig) else length, 1):
-            model(part, past_key_values=past, use_cache=True, logits_to_keep=1)
+            model(part, **{CACHE_NAME: past}, use_cache=True, logits_to_keep=1)
 
     @torch.inference_mode()
     def static_cache(model, ids, filled):
@@ -290,7 +291,7 @@ def decode_contestants(args, batch: int, length: int) -> Contestants:
 
         @torch.inference_mode()
         def run():
-            called(input_ids=token, past_key_values=past, use_cache=True)
+            called(input_ids=token, **{CACHE_NAME: past}, use_cache=True)
             if args.device == "cuda":
                 torch.cuda.synchronize()  # as `generate` does to see whether a text has ended
 

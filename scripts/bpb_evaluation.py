@@ -150,7 +150,9 @@ def evaluate_bits_per_byte(
         inputs, labels, scored = (tensor.to(accelerator.device) for tensor in load_batch(read, batch, width))
         if carried:
             outputs = model(input_ids=inputs, use_cache=True, **state)
-            state = {"past_key_values": outputs.past_key_values}
+            # By the name that this release of transformers gives it.
+            name = "cache" if hasattr(outputs, "cache") else "past_key_values"
+            state = {name: getattr(outputs, name)}
         else:
             outputs = model(input_ids=inputs, use_cache=False)
         losses = F.cross_entropy(outputs.logits.float().flatten(0, 1), labels.flatten(), reduction="none")

@@ -5,21 +5,16 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from transformers import PreTrainedTokenizerFast, pipeline
+from transformers import pipeline
 
 from modeling_aft import ByteTokenizer
 from modeling_aft.tokenization_bytes import BYTE_SYMBOLS
 
 
-def mask_tokenizer() -> PreTrainedTokenizerFast:
-    """The byte tokenizer with a token for masked places, number 256, under a class name that the library knows."""
-    return PreTrainedTokenizerFast(
-        tokenizer_object=ByteTokenizer().backend_tokenizer,
-        pad_token=BYTE_SYMBOLS[0],
-        mask_token="[MASK]",
-        padding_side="left",
-        model_input_names=["input_ids", "attention_mask"],
-    )
+def mask_tokenizer(config) -> ByteTokenizer:
+    """[MASK] is token 256, and padding 257; the model knows the first alone."""
+    limit = {"model_max_length": config.max_position_embeddings} if config.has_position_table else {}
+    return ByteTokenizer(mask_token="[MASK]", bos_token=BYTE_SYMBOLS[1], padding_side="left", **limit)
 
 
 @contextmanager
@@ -28,8 +23,8 @@ def local_models(module, folder, model_classes, config):
     for model_class in model_classes:
         path = Path(folder, config.model_type, model_class.__name__)
         model_class(config).save_pretrained(path)
-        mask_tokenizer().save_pretrained(path)
-    files = {"tokenizer_classes": ["PreTrainedTokenizerFast"], "processor_classes": []}
+        mask_tokenizer(config).save_pretrained(path)
+    files = {"tokenizer_classes": ["AutoTokenizer"], "processor_classes": []}
     summary = {model_class.__name__: files for model_class in model_classes}
     with mock.patch.multiple(module, TRANSFORMERS_TINY_MODEL_PATH=str(folder), tiny_model_summary=summary):
         yield

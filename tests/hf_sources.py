@@ -6,9 +6,8 @@ the installed version is downloaded once, by pip and so from wherever pip is con
 
     python tests/hf_sources.py
 
-It is kept in $MODELING_AFT_CACHE, by default ~/.cache/modeling_aft. With HF_TESTS_CHECKOUT=FOLDER the modules of a
-checkout of the transformers repository (its folder `tests`) are used instead: they include the tests of `generate`
-and of pipelines, which the source distribution lacks.
+It is kept in $MODELING_AFT_CACHE, by default ~/.cache/modeling_aft. What it lacks, the tests of `generate` and of
+pipelines, comes from a checkout of the transformers repository of about that version: HF_TESTS_CHECKOUT=FOLDER.
 """
 
 import importlib
@@ -18,7 +17,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -35,6 +34,14 @@ HINT = (
     "`python tests/hf_sources.py` (MODELING_AFT_SKIP_HF_TESTS=1 leaves them out)."
 )
 PACKAGE = "tests"  # by which the modules call each other
+PIPELINES = (
+    "feature_extraction",
+    "fill_mask",
+    "text_classification",
+    "text_generation",
+    "token_classification",
+    "zero_shot",
+)
 
 
 def cache_folder() -> Path:
@@ -44,19 +51,21 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "modeling_aft"
 
 
-def sources() -> Path:
+def folders() -> list[Path]:
     """
-    The folder with `tests/test_modeling_common.py` in it, downloaded if need be.
+    Where the modules of the tests lie; what the first folder has is not taken from the second.
 
     Raises:
-        ValueError: HF_TESTS_CHECKOUT is not such a folder.
+        ValueError: HF_TESTS_CHECKOUT is no checkout of transformers.
         OSError: the source distribution cannot be downloaded.
     """
     if CHECKOUT is None:
-        return fetch()
-    if not Path(CHECKOUT, "tests", "test_modeling_common.py").is_file():
-        raise ValueError(f"HF_TESTS_CHECKOUT must be a checkout of transformers with its folder tests, got {CHECKOUT}")
-    return Path(CHECKOUT)
+        return [fetch() / "tests"]
+    checkout = Path(CHECKOUT, "tests")
+    needed = ["causal_lm_tester.py", "generation/test_utils.py", "pipelines/test_pipelines_common.py"]
+    if not all((checkout / name).is_file() for name in needed):
+        raise ValueError(f"HF_TESTS_CHECKOUT must be a checkout of transformers with its tests, got {CHECKOUT}")
+    return [fetch() / "tests", checkout]
 
 
 def fetch() -> Path:
@@ -91,10 +100,13 @@ def download(version: str, folder: str) -> Path:
 
 
 class StandIns:
-    """Finds any module of the tests that is missing, and gives it an empty class for every name asked of it."""
+    """Finds any module of the tests in a folder, and gives it an empty class for every name asked of it."""
+
+    def __init__(self, folder: str):
+        self.folder = folder
 
     def find_spec(self, name, path=None, target=None):
-        return ModuleSpec(name, self, is_package=True) if name.startswith(f"{PACKAGE}.") else None
+        return ModuleSpec(name, self, is_package=True) if name.startswith(self.folder) else None
 
     def create_module(self, spec):
         return None
@@ -110,23 +122,35 @@ class StandIns:
 
 @contextmanager
 def stand_ins():
-    """Missing modules are made up inside, and forgotten afterwards."""
-    finder = StandIns()
-    sys.meta_path.append(finder)  # the last that is asked
+    """
+    Missing modules are made up inside, and forgotten afterwards; those for exporting always are, because the programs
+    that they look into are those of the exporters of one version.
+    """
+    first, last = StandIns(f"{PACKAGE}.exporters"), StandIns(f"{PACKAGE}.")
+    sys.meta_path.insert(0, first)
+    sys.meta_path.append(last)
     try:
         yield
     finally:
-        sys.meta_path.remove(finder)
+        for finder in (first, last):
+            sys.meta_path.remove(finder)
         for name, module in list(sys.modules.items()):
-            if getattr(module, "__loader__", None) is finder:
+            if isinstance(getattr(module, "__loader__", None), StandIns):
                 del sys.modules[name]
 
 
 def load() -> SimpleNamespace:
-    """The modules `configuration`, `modeling`, `pipelines`, `training` and, of a checkout, `causal_lm` (else None)."""
-    root = sources()
+    """
+    The modules `configuration`, `modeling`, `pipelines` and `training`, and of a checkout `generation` and, if it fits
+    the installed version, `causal_lm`; else None.
+    """
     package = sys.modules[PACKAGE] = ModuleType(PACKAGE)
-    package.__path__ = [str(root / "tests")]
+    package.__path__ = [str(folder) for folder in folders()]
+    modules = dict.fromkeys(["generation", "causal_lm"])
+
+    def load_one(short: str, name: str):
+        modules[short] = importlib.import_module(f"{PACKAGE}.{name}")
+
     with tempfile.TemporaryDirectory() as no_models, stand_ins():
         # Read at import: a list of models on the Hub. The tests make their own.
         Path(no_models, "reports").mkdir()
@@ -140,21 +164,21 @@ def load() -> SimpleNamespace:
             # Their marks are none of this project's, which --strict-markers would reject.
             mock.patch.object(pytest.mark, "_config", None),
         ):
-            modules = {
-                short: importlib.import_module(f"{PACKAGE}.{name}")
-                for short, name in {
-                    "configuration": "test_configuration_common",
-                    "modeling": "test_modeling_common",
-                    "pipelines": "test_pipeline_mixin",
-                    "training": "test_training_mixin",
-                }.items()
-            }
-            modules["causal_lm"] = CHECKOUT and importlib.import_module(f"{PACKAGE}.causal_lm_tester")
+            load_one("configuration", "test_configuration_common")
+            load_one("modeling", "test_modeling_common")
+            load_one("pipelines", "test_pipeline_mixin")
+            load_one("training", "test_training_mixin")
+            if CHECKOUT:
+                load_one("generation", "generation.test_utils")
+                with suppress(ImportError):  # it imports what only its own version of the library has
+                    load_one("causal_lm", "causal_lm_tester")
+                for name in PIPELINES:  # here, because the mixin would import them when it runs them
+                    importlib.import_module(f"{PACKAGE}.pipelines.test_pipelines_{name}")
     return SimpleNamespace(**modules)
 
 
 if __name__ == "__main__":
     try:
-        print(sources())
+        print(*folders())
     except (OSError, ValueError) as error:
         sys.exit(str(error))

@@ -8,26 +8,22 @@ import unittest
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from types import SimpleNamespace
+from unittest import mock
 
 import hf_pipelines
 import hf_sources
 import pytest
 import torch
 from families import make_config
+from transformers import DynamicCache
 
 import modeling_aft
+from modeling_aft.modeling_common import MixerPreTrainedModel
 
 
 hf = hf_sources.load()
 
-# The lists of the library that its tests consult, and the class of a family that would stand in each.
-LISTED = {
-    "MODEL_MAPPING_NAMES": "Model",
-    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": "ForCausalLM",
-    "MODEL_FOR_MASKED_LM_MAPPING_NAMES": "ForMaskedLM",
-    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES": "ForSequenceClassification",
-    "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES": "ForTokenClassification",
-}
 # Fields that every configuration shares, with values that are not the defaults.
 COMMON_FIELDS = {
     "architectures": ["A"],
@@ -49,7 +45,7 @@ PIPELINES = {
     "token-classification": ("ForTokenClassification", hf_pipelines.TokenClassification),
     "zero-shot": ("ForSequenceClassification", hf_pipelines.ZeroShot),
 }
-if hf.causal_lm is None:  # a checkout has its own
+if hf.generation is None:  # a checkout has its own
     for task, (_, checks) in PIPELINES.items():
         entry = hf.pipelines.pipeline_test_mapping[task]
         # Up to 5.17 the class itself.
@@ -63,10 +59,14 @@ class ModelTester:
     hidden_size, num_hidden_layers, num_attention_heads = 32, 2, 4
     is_training = True
     type_sequence_label_size, num_labels = 2, 3
+    question_answering_class = None
+    padded = False  # whether a row of the inputs begins with padding
 
     def __init__(self, parent, variant, is_decoder):
         self.parent, self.variant, self.is_decoder = parent, variant, is_decoder
         self.config_class = type(self.get_config())
+        if self.config_class is modeling_aft.AFTConfig and self.get_config().aft_type != "conv":
+            self.num_attention_heads = self.hidden_size  # every channel has weights of its own
         self.base_model_class = self.model_class("Model")
         self.causal_lm_class = self.model_class("ForCausalLM") if is_decoder else None
         self.sequence_classification_class = self.model_class("ForSequenceClassification")
@@ -95,7 +95,9 @@ class ModelTester:
 
     def prepare_config_and_inputs_for_common(self):
         ids = hf.modeling.ids_tensor([self.batch_size, self.seq_length], self.vocab_size)
-        return self.get_config(), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        mask = torch.ones_like(ids)
+        mask[1:, : self.padded] = 0
+        return self.get_config(), {"input_ids": ids, "attention_mask": mask}
 
     def prepare_config_and_inputs(self):
         """As the tests of causal language models take them: without labels."""
@@ -105,6 +107,18 @@ class ModelTester:
     def create_and_check_model(self, config, input_ids, token_type_ids, input_mask, *labels):
         hidden = self.base_model_class(config).eval()(input_ids, attention_mask=input_mask).last_hidden_state
         self.parent.assertEqual(hidden.shape, (self.batch_size, self.seq_length, self.hidden_size))
+
+
+# Tests that ask AFT for no weights: of tokens that a cache has summed up there are none, and no gradient goes through
+# them, because the output is not computed from them.
+WITHOUT_WEIGHTS = (
+    "test_retain_grad_hidden_states_attentions",
+    "test_*_use_cache",
+    "test_assisted_decoding_*",
+    "test_prompt_lookup_decoding_*",
+    "test_generate_compilation_all_outputs",
+    "test_custom_4d_attention_mask",
+)
 
 
 @dataclass(frozen=True)
@@ -128,12 +142,14 @@ class MixerTests:
     listed: list[Skip]
     model_tester = None
     model_tester_class = ModelTester
+    has_attentions = True
 
     def setUp(self):
         self.model_tester = ModelTester(self, self.variant, self.is_decoder)
         self.config_tester = hf.configuration.ConfigTester(self, config_class=self.model_tester.config_class)
         self.all_model_classes = self.model_tester.all_model_classes
-        self.has_attentions = "attentions" in self.model_tester.base_model_class._can_record_outputs
+        if self.model_tester.config_class is modeling_aft.AFTConfig:
+            self.has_attentions = not any(fnmatchcase(self._testMethodName, name) for name in WITHOUT_WEIGHTS)
         self.pipeline_model_mapping = {
             task: model_class
             for task, (suffix, _) in PIPELINES.items()
@@ -154,25 +170,30 @@ class MixerTests:
         ):
             super().run_task_tests(task, *args, **kwargs)
 
-    def _check_past_key_values_for_generate(self, batch_size, past_key_values, seq_length, config):
-        """The mixin knows caches of keys and values of every token only; a state has other tensors."""
-        self.assertEqual([type(layer)._layer_type for layer in past_key_values.layers], config.layer_types)
-        self.assertEqual(past_key_values.get_seq_length(), seq_length)
-        for layer in past_key_values.layers:
-            self.assertEqual({len(t) for t in layer.state if t is not None}, {batch_size})
+    def test_generation_tester_mixin_inheritance(self):
+        if self.is_decoder and hf.generation is None:
+            self.skipTest("not in the source distribution")
+        super().test_generation_tester_mixin_inheritance()
+
+    def test_bc_cache_name_forward(self):
+        """The mixin, which has it from 5.24 on, wants a warning besides: to these models both names are the same."""
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        names = ("cache", "past_key_values")
+        if not self.is_decoder:
+            for name in names:
+                with self.assertRaisesRegex(ValueError, "is_decoder=True"):
+                    self.model_tester.base_model_class(config)(**inputs, **{name: DynamicCache(config=config)})
+            return
+        for model_class in (self.model_tester.base_model_class, self.model_tester.causal_lm_class):
+            model = model_class(config).eval()
+            caches = [model(**inputs, **{name: DynamicCache(config=config)}).cache for name in names]
+            self._check_caches_are_equal(*caches)
 
     def _check_caches_are_equal(self, cache1, cache2):
-        """Likewise."""
+        """A state has other tensors than keys and values of every token."""
         self.assertEqual(len(cache1), len(cache2))
         for one, other in zip(cache1.layers, cache2.layers, strict=True):
             torch.testing.assert_close(one.state_dict(), other.state_dict())
-
-    if hasattr(hf.modeling.GenerationTesterMixin, "test_left_padding_compatibility"):
-
-        def test_left_padding_compatibility(self):
-            """The mixin believes that without attention maps there is no padding."""
-            self.has_attentions = True
-            super().test_left_padding_compatibility()
 
     @contextmanager
     def subTest(self, *args, **kwargs):
@@ -223,17 +244,47 @@ def accounted(test):
     return run
 
 
+class DecoderTests(MixerTests):
+    """What the tests of `generate`, which a checkout has, need besides: they know attention and its caches only."""
+
+    def _check_past_key_values_for_generate(self, batch_size, past_key_values, seq_length, config):
+        """A state has other tensors than keys and values of every token."""
+        self.assertEqual([type(layer)._layer_type for layer in past_key_values.layers], config.layer_types)
+        self.assertEqual(past_key_values.get_seq_length(), seq_length)
+        for layer in past_key_values.layers:
+            self.assertEqual({len(t) for t in layer.state if t is not None}, {batch_size})
+
+    def _check_attentions_for_generate(self, **outputs):
+        """AFT has weights for each channel."""
+        config = SimpleNamespace(num_attention_heads=self.model_tester.num_attention_heads)
+        super()._check_attentions_for_generate(**{**outputs, "config": config})
+
+    def test_left_padding_compatibility(self):
+        """The mixin believes that without attention maps there is no padding."""
+        self.has_attentions = True
+        super().test_left_padding_compatibility()
+
+    def attention_mask_padding_matches_padding_free_with_position_ids(self, *args, **kwargs):
+        """The mixin believes that packed documents need attention that can be chosen; and it needs padding."""
+        self.model_tester.padded = True
+        flags = {"_supports_attention_backend": True, "_supports_sdpa": True}
+        with mock.patch.multiple(MixerPreTrainedModel, **flags):
+            super().attention_mask_padding_matches_padding_free_with_position_ids(*args, **kwargs)
+
+
 def make_test_class(class_name: str, variant: str, is_decoder: bool, listed: list[Skip]) -> type[unittest.TestCase]:
     """The mixins that apply to the causal or to the bidirectional models of a variant."""
-    mixins = [hf.modeling.ModelTesterMixin, hf.pipelines.PipelineTesterMixin]
+    mixins = [MixerTests, hf.modeling.ModelTesterMixin, hf.pipelines.PipelineTesterMixin]
     if is_decoder:
-        mixins = [hf.modeling.ModelTesterMixin, hf.modeling.GenerationTesterMixin, hf.pipelines.PipelineTesterMixin]
-        if hf.causal_lm is not None:
-            mixins = [hf.causal_lm.CausalLMModelTest]
         mixins.append(hf.training.TrainingTesterMixin)
-    bases = (MixerTests, *mixins, unittest.TestCase)
+        if hf.generation is not None:
+            mixins = [DecoderTests, hf.generation.GenerationTesterMixin, *mixins[1:]]
+        if hf.causal_lm is not None:
+            mixins = [DecoderTests, hf.causal_lm.CausalLMModelTest]
     fields = {"variant": variant, "is_decoder": is_decoder, "listed": listed}
-    test_class = types.new_class(class_name, bases, exec_body=lambda namespace: namespace.update(fields))
+    test_class = types.new_class(
+        class_name, (*mixins, unittest.TestCase), exec_body=lambda namespace: namespace.update(fields)
+    )
     for name in dir(test_class):
         if name.startswith("test_") and callable(test := getattr(test_class, name)):
             setattr(test_class, name, accounted(test))

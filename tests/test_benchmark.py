@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
+from modeling_aft.compatibility import CACHE_NAME
 from modeling_aft.ops import aft_attention
 
 
@@ -202,7 +203,7 @@ def test_compiled_and_uncompiled_steps_do_the_same_work(name, monkeypatch):
         compiled = original(function, backend="eager")
 
         def called(**inputs):
-            steps.append((compiled(**inputs).logits, inputs["past_key_values"]))
+            steps.append((compiled(**inputs).logits, inputs[CACHE_NAME]))
 
         return called
 
@@ -216,8 +217,8 @@ def test_compiled_and_uncompiled_steps_do_the_same_work(name, monkeypatch):
 
     def noted(module, *inputs, **options):
         output = hook(module, *inputs, **options)
-        if "past_key_values" in options and hasattr(output, "logits"):
-            models.append((output.logits, options["past_key_values"]))
+        if CACHE_NAME in options and hasattr(output, "logits"):
+            models.append((output.logits, options[CACHE_NAME]))
         return output
 
     monkeypatch.setattr(torch.nn.Module, "__call__", noted)
