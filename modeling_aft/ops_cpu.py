@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .ops_chunks import windowed_chunks
-from .ops_panel import differentiable_gradients, gradients_inside_operator, largest, operator
+from .ops_panel import differentiable_gradients, flops_of, gradients_inside_operator, largest, operator
 from .ops_reference import QUERY_ACTIVATIONS
 
 
@@ -296,6 +296,13 @@ def _(query, key, value, rows, maximum, normalizer, average, activation):
     return query.new_empty(value.shape), sums, average.new_empty(len(_Bounds._fields), dtype=torch.float64)
 
 
+@flops_of(windowed)
+def _windowed_flops(query, key, value, rows, maximum, normalizer, average, activation):
+    plan = _Plan(key, value, rows)
+    pairs = plan.padded_length * (plan.chunk + plan.reach)
+    return 2 * plan.batch * pairs * plan.heads * plan.width
+
+
 def _backward(plan, grad, sums, query, key, value, rows, activation, needs_rows):
     d_query, d_key, d_value = (torch.empty(t.shape, dtype=t.dtype) for t in (query, key, value))
     d_rows = torch.zeros(rows.shape, dtype=rows.dtype)
@@ -373,6 +380,12 @@ def windowed_backward(
 def _(grad, sums, bounds, query, key, value, rows, maximum, normalizer, average, activation, needs_rows):
     inputs = (query, key, value, rows, maximum, normalizer, average)
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs)
+
+
+@flops_of(windowed_backward)
+def _(grad, sums, bounds, *inputs):
+    *inputs, needs_rows = inputs
+    return (1 + needs_rows) * _windowed_flops(*inputs)
 
 
 def _save_for_backward(ctx, inputs, output):

@@ -22,6 +22,7 @@ from functools import wraps
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 
 _TINY = {torch.float32: 1e-30, torch.float64: 1e-280}
@@ -74,15 +75,15 @@ def _row_blocks(queries: int, keys: int, visible: int):
     return [(slice(t, min(t + _FULL_ROWS, queries)), min(visible + t + _FULL_ROWS - 1, keys)) for t in starts]
 
 
-def underflown_rows(total: Tensor, bias: Tensor) -> Tensor:
-    """[R, 3]: the places (g, c, p) of the rows to compute in log space."""
+def underflown(total: Tensor, bias: Tensor) -> Tensor:
+    """[G, C, P] bool: the rows to compute in log space."""
     sees_something = bias.amax(-1) > -torch.inf  # [G, C]; other rows are 0
-    return ((total < _TINY[total.dtype]).any(-1) & sees_something[..., None]).nonzero()
+    return (total < _TINY[total.dtype]).any(-1) & sees_something[..., None]
 
 
 def _exact_rows(total: Tensor, bias: Tensor, channels: int):
     """Indices (g, c, p) of the rows to compute in log space, in groups of bounded memory."""
-    rows = underflown_rows(total, bias)
+    rows = underflown(total, bias).nonzero()
     group = max(1, _EXACT_ELEMENTS // (bias.shape[2] * channels))
     return [index.unbind(1) for index in rows.split(group)] if len(rows) else []
 
@@ -179,6 +180,20 @@ def operator(name: str):
     return register
 
 
+def flops_of(operator):
+    """Registers how many operations an operator takes, a function of its arguments, for torch.utils.flop_counter: that
+    cannot look into it. As of torch's own operators those of matrix products are counted, 2 for a multiplication with
+    its addition, but not what inputs of extreme size need beside."""
+
+    def register(function):
+        packet = operator._opoverload.overloadpacket
+        flop_registry.pop(packet, None)  # that of the same file, loaded before
+        register_flop_formula(packet, get_raw=True)(lambda *args, out_val, **kwargs: function(*args, **kwargs))
+        return function
+
+    return register
+
+
 @operator("panel")
 def panel(
     key: Tensor, value: Tensor, maximum: Tensor, normalizer: Tensor, average: Tensor, bias: Tensor, visible: int
@@ -211,6 +226,13 @@ def panel(
 def _(key, value, maximum, normalizer, average, bias, visible):
     size = (bias.shape[0], bias.shape[1], key.shape[2])
     return value.new_empty((*size, value.shape[3])), key.new_empty((*size, key.shape[3]))
+
+
+@flops_of(panel)
+def _panel_flops(key, value, maximum, normalizer, average, bias, visible):
+    groups, queries, keys = bias.shape
+    pairs = sum((rows.stop - rows.start) * seen for rows, seen in _row_blocks(queries, keys, visible))
+    return 2 * groups * pairs * key.shape[2] * (key.shape[3] + value.shape[3])
 
 
 @operator("panel_backward")
@@ -283,6 +305,12 @@ def _(grad, out, total, key, value, maximum, normalizer, average, bias, visible,
         torch.empty_like(t, memory_format=torch.contiguous_format) for t in (key, value, maximum, normalizer, average)
     ]
     return (*like, torch.empty_like(bias) if needs_bias else bias.new_empty(0))
+
+
+@flops_of(panel_backward)
+def _(grad, out, total, *inputs):
+    *inputs, needs_bias = inputs
+    return (1 + needs_bias) * _panel_flops(*inputs)
 
 
 def panel_composed(

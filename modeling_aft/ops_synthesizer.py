@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .ops_export import first, is_exporting, is_transformed
-from .ops_panel import differentiable_gradients, gradients_inside_operator, operator
+from .ops_panel import differentiable_gradients, flops_of, gradients_inside_operator, operator
 
 
 _BLOCK = 128  # queries per block, where neither factors nor one matrix for the batch will do
@@ -213,6 +213,13 @@ def _(value, query, key, bias, first, second, key_position, count, causal):
     return value.new_empty(value.shape)
 
 
+@flops_of(attend_in_blocks)
+def _attend_flops(value, query, key, bias, first, second, key_position, count, causal):
+    batch, heads, length, width = value.shape
+    columns = batch * width + (0 if query is None else max(len(query), len(key)) * query.shape[3])
+    return 2 * heads * columns * sum((rows.stop - rows.start) * keys for rows, keys in _blocks(length, causal))
+
+
 @operator("attend_in_blocks_backward")
 def attend_in_blocks_backward(
     grad: Tensor,
@@ -252,6 +259,11 @@ def attend_in_blocks_backward(
 def _(grad, value, query, key, bias, first, second, key_position, count, causal):
     tensors = (value, query, key, bias, first, second)
     return tuple(grad.new_empty(0) if t is None else t.new_empty(t.shape) for t in tensors)
+
+
+@flops_of(attend_in_blocks_backward)
+def _(grad, *inputs):
+    return 3 * _attend_flops(*inputs)  # the products, again, and the two gradients of each
 
 
 def _save_for_backward(ctx, inputs, output):

@@ -75,9 +75,8 @@ def _step(query, key, value, rows, state, keep, activation):
         keys, values = torch.cat([state.key, key], 1), torch.cat([average[:, None], state.value, value], 1)
         bias = rows[:, :, 0].flip(-1).permute(1, 2, 0)  # [1 or B, n, heads], oldest key first
         bias = bias if bias.shape[2] == 1 else spread(bias, keys)
-        older = (maximum + normalizer.clamp_min(_NOTHING).log())[
-            :, None
-        ]  # rounded as keys + bias are; the state itself never is
+        # Rounded as keys + bias are; the state itself never is.
+        older = (maximum + normalizer.clamp_min(_NOTHING).log())[:, None]
         logits = torch.cat([older, keys + bias], 1).clamp_min(torch.finfo(older.dtype).min)
         out = (logits.softmax(1)[..., None] * values.unflatten(-1, split)).sum(1).flatten(-2)
         values = values[:, 1:]

@@ -32,7 +32,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from .ops_panel import operator_namespace
+from .ops_panel import flops_of, operator_namespace
 from .ops_reference import compute_dtype
 
 
@@ -676,6 +676,15 @@ def _(query, key, value, rows, initial, query_activation):
     return query.new_empty(query.shape), _states_like(query, key, value, -(-query.shape[1] // _BLOCK_T))
 
 
+@flops_of(_windowed)
+def _windowed_flops(query, key, value, rows, initial, query_activation):
+    if rows is None:  # sums alone
+        return 0
+    batch, length, width = query.shape
+    tiles, past = -(-length // _BLOCK_T), -(-max(rows.shape[3] - 1, 1) // _BLOCK_T) * _BLOCK_T
+    return 2 * batch * tiles * _BLOCK_T * (past + _BLOCK_T) * 2 * width  # a denominator for each channel
+
+
 @torch.library.custom_op(f"{_NAMESPACE}::windowed_triton_backward", mutates_args=())
 def _windowed_backward(
     grad: Tensor,
@@ -740,6 +749,12 @@ def _(grad, query, key, value, rows, initial, states, query_activation, needs_ro
     like = [t.new_empty(t.shape) for t in (query, key, value)]
     d_rows = rows.new_empty(rows.shape) if needs_rows else states.new_empty(0)
     return *like, d_rows, states.new_empty(0 if initial is None else initial.shape)
+
+
+@flops_of(_windowed_backward)
+def _(grad, query, key, value, rows, initial, states, query_activation, needs_rows):
+    # The products of the forward pass, again, and the two gradients of each.
+    return (2 + needs_rows) * _windowed_flops(query, key, value, rows, initial, query_activation)
 
 
 def _save_for_backward(ctx, inputs, output):

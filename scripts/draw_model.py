@@ -55,17 +55,15 @@ def position_bias(mixer, length: int) -> tuple[str, np.ndarray] | None:
         # Of the queries, these components read the length alone.
         query = torch.zeros(1, mixer.heads, length, 1)
         parts = [
-            mixer.logits[name](query, None)[0, :, :, :length] * (1 if weights[name] is None else weights[name])
+            mixer.logits[name](query)[0, :, :, :length] * (1 if weights[name] is None else weights[name])
             for name in STATIC
             if name in weights
         ]
         return ("pairs", sum(parts).float().numpy()) if parts else None
     if mixer.position_bias is None:
         return None
-    bias = mixer.position_bias(length, None)
-    if "position_bias" in bias:
-        return "pairs", bias["position_bias"].float()[None].numpy()
-    return "window", bias["window_bias"].float().numpy()
+    bias = mixer.position_bias(torch.arange(length)).float().numpy()
+    return ("pairs", bias[None]) if mixer.position_bias.argument == "position_bias" else ("window", bias)
 
 
 def by_offset(kind: str, bias: np.ndarray, length: int, causal: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -21,7 +21,10 @@ from modeling_aft.ops_reference import AFTState
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RUNS_HERE = DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
 FORMS = ["simple", "local", "conv"]
-BATCH, WIDTH, HEADS = 2, 8, 4
+BATCH, WIDTH, HEADS = 2, 8, 2
+KINDS = ["scaled", "jump up", "jump down", "largest sum off both maxima"]
+# Under the interpreter those with a window take half a minute each; `test_log_space_in_a_later_tile` is one.
+EXTREMES = [(form, kind) for form in FORMS for kind in KINDS if DEVICE == "cuda" or form == "simple"]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 if importlib.util.find_spec("triton") is None:
@@ -175,7 +178,15 @@ class TestKernels:
 
     @pytest.mark.parametrize(
         ("heads", "keys", "width"),
-        [(1, 1, 5), (1, 3, 9), (2, 4, 12), (4, 4, 4), (1, 70, 70), (1, 2, 140), (2, 2, 400)],
+        [
+            (1, 1, 5),
+            (1, 3, 9),
+            (2, 4, 12),
+            (4, 4, 4),
+            (1, 70, 70),
+            (1, 2, 140),
+            (2, 2, 200 if DEVICE == "cpu" else 400),
+        ],
         ids=lambda size: str(size),
     )
     def test_shared_keys_and_heads_of_the_bias(self, heads, keys, width):
@@ -198,7 +209,7 @@ class TestKernels:
 
     @pytest.mark.parametrize("form", FORMS)
     def test_a_query_that_sees_nothing_gives_0(self, form):
-        tensors = leaves(make_tensors(form, 10), device=DEVICE)
+        tensors = leaves(make_tensors(form, 10, heads=4), device=DEVICE)
         mask = torch.ones(BATCH, 10)
         mask[0] = 0
         out = by_triton(tensors, mask=mask)
@@ -207,8 +218,7 @@ class TestKernels:
             assert grad.isfinite().all()
             assert grad.shape[0] != BATCH or (grad[0] == 0).all()
 
-    @pytest.mark.parametrize("kind", ["scaled", "jump up", "jump down", "largest sum off both maxima"])
-    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize(("form", "kind"), EXTREMES)
     def test_extreme_keys(self, form, kind):
         tensors = make_tensors(form, 20, heads=1, past=kind == "jump up")
         key, rows = tensors[1], tensors[3]
@@ -229,8 +239,8 @@ class TestKernels:
         assert_agree(tensors, dtype)
 
     def test_log_space_in_a_later_tile(self):
-        tensors = make_tensors("local", 70, window=32)
-        tensors[1][:, 68:] += 200
+        tensors = make_tensors("local", 66, window=32)
+        tensors[1][:, 65:] += 200
         assert_agree(tensors, torch.float32)
 
     @pytest.mark.parametrize("activation", ["sigmoid", "tanh", "relu", "identity"])
@@ -245,17 +255,19 @@ class TestKernels:
         assert_agree(make_tensors(form, 150, window=32, past=True), dtype)
 
     @pytest.mark.parametrize(
-        ("form", "window"), [("simple", 1), ("local", 32), ("conv", 5), ("rows", 150)], ids=lambda value: str(value)
+        ("form", "window"),
+        [("simple", 1), ("local", 32), ("conv", 5), ("rows", 40 if DEVICE == "cpu" else 150)],
+        ids=lambda value: str(value),
     )
     def test_chunks_side_by_side_equal_one_after_the_other(self, form, window, monkeypatch):
-        tensors = make_tensors(form, 300, window=window, past=True)
-        tensors[1][:, 200:] += 50  # the sums of the chunks have maxima of their own
+        tensors = make_tensors(form, 150 if DEVICE == "cpu" else 300, window=window, past=True)
+        tensors[1][:, 100:] += 50  # the sums of the chunks have maxima of their own
         wholes = results(by_triton, leaves(tensors, device=DEVICE))
         calls = []
-        monkeypatch.setattr(ops_triton, "_chunks", lambda programs, tiles, device: calls.append(tiles) or 3)
+        monkeypatch.setattr(ops_triton, "_chunks", lambda programs, tiles, device: calls.append(tiles) or 2)
         for chunked, whole in zip(results(by_triton, leaves(tensors, device=DEVICE)), wholes, strict=True):
             torch.testing.assert_close(chunked, whole, rtol=1e-9, atol=1e-9)
-        assert calls == [5, 5]
+        assert calls == ([3, 3] if DEVICE == "cpu" else [5, 5])
 
     def test_slices_of_one_projection(self):
         fused = torch.randn(BATCH, 70, 3 * WIDTH, dtype=torch.float64, device=DEVICE, requires_grad=True)
@@ -269,7 +281,7 @@ class TestKernels:
 
     @pytest.mark.parametrize("form", FORMS)
     def test_the_same_in_every_run_and_under_autocast(self, form):
-        tensors = make_tensors(form, 140)
+        tensors = make_tensors(form, 20 if DEVICE == "cpu" else 140)
         once = results(by_triton, leaves(tensors, torch.float32, DEVICE))
         for a, b in zip(once, results(by_triton, leaves(tensors, torch.float32, DEVICE)), strict=True):
             assert torch.equal(a, b)
