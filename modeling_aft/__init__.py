@@ -13,7 +13,7 @@ from transformers import (
 from .cache_files import load_cache, save_cache
 from .configuration_aft import AFTConfig
 from .configuration_synthesizer import SynthesizerConfig
-from .modeling_aft import (
+from .modeling_attention_free import (
     AFTForCausalLM,
     AFTForMaskedLM,
     AFTForSequenceClassification,

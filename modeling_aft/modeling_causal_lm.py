@@ -9,13 +9,18 @@
 """Causal language models: the head, its loss, and what `generate` needs to know of states and tables of positions."""
 
 import functools
+import math
 
 import torch
 from torch import nn
 from transformers import (
+    DynamicCache,
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
     GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -27,6 +32,14 @@ from transformers.utils.generic import can_return_tuple
 from .compatibility import CACHE_NAME, CausalLMOutputWithPast, one_cache
 from .modeling_common import MixerWithHead
 
+
+# What looks up the scores of the ids in a text.
+LOOK_UP_IDS = (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -119,31 +132,40 @@ class EndOfTables(StoppingCriteria):
         return input_ids.shape[1] >= columns
 
 
-class InVocabulary(LogitsProcessor):
+class BeyondVocabulary(LogitsProcessor):
     """
-    Shows a processor that looks up the score of every id no id beyond the vocabulary, such as that of padding may be,
-    but in its place one that the row has anyway.
+    Shows a processor that looks up the score of each id in a text scores for those beyond the vocabulary too, such as
+    that of padding may be: minus infinity.
 
     Args:
         processor (`LogitsProcessor`): the one to show them to.
+        size (`int`): the number of ids.
     """
 
-    def __init__(self, processor: LogitsProcessor):
-        self.processor = processor
+    def __init__(self, processor: LogitsProcessor, size: int):
+        self.processor, self.size = processor, size
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        beyond = input_ids >= scores.shape[-1]
-        in_row = input_ids.masked_fill(beyond, 0).amax(1, keepdim=True)
-        return self.processor(torch.where(beyond, in_row, input_ids), scores)
+        vocab_size = scores.shape[-1]
+        scores = nn.functional.pad(scores, (0, self.size - vocab_size), value=-math.inf)
+        return self.processor(input_ids, scores)[..., :vocab_size]
 
 
 class StateGenerationMixin(GenerationMixin):
     """`generate` for models whose cache is a state, and whose tables of positions may end."""
 
     @staticmethod
-    def create_masks_for_generate(attention_mask=None, inputs_embeds=None, **kwargs):
-        """Keeps `generate` from making [T, T] masks: padding is all that a mixer needs to know of its input."""
-        if attention_mask is None:
+    def create_masks_for_generate(
+        attention_mask=None, inputs_embeds=None, cache=None, past_key_values=None, is_first_iteration=True, **kwargs
+    ):
+        """
+        Keeps `generate` from making [T, T] masks: padding is all that a mixer needs to know of its input. A step that
+        may be compiled sees nothing of the padding before it, whose mask would grow; what is written is never padding.
+        """
+        # A dynamic cache is never compiled. Exporters join the masks of its steps to that of several tokens.
+        if attention_mask is None or type(one_cache(cache, past_key_values)) is DynamicCache:
+            return attention_mask
+        if inputs_embeds.shape[1] == 1 and not is_first_iteration:
             return None
         # A copy, because a compiled step is specialised on strides, and those of a slice change with every token.
         return attention_mask[:, -inputs_embeds.shape[1] :].clone(memory_format=torch.contiguous_format)
@@ -169,6 +191,9 @@ class StateGenerationMixin(GenerationMixin):
         prompt = ids if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
         if prompt is None:
             return super().generate(inputs, generation_config, **kwargs)
+        start = 0 if ids is None else ids.shape[1]
+        if kwargs.get("max_length") is not None:  # of itself the library prefers new tokens of a config
+            kwargs.setdefault("max_new_tokens", None)
         past = 0 if cache is None else int(cache.get_seq_length())
         total = prompt.shape[1] if mask is None else mask.shape[1]
         if past:
@@ -183,7 +208,6 @@ class StateGenerationMixin(GenerationMixin):
             cache.layers[0].columns_read = read if assisted or size is not None else None
         if not self.config.has_position_table:
             return super().generate(inputs, generation_config, **kwargs)
-        start = 0 if ids is None else ids.shape[1]
         kept = self._count_kept(prompt, mask, cache, past, total)
         room = (self.config.max_position_embeddings - kept).clamp_min(1)
         longest = int(room.max())
@@ -349,10 +373,26 @@ class StateGenerationMixin(GenerationMixin):
         if ids is not None and not kwargs.get("is_first_iteration"):
             # Rows that have ended are filled with a padding id, which need not be in the vocabulary.
             inputs["input_ids"] = ids.masked_fill(ids >= self.config.vocab_size, 0)
+            if last_column is not None and attention_mask is not None:
+                inputs.setdefault("attention_mask", attention_mask[:, -ids.shape[1] :].clone())
         return inputs
 
-    def _get_logits_processor(self, *args, **kwargs):
-        return LogitsProcessorList(
-            InVocabulary(processor) if isinstance(processor, RepetitionPenaltyLogitsProcessor) else processor
-            for processor in super()._get_logits_processor(*args, **kwargs)
+    def _get_logits_processor(self, generation_config, *args, encoder_input_ids=None, **kwargs):
+        processors = super()._get_logits_processor(
+            generation_config, *args, encoder_input_ids=encoder_input_ids, **kwargs
         )
+        last = -1 if generation_config.pad_token_id is None else generation_config.pad_token_id
+        if encoder_input_ids is not None and encoder_input_ids.dim() == 2:  # those of the prompt
+            last = max(last, int(encoder_input_ids.max()))
+        if last < self.config.vocab_size:
+            return processors
+        return LogitsProcessorList(
+            BeyondVocabulary(processor, last + 1) if isinstance(processor, LOOK_UP_IDS) else processor
+            for processor in processors
+        )
+
+    @functools.wraps(GenerationMixin.compute_transition_scores)
+    def compute_transition_scores(self, sequences, *args, **kwargs):
+        padding = sequences >= self.config.vocab_size
+        scores = super().compute_transition_scores(sequences.masked_fill(padding, 0), *args, **kwargs)
+        return scores.masked_fill(padding[:, padding.shape[1] - scores.shape[1] :], 0)

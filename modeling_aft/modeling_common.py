@@ -324,6 +324,8 @@ class MixerWithHead(MixerPreTrainedModel):
 
     def _run(self, input_ids, attention_mask, position_ids, inputs_embeds, keywords: dict, **cached):
         """What is known of the tokens, the outputs of the model, and those of the keywords that are the head's."""
+        if keywords.pop("use_cache", None):
+            raise ValueError("`use_cache` must be False, got True: this head returns no cache.")
         refuse_unknown(self, keywords, HEAD_KEYWORDS | self.loss_keywords)
         of_head = {name: value for name, value in keywords.items() if name in self.loss_keywords}
         of_tokens = ("token_type_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")

@@ -39,7 +39,7 @@ class ComponentLogits(nn.Module):
     Both forms are had by calling the module: hooks on it, such as those that fetch offloaded weights, see only calls.
     """
 
-    def forward(self, query: Tensor, positions: Tensor | None, by_parts: bool = False) -> Tensor | Logits:
+    def forward(self, query: Tensor, *, positions: Tensor | None = None, by_parts: bool = False) -> Tensor | Logits:
         """Logits over all N key positions, [1 or B, H, T, N], or with `by_parts` those over the T keys, by parts."""
         return self.parts(query, positions) if by_parts else self.whole(query, positions)
 
@@ -288,7 +288,7 @@ class SynthesizerMixer(nn.Module):
             if name == "dot_product":
                 part = self.scaling * query @ state.key.transpose(2, 3)
             else:
-                part = columns(self.logits[name](query, positions), state.key_position, length)
+                part = columns(self.logits[name](query, positions=positions), state.key_position, length)
             logits = logits + (part if alpha is None else alpha * part)
         visible = (state.key_position >= 0)[:, None, None]  # [B, 1, 1, S]
         if pairs is not None:
@@ -312,7 +312,7 @@ class SynthesizerMixer(nn.Module):
             if name == "dot_product":
                 part = Logits(query=self.scaling * query, key=key)
             else:
-                part = self.logits[name](query, positions, by_parts=True)
+                part = self.logits[name](query, positions=positions, by_parts=True)
             alpha = 1 if alpha is None else alpha
             if part.query is not None:
                 queries.append(alpha * part.query)

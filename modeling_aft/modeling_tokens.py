@@ -84,7 +84,9 @@ def read_tokens(
         attention_mask, numbered = _check_mask(attention_mask, inputs)
         numbers += [] if numbered is None else [numbered]
     if position_ids is not None:
-        position_ids = _check_numbers("position_ids", position_ids.expand(batch, -1), inputs)
+        if position_ids.dim() == 1 or position_ids.shape[:1] == (1,):
+            position_ids = position_ids.expand(batch, *position_ids.shape[-1:])
+        position_ids = _check_numbers("position_ids", position_ids, inputs)
     mask = None if is_matrix else attention_mask
 
     counted = _counted(inputs, mask, seen)

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import nn
 
-from modeling_aft.modeling_aft import ConvPositionBias, TablePositionBias
+from modeling_aft.modeling_attention_free import ConvPositionBias, TablePositionBias
 from modeling_aft.modeling_synthesizer import FactorizedRandomLogits, RandomLogits
 
 

@@ -157,7 +157,8 @@ def load_config(repo: str, **options) -> dict:
 def load_tokenizer(repo: str, **options) -> dict:
     tokenizer = transformers.AutoTokenizer.from_pretrained(repo, **options)
     ids = tokenizer(["né", "a"], padding=True).input_ids
-    return {"class": type(tokenizer).__name__, "module": type(tokenizer).__module__, "ids": ids}
+    found = {"class": type(tokenizer).__name__, "module": type(tokenizer).__module__}
+    return {**found, "ids": ids, "limit": tokenizer.model_max_length}
 
 
 def run_script(*flags: str | Path) -> str:

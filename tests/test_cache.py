@@ -1,7 +1,9 @@
 """Caches as things that users keep, share, save and break: every use of one is right, or refused by name."""
 
+import copy
 import itertools
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -155,6 +157,21 @@ def test_each_row_of_a_batch_has_its_own_end(variant, options):
         assert len(alone) == LIMIT
         assert torch.equal(together[row, padding : padding + LIMIT], alone)
         assert (together[row, padding + LIMIT :] == 7).all()
+
+
+@pytest.mark.parametrize("of_call", [False, True], ids=["of-model", "of-call"])
+@pytest.mark.parametrize("variant", ["local", "conv-nopos", "dense"])
+def test_a_length_in_a_call_comes_before_that_of_a_config(variant, of_call):
+    model, ids = make_model(variant), make_ids(10)
+    config = copy.deepcopy(model.generation_config)
+    config.max_new_tokens = 8
+    given = {"generation_config": config} if of_call else {}
+    model.generation_config = model.generation_config if of_call else config
+    assert model.generate(ids, do_sample=False, **given).shape[1] == 18
+    assert model.generate(ids, do_sample=False, max_length=13, **given).shape[1] == 13
+    assert model.generate(ids, do_sample=False, max_new_tokens=5, **given).shape[1] == 15
+    with pytest.raises(ValueError, match="max_length"):
+        model.generate(ids, do_sample=False, max_length=10, **given)
 
 
 @pytest.mark.parametrize("variant", ["local", "dense"])
@@ -409,9 +426,8 @@ print("fine")
 """
 
 
-@pytest.mark.parametrize("variant", ["local", "dense"])
 @pytest.mark.parametrize(
-    "names", [("one", "two"), ("modèle", "modéle"), ("模型", "モデル")], ids=["ascii", "accents", "cjk"]
+    ("variant", "names"), [("local", ("modèle", "modéle")), ("dense", ("模型", "モデル"))], ids=["local", "dense"]
 )
 def test_two_copies_of_the_code_in_one_process(variant, names, tmp_path):
     """In folders whose names may have any letters."""
@@ -421,7 +437,7 @@ def test_two_copies_of_the_code_in_one_process(variant, names, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(TWO_COPIES)
     command = [sys.executable, "-P", str(script), *map(str, folders), str(tmp_path / "cache")]
-    environment = {**__import__("os").environ, "HF_HOME": str(tmp_path / "home")}
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=240)
     assert run.stdout.strip().endswith("fine"), run.stderr[-2000:]
 
@@ -430,7 +446,7 @@ def test_the_package_can_be_imported_beside_a_saved_model(tmp_path):
     make_model("local").save_pretrained(tmp_path)
     root = str(Path(__file__).parents[1])
     command = [sys.executable, "-c", "import modeling_aft; print(modeling_aft.AFTConfig.model_type)"]
-    environment = {**__import__("os").environ, "PYTHONPATH": root}
+    environment = {**os.environ, "PYTHONPATH": root}
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert run.stdout.strip() == "aft", run.stderr[-2000:]
 

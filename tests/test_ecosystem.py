@@ -9,17 +9,20 @@ import torch
 import torch._dynamo.utils
 from accelerate import Accelerator, cpu_offload, disk_offload, dispatch_model
 from accelerate.state import AcceleratorState
-from families import LIMIT, VARIANTS, make_ids, make_model
+from families import LIMIT, VARIANTS, make_config, make_ids, make_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     TorchAoConfig,
     Trainer,
     TrainingArguments,
     pipeline,
 )
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from modeling_aft import ByteTokenizer
 
@@ -313,6 +316,40 @@ SWITCHES = {
     "gradient_checkpointing": {"gradient_checkpointing": True},
     "torch_compile": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
 }
+
+
+LABELS_OF_TOKENS = {
+    "causal": (AutoModelForCausalLM, "CAUSAL_LM"),
+    "masked": (AutoModelForMaskedLM, None),
+    "token": (AutoModelForTokenClassification, "TOKEN_CLS"),
+}
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["plain", "lora"])
+@pytest.mark.parametrize("remote", [False, True], ids=["package", "remote-code"])
+@pytest.mark.parametrize(("auto_class", "task"), LABELS_OF_TOKENS.values(), ids=LABELS_OF_TOKENS)
+@pytest.mark.parametrize("variant", ["local", "dense"])
+def test_smoothed_labels_are_those_of_the_loss(variant, auto_class, task, remote, lora, fresh_accelerate, tmp_path):
+    """The trainer shifts labels where a model does, by the name of its class."""
+    is_causal = auto_class is AutoModelForCausalLM
+    config = make_config(variant, is_decoder=is_causal, num_labels=256, initializer_range=0.4)
+    model = auto_class.from_config(config).eval()
+    if remote:
+        folder = save(model, tmp_path / "model")
+        reference = model.config.auto_map[auto_class.__name__]
+        model = get_class_from_dynamic_module(reference, folder).from_pretrained(folder)
+    if lora:
+        model = with_lora(model, task, ["qkv_proj"]).eval()
+    labels = IDS.masked_fill(MASK == 0, -100)
+    labels[0, 4] = -100  # which a causal model would predict from padding
+    settings = TrainingArguments(tmp_path, label_smoothing_factor=0.1, report_to=[], use_cpu=True)
+    inputs = {"input_ids": IDS, "attention_mask": MASK, "labels": labels}
+    with torch.no_grad():
+        found = Trainer(model, settings).compute_loss(model, dict(inputs))
+        output = model(**inputs)
+    logits, labels = (output.logits[:, :-1], labels[:, 1:]) if is_causal else (output.logits, labels)
+    uniform = -logits.log_softmax(-1).mean(-1)[labels != -100].mean()
+    torch.testing.assert_close(found, 0.9 * output.loss + 0.1 * uniform)
 
 
 @pytest.mark.parametrize("switch", SWITCHES.values(), ids=SWITCHES)

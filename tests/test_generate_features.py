@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from modeling_aft import ByteTokenizer, load_cache, save_cache
+from modeling_aft.compatibility import CACHE_NAME
 
 
 variants = pytest.mark.parametrize("variant", VARIANTS)
@@ -113,7 +114,7 @@ def test_returns_scores_logits_states_and_the_cache(variant):
     assert torch.equal(torch.stack(out.logits, 1).argmax(-1), out.sequences[:, 8:])
     assert len(out.hidden_states) == 4 and len(out.hidden_states[0]) == model.config.num_hidden_layers + 1
     expected = model(out.sequences, use_cache=False).logits[:, -1:]
-    torch.testing.assert_close(model(out.sequences[:, -1:], cache=out.cache).logits, expected)
+    torch.testing.assert_close(model(out.sequences[:, -1:], cache=getattr(out, CACHE_NAME)).logits, expected)
 
 
 @both_families

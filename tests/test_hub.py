@@ -128,7 +128,9 @@ def test_configuration_and_tokenizer_load(reader, published, family):
     tokenizer = call(load_tokenizer, f"me/{family}-ForCausalLM", **trust)
     assert (config["class"], tokenizer["class"]) == (f"{family}Config", "ByteTokenizer")
     assert {found["module"].startswith("transformers_modules.") for found in (config, tokenizer)} == {bool(trust)}
-    assert tokenizer["ids"] == [[110, 195, 169], [0, 0, 97]]
+    assert tokenizer["ids"] == [[110, 195, 169], [256, 256, 97]]
+    if not trust:  # the tokenizer was pushed alone, and the package knows the model that it finds there
+        assert tokenizer["limit"] == published[f"me/{family}-ForCausalLM"]["config"]["max_position_embeddings"]
 
 
 @FAMILY
@@ -155,7 +157,7 @@ def test_a_revision_pins_weights_and_code(author, reader, hub, family):
     first = author(publish, family, "ForCausalLM", repo, seed=1)
     author(tag, repo, "v1")
     second = author(publish, family, "ForCausalLM", repo, seed=2)
-    name = f"modeling_{family.lower()}.py"
+    name = {"aft": "modeling_attention_free.py", "synthesizer": "modeling_synthesizer.py"}[family.lower()]
     author(commit, repo, {name: hub.repositories[repo].files()[name] + b'\nCODE = "second"\n'})
     branch = author(publish, family, "ForCausalLM", repo, seed=3, revision="branch")
     assert first["weights"] != second["weights"] != branch["weights"]
@@ -254,7 +256,7 @@ def test_a_download_that_breaks_off_fails_and_can_be_repeated(hub, reader, publi
     [
         ("config.json", load_config),
         ("model.safetensors", load),
-        ("modeling_aft.py", load),
+        ("modeling_attention_free.py", load),
         ("ops_torch.py", load),
         ("tokenization_bytes.py", load_tokenizer),
     ],
@@ -395,8 +397,8 @@ def without_a_tensor(content: bytes) -> bytes:
         pytest.param("model.safetensors", lambda content: content[:-1], "SafetensorError", id="truncated-weights"),
         pytest.param("model.safetensors", without_a_tensor, "missing keys: model.norm.bias", id="no-tensor"),
         pytest.param("tokenizer_config.json", None, "no tokenizer_config.json", id="no-tokenizer"),
-        pytest.param("modeling_aft.py", None, "no modeling_aft.py", id="no-code"),
-        pytest.param("modeling_aft.py", lambda content: b"(" + content, "SyntaxError", id="broken-code"),
+        pytest.param("modeling_attention_free.py", None, "no modeling_attention_free.py", id="no-code"),
+        pytest.param("modeling_attention_free.py", lambda content: b"(" + content, "SyntaxError", id="broken-code"),
         pytest.param("ops_torch.py", None, "FileNotFoundError", id="no-imported-code"),
     ],
 )

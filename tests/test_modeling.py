@@ -27,6 +27,14 @@ def test_fields_of_a_wrong_type_are_collected_too(config_class):
         config_class(hidden_size="64", num_hidden_layers=2.5)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+@pytest.mark.parametrize("field", ["hidden_dropout_prob", "initializer_range", "layer_norm_eps"])
+@pytest.mark.parametrize("config_class", [AFTConfig, SynthesizerConfig])
+def test_numbers_that_are_not_finite_are_refused(config_class, field, value):
+    with pytest.raises(ValueError, match=f"`{field}` must be .*got {value}"):
+        config_class(**{field: value})
+
+
 def test_a_causal_language_model_must_be_causal():
     with pytest.raises(ValueError, match="is_decoder.*True.*False"):
         AFTForCausalLM(make_config("simple", is_decoder=False))
@@ -282,7 +290,7 @@ def test_no_buffers_and_a_fresh_model_is_initialised(variant):
         assert parameter.isfinite().all(), name
     if "conv" in variant:
         # gamma = beta = 0: at the start AFT-conv is AFT-simple.
-        bias = model.model.layers[0].mixer.position_bias(5, None)["window_bias"]
+        bias = model.model.layers[0].mixer.position_bias(torch.arange(5))
         assert (bias == 0).all()
 
 
@@ -337,7 +345,7 @@ def test_local_bias_is_the_band_of_the_full_bias(rank, is_decoder):
     full = make_model("full", head=False, position_bias_rank=None, is_decoder=is_decoder)
     state = {name: tensor for name, tensor in local.state_dict().items() if "position_bias" not in name}
     for index, layer in enumerate(local.layers):
-        bias = layer.mixer.position_bias(LIMIT, None)["window_bias"][0]
+        bias = layer.mixer.position_bias(torch.arange(LIMIT))[0]
         table = torch.zeros(LIMIT, LIMIT, dtype=bias.dtype)
         for t in range(LIMIT):
             for tap in range(bias.shape[1]):

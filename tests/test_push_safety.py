@@ -94,7 +94,7 @@ def edit(path: Path, change) -> None:
     path.write_text(change(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["modeling_aft.py", "tokenization_bytes.py", "ops.py", "added.py"])
+@pytest.mark.parametrize("name", ["modeling_attention_free.py", "tokenization_bytes.py", "ops.py", "added.py"])
 def test_foreign_code_runs_only_when_asked_for(folder, name, tmp_path, monkeypatch):
     ran = tmp_path / "ran"
     code = f"open({str(ran)!r}, 'w').close()\n"

@@ -47,7 +47,7 @@ def run_without_package(folder, out, script=LOAD):
     )
 
 
-@pytest.mark.parametrize("variant", ["full", "local", "conv-nopos", "dense", "fixed-random", "random+dot_product"])
+@pytest.mark.parametrize("variant", ["full", "conv-nopos", "fixed-random", "random+dot_product"])
 def test_loads_without_the_package(variant, tmp_path):
     model, ids = make_model(variant, dtype=torch.float32), make_ids(12)
     folder = tmp_path / "model"
@@ -76,15 +76,17 @@ def test_is_refused_without_trust(tmp_path):
 
 @pytest.mark.parametrize("with_head", [False, True], ids=["without-head", "with-head"])
 @pytest.mark.parametrize(
-    ("variant", "family"), [("local", "AFT"), ("dense", "Synthesizer")], ids=["aft", "synthesizer"]
+    ("variant", "family", "module"),
+    [("local", "AFT", "modeling_attention_free"), ("dense", "Synthesizer", "modeling_synthesizer")],
+    ids=["aft", "synthesizer"],
 )
-def test_every_auto_class_is_named_whichever_class_saved(variant, family, with_head, tmp_path):
+def test_every_auto_class_is_named_whichever_class_saved(variant, family, module, with_head, tmp_path):
     make_model(variant, with_head).save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == {
         "AutoConfig": f"configuration_{family.lower()}.{family}Config",
-        "AutoModel": f"modeling_{family.lower()}.{family}Model",
+        "AutoModel": f"{module}.{family}Model",
         **{
-            f"AutoModelFor{head}": f"modeling_{family.lower()}.{family}For{head}"
+            f"AutoModelFor{head}": f"{module}.{family}For{head}"
             for head in ("CausalLM", "MaskedLM", "SequenceClassification", "TokenClassification")
         },
     }

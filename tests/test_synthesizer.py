@@ -164,7 +164,7 @@ def test_fixed_random_is_never_trained_and_always_saved(tmp_path):
 def test_factorized_dense_gives_all_products():
     """Repeat on one factor and tile on the other: with tile on both, only lcm(a, b) of the products would differ."""
     mixer = make_mixer("factorized-dense", factorized_dense_shape=[4, 12])
-    logits = mixer.logits["factorized_dense"](torch.randn(1, HEADS, 1, SIZE, dtype=torch.float64), None)
+    logits = mixer.logits["factorized_dense"](torch.randn(1, HEADS, 1, SIZE, dtype=torch.float64))
     assert logits.shape[-1] == LIMIT
     assert all(len(row.unique()) == LIMIT for row in logits[0, :, 0])
 

@@ -86,7 +86,12 @@ class AFTConfig(MixerConfig):
     @property
     def layer_types(self) -> list[str]:
         """One name per layer, by which transformers chooses the cache layers (not serialised)."""
-        return ["aft_full" if self.aft_type == "full" else "aft"] * self.num_hidden_layers
+        return ["aft_full_state" if self.aft_type == "full" else "aft_state"] * self.num_hidden_layers
+
+    @property
+    def _state_fields(self) -> tuple[str, ...]:
+        of_type = {"local": ("window_size",), "conv": ("window_size", "num_attention_heads")}
+        return (*super()._state_fields, "aft_type", *of_type.get(self.aft_type, ()))
 
     @property
     def has_position_table(self) -> bool:

@@ -8,6 +8,8 @@
 # specific language governing permissions and limitations under the License.
 """The configuration fields that both model families share, and their checks."""
 
+import json
+import math
 from functools import wraps
 
 from huggingface_hub.dataclasses import strict
@@ -44,7 +46,10 @@ def strict_config(config_class):
 class MixerConfig(PreTrainedConfig):
     """Fields of every model in the package; see [`AFTConfig`] and [`SynthesizerConfig`], which document them."""
 
-    keys_to_ignore_at_inference = ["past_key_values"]
+    # What Trainer does not gather from the outputs: the cache, by the names that releases of transformers give it.
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
+    # The fields that decide what a state means.
+    _state_fields = ("model_type", "hidden_size", "num_hidden_layers", "position_embedding_type")
 
     vocab_size: int = 256
     hidden_size: int = 512
@@ -64,12 +69,26 @@ class MixerConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
+    @property
+    def state_kind(self) -> str:
+        """What the caches of such models have in common, as JSON: no other fits (not serialised)."""
+        fields = {name: getattr(self, name) for name in self._state_fields}
+        if self.has_position_table:
+            fields["max_position_embeddings"] = self.max_position_embeddings
+        return json.dumps(fields)
+
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         self.validate_fields()
 
     def validate_layer_type(self):
         """Replaces the check of the base class, which knows only the layer types of the library."""
+
+    def validate_token_ids(self):
+        """The check of the base class, which warns of ids beyond the vocabulary, where that of padding is within it:
+        beyond it, no byte is lost to padding."""
+        if self.pad_token_id is None or self.pad_token_id < self.vocab_size:
+            super().validate_token_ids()
 
     def validate_fields(self):
         """Raises one ValueError that lists every field with a value that is not allowed."""
@@ -92,10 +111,10 @@ class MixerConfig(PreTrainedConfig):
             problems.append(self._problem("position_embedding_type", f"one of {', '.join(POSITION_EMBEDDING_TYPES)}"))
         if not 0 <= self.hidden_dropout_prob < 1:
             problems.append(self._problem("hidden_dropout_prob", "in [0, 1)"))
-        if self.layer_norm_eps <= 0:
-            problems.append(self._problem("layer_norm_eps", "positive"))
-        if self.initializer_range < 0:
-            problems.append(self._problem("initializer_range", "at least 0"))
+        if not 0 < self.layer_norm_eps < math.inf:
+            problems.append(self._problem("layer_norm_eps", "positive and finite"))
+        if not 0 <= self.initializer_range < math.inf:
+            problems.append(self._problem("initializer_range", "at least 0 and finite"))
         return problems
 
     def _problem(self, name: str, allowed: str) -> str:

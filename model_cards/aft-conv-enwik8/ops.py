@@ -15,8 +15,9 @@ from torch import Tensor
 
 from .ops_chunks import windowed_chunks
 from .ops_cpu import windowed_cpu
-from .ops_export import is_exporting
-from .ops_reference import QUERY_ACTIVATIONS, AFTState, aft_attention_reference, gated
+from .ops_export import can_read, is_exporting, is_transformed, without_autocast
+from .ops_packing import pack
+from .ops_reference import QUERY_ACTIVATIONS, AFTState, aft_attention_reference, compute_dtype, gated
 from .ops_torch import aft_attention_torch
 from .ops_triton import triton_can_run, windowed_triton
 
@@ -38,6 +39,7 @@ def aft_attention(
     return_state: bool = False,
     query_activation: str = "sigmoid",
     backend: str = "auto",
+    seq_idx: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, AFTState]:
     r"""
     Attention without dot products (eq. 2 of arXiv 2105.14103), per channel:
@@ -73,6 +75,10 @@ def aft_attention(
             `"reference"` is the formula in plain loops, `"torch"` runs on every device, and `"triton"` has kernels for
             several queries of the causal forms with a window or without bias, on CUDA; the rest of it is `"torch"`.
             `"auto"` is `"triton"` where that can run and helps, else `"torch"`.
+        seq_idx (`Tensor` [B, T], *optional*):
+            The document of each token, whole numbers: where it changes from one kept token of a row to the next, a
+            document ends, and no other sees it. Positions are counted from its beginning. Without a state, and not
+            under torch.compile or torch.export.
 
     Returns:
         `Tensor` [B, T, D] in the dtype of `query`, or with `return_state` that tensor and an [`AFTState`]. The state
@@ -92,27 +98,122 @@ def aft_attention(
         raise _refuse("backend", f"one of {', '.join(BACKENDS)}", repr(backend))
     if return_state and not causal:
         raise _refuse("return_state", "False when causal is False: there is no state to go on from", True)
+    if seq_idx is not None:
+        _validate_documents(seq_idx, value, return_state, initial_state)
     if window_bias is not None and window_bias.shape[-1] == 0:
         window_bias = None
-    if position_ids is not None and attention_mask is not None:
-        # Those of padding have no meaning, and may lie anywhere.
-        position_ids = position_ids.masked_fill(attention_mask == 0, 0)
+    if attention_mask is not None:
+        attention_mask = attention_mask != 0
+        if position_ids is not None:
+            # Those of padding have no meaning, and may lie anywhere.
+            position_ids = position_ids.masked_fill(~attention_mask, 0)
 
     arguments = (key, value, position_bias, window_bias, causal, attention_mask, position_ids, initial_state)
-    if backend == "reference":
-        average, state = aft_attention_reference(*arguments)
-        out = gated(query, average, query_activation)
-    else:
-        windowed = _windowed(backend, value)
-        out, state = aft_attention_torch(query, *arguments, return_state, query_activation, windowed)
+    with without_autocast(value):
+        if backend == "reference":
+            average, state = aft_attention_reference(*arguments, seq_idx)
+            out = gated(query, average, query_activation)
+        else:
+            windowed = _windowed(backend, value)
+            packing = None
+            if seq_idx is not None:
+                packing = pack([seq_idx], attention_mask, position_ids, begin_again=False)
+            if packing is not None:
+                biases = (position_bias, window_bias)
+                return _by_documents(packing, query, key, value, *biases, causal, query_activation, windowed)
+            out, state = aft_attention_torch(query, *arguments, return_state, query_activation, windowed)
     if attention_mask is not None:
-        out = out.masked_fill((attention_mask == 0)[..., None], 0)
+        out = out.masked_fill(~attention_mask[..., None], 0)
     return (out, state) if return_state else out
+
+
+def aft_attention_weights(
+    key: Tensor,
+    position_bias: Tensor | None = None,
+    *,
+    window_bias: Tensor | None = None,
+    causal: bool = True,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+) -> Tensor:
+    r"""
+    The attention that an average of [`aft_attention`] implies (eq. 3 of arXiv 2105.14103), for each key channel:
+
+        a_{t,t'} = exp(k_{t'} + w_{t,t'}) / sum_{t''} exp(k_{t''} + w_{t,t''})
+
+    To look at: it takes O(B T^2 K) time and memory. The arguments are those of [`aft_attention`].
+
+    Returns:
+        `Tensor` [B, K, T, T], query positions before key positions, float32, or float64 if the keys are. A padded
+        query, and one that sees no token, has 0 everywhere.
+
+    Raises:
+        ValueError: as [`aft_attention`] does.
+    """
+    if position_ids is not None and position_ids.dim() == 2 and position_ids.shape[0] == 1:
+        position_ids = position_ids.expand(key.shape[0], -1)
+    _validate(key, key, key, position_bias, window_bias, causal, attention_mask, position_ids, None)
+    batch, length, keys = key.shape
+    dtype = compute_dtype(key)
+    keep = torch.ones_like(key[..., 0], dtype=torch.bool) if attention_mask is None else attention_mask != 0
+    slots = keep.long().cumsum(1) - 1  # among the kept tokens
+    positions = (slots if position_ids is None else position_ids).masked_fill(~keep, 0)
+    offsets = slots[:, :, None] - slots[:, None]  # [B, T, T]
+    bias = key.new_zeros(1, 1, 1, 1, dtype=dtype)
+    if position_bias is not None:
+        rows = position_bias[positions] if position_bias.dim() == 2 else position_bias  # [B, T, N]
+        bias = rows.gather(2, positions[:, None].expand(-1, length, -1))[:, None].to(dtype)
+    elif window_bias is not None and window_bias.shape[-1] > 0:
+        heads, taps = window_bias.shape[0], window_bias.shape[-1]
+        rows = window_bias
+        if rows.dim() == 3:
+            rows = rows[:, None].expand(-1, batch, length, -1) if rows.shape[1] == 1 else rows[:, positions]
+        tap = (offsets if causal else offsets + (taps - 1) // 2)[None].expand(heads, -1, -1, -1)
+        inside = (tap >= 0) & (tap < taps)
+        bias = rows.to(dtype).gather(3, tap.clamp(0, taps - 1)).masked_fill(~inside, 0)  # [heads, B, T, T]
+        bias = bias.transpose(0, 1).repeat_interleave(keys // heads, 1)
+    visible = (keep[:, None] & keep[:, :, None])[:, None]
+    if causal:
+        visible = visible & (offsets >= 0)[:, None]
+    logits = key.to(dtype).transpose(1, 2)[:, :, None] + bias
+    weights = logits.masked_fill(~visible, torch.finfo(dtype).min).softmax(-1)
+    return weights.masked_fill(~visible, 0)
+
+
+def _by_documents(packing, query, key, value, position_bias, window_bias, causal, activation, windowed) -> Tensor:
+    """The result [B, T, D] for packed documents, each of which is treated as a row of its own."""
+    tensors, heads = [query, key, value], 0
+    if position_bias is not None and position_bias.dim() == 3:
+        tensors.append(position_bias)
+    elif window_bias is not None and window_bias.dim() == 4:
+        heads = window_bias.shape[0]
+        tensors.append(window_bias.permute(1, 2, 0, 3).flatten(2))  # [B, T, heads x n]
+
+    def attend(group, query, key, value, rows=None):
+        biases = [position_bias, window_bias]
+        if rows is not None:
+            rows_of_heads = None if not heads else rows.unflatten(2, (heads, -1)).permute(2, 0, 1, 3)
+            biases = [None, rows_of_heads] if heads else [rows, None]
+        mask = None if causal else group.attention_mask  # nothing that a causal query sees is behind the end
+        rest = (causal, mask, group.position_ids, None, False, activation, windowed)
+        return aft_attention_torch(query, key, value, *biases, *rest)[0]
+
+    return packing.map(attend, *tensors)
+
+
+def _validate_documents(seq_idx, value, return_state, initial_state):
+    if seq_idx.shape != value.shape[:2] or seq_idx.is_floating_point():
+        got = f"{seq_idx.dtype} {list(seq_idx.shape)}"
+        raise _refuse("seq_idx", f"whole numbers [{value.shape[0]}, {value.shape[1]}]", got)
+    if return_state or initial_state is not None:
+        raise _refuse("seq_idx", "None with a state, which belongs to one document", "documents")
+    if not can_read(seq_idx):
+        raise _refuse("seq_idx", "None in a graph: how many documents there are depends on the data", "documents")
 
 
 def _windowed(backend: str, value: Tensor) -> Callable:
     """The operator for several queries of the causal windowed forms; all have the signature of `windowed_chunks`."""
-    if is_exporting():
+    if is_exporting() or is_transformed():
         return windowed_chunks
     if backend == "triton" and not triton_can_run(value.device):
         raise _refuse("backend", "one that can run: 'triton' needs the package triton and a CUDA device", backend)
@@ -135,8 +236,8 @@ def _validate(query, key, value, position_bias, window_bias, causal, attention_m
         if not tensor.is_floating_point():
             raise _refuse(name, "a floating-point tensor", tensor.dtype)
     batch, length, channels = value.shape
-    if length < 1:
-        raise _refuse("value", "at least one token long", tuple(value.shape))
+    if batch < 1 or length < 1:
+        raise _refuse("value", "of at least one row and one token", tuple(value.shape))
     if query.shape != value.shape:
         raise _refuse("query", f"of the shape of value {tuple(value.shape)}", tuple(query.shape))
     heads = key.shape[-1]
@@ -167,10 +268,13 @@ def _validate(query, key, value, position_bias, window_bias, causal, attention_m
     for name, tensor in (("attention_mask", attention_mask), ("position_ids", position_ids)):
         if tensor is not None and (tensor.dim() != 2 or tensor.shape[0] != batch or tensor.shape[1] != length):
             raise _refuse(name, f"[{batch}, {length}]", tuple(tensor.shape))
+    if attention_mask is not None and attention_mask.dtype != torch.bool and _is_cheap_to_read(attention_mask):
+        if (lowest := attention_mask.amin()) < 0:
+            allowed = "1 or True for a token and 0 or False for padding"
+            raise _refuse("attention_mask", allowed, float(lowest))
     if initial_state is not None:
         _validate_state(initial_state, key, value, position_bias, window_bias, causal)
-    if table is not None:
-        _validate_positions(table, length, attention_mask, position_ids, initial_state)
+    _validate_positions(table, length, attention_mask, position_ids, initial_state)
 
 
 def _validate_state(state, key, value, position_bias, window_bias, causal):
@@ -187,23 +291,28 @@ def _validate_state(state, key, value, position_bias, window_bias, causal):
         raise _refuse("initial_state", f"of a window of {window} past tokens", state.key.shape[1])
 
 
+def _is_cheap_to_read(tensor: Tensor) -> bool:
+    """Whether what a tensor holds can be read without waiting for a device."""
+    return tensor.device.type == "cpu" and can_read(tensor)
+
+
 def _validate_positions(table, length, attention_mask, position_ids, initial_state):
-    """Raises if a kept token lies beyond the bias table. Reads tensors on the CPU only, where it waits for nothing."""
+    """Raises if a kept token has a negative position or lies beyond the bias table, if there is one."""
     given = [t for t in (attention_mask, position_ids, initial_state and initial_state.position) if t is not None]
-    first = 0
+    first = last = 0
     if not given:
         last = length - 1
-    elif torch.compiler.is_compiling() or any(t.device.type != "cpu" for t in given):
+    elif not all(map(_is_cheap_to_read, given)):
         return
     elif position_ids is not None:
         kept = position_ids if attention_mask is None else position_ids.masked_fill(attention_mask == 0, 0)
-        first, last = int(kept.min()), int(kept.max())
-    else:
-        count = length if attention_mask is None else attention_mask.long().sum(1)
+        first, last = (int(bound) for bound in kept.aminmax())
+    elif table is not None:
+        count = length if attention_mask is None else (attention_mask != 0).sum(1)
         last = int(torch.as_tensor(count + (0 if initial_state is None else initial_state.position)).max()) - 1
     if first < 0:
         raise _refuse("position_ids", "at least 0 where a token is kept", first)
-    if last >= table:
+    if table is not None and last >= table:
         raise ValueError(
             f"Position {last} lies beyond the bias table, which ends at position {table - 1} (N = {table})."
         )

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .ops_export import is_exporting, panel_for_export
-from .ops_panel import finite, panel, spread
+from .ops_export import is_exporting, is_transformed, panel_for_export
+from .ops_panel import finite, flops_of, gradients_inside_operator, operator, panel, panel_composed, spread
 from .ops_reference import gated
 
 
@@ -34,8 +34,8 @@ def summarize(key: Tensor, value: Tensor, dim: int):
     maximum = key.detach().amax(dim, keepdim=True)
     weight = (key - finite(maximum)).exp()
     normalizer = weight.sum(dim)
-    total = (spread(weight, value) * value).sum(dim)
-    return maximum.squeeze(dim), normalizer, total / spread(nonzero(normalizer), total)
+    share = weight / nonzero(normalizer).unsqueeze(dim)  # first, so that no sum is larger than its largest value
+    return maximum.squeeze(dim), normalizer, (spread(share, value) * value).sum(dim)
 
 
 def nonzero(normalizer: Tensor) -> Tensor:
@@ -49,8 +49,9 @@ def merge(first, second):
     weight_1 = (first[0] - reference).exp() * first[1]
     weight_2 = (second[0] - reference).exp() * second[1]
     normalizer = weight_1 + weight_2
-    total = spread(weight_1, first[2]) * first[2] + spread(weight_2, second[2]) * second[2]
-    return maximum, normalizer, total / spread(nonzero(normalizer), total)
+    whole = nonzero(normalizer)
+    average = spread(weight_1 / whole, first[2]) * first[2] + spread(weight_2 / whole, second[2]) * second[2]
+    return maximum, normalizer, average
 
 
 def _shift(sums, steps: int):
@@ -85,8 +86,10 @@ def with_past(key: Tensor, value: Tensor, past: tuple[Tensor, Tensor] | None, le
 
 
 def weighted_average(*arguments) -> Tensor:
-    """The average that a panel gives; an exported program must not depend on this package's operators."""
-    return panel_for_export(*arguments) if is_exporting() else panel(*arguments)[0]
+    """The average that a panel gives; neither an exported program nor a transform can do with its operator."""
+    if is_exporting():
+        return panel_for_export(*arguments)
+    return panel_composed(*arguments) if is_transformed() else panel(*arguments)[0]
 
 
 def windowed_chunks(
@@ -109,6 +112,52 @@ def windowed_chunks(
     return gated(query, windowed_average(key, value, rows, True, initial), activation)
 
 
+@operator("bidirectional")
+def bidirectional(key: Tensor, value: Tensor, rows: Tensor) -> Tensor:
+    """`windowed_average` without a past, for queries that see both sides, as one operator: a compiled model has one
+    graph for all lengths, of which the number of chunks would make a graph each. It computes all again in its backward
+    pass."""
+    left = (rows.shape[-1] - 1) // 2
+    initial = nothing(key, value, key.dtype)
+    return windowed_average(*with_past(key, value, None, left, key.dtype), rows, False, initial).contiguous()
+
+
+@bidirectional.register_fake
+def _(key, value, rows):
+    return value.new_empty(value.shape)
+
+
+@flops_of(bidirectional)
+def _bidirectional_flops(key, value, rows):
+    batch, length = value.shape[:2]
+    reach = rows.shape[3] - 1
+    chunk = max(reach, min(_CHUNK, length))
+    pairs = -(-length // chunk) * chunk * (2 + chunk + reach)
+    return 2 * batch * pairs * (key.shape[2] + value.shape[2])
+
+
+@operator("bidirectional_backward")
+def bidirectional_backward(grad: Tensor, key: Tensor, value: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `bidirectional` with respect to its arguments."""
+    return gradients_inside_operator(bidirectional.plain, [key, value, rows], grad)
+
+
+@bidirectional_backward.register_fake
+def _(grad, key, value, rows):
+    return tuple(t.new_empty(t.shape) for t in (key, value, rows))
+
+
+@flops_of(bidirectional_backward)
+def _(grad, *inputs):
+    return 3 * _bidirectional_flops(*inputs)  # the products, again, and the two gradients of each
+
+
+bidirectional.register_autograd(
+    lambda ctx, grad: bidirectional_backward(grad.contiguous(), *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
 def windowed_average(key, value, rows, causal, initial):
     """Average [B, T, V] of the windowed forms.
 
@@ -116,6 +165,8 @@ def windowed_average(key, value, rows, causal, initial):
     where there is none), then those of the T queries. rows [heads, 1 or B, 1 or T, n]: the window bias of each query.
     initial: the sum of all keys before those.
     """
+    if rows is None and not causal and is_exporting():  # all see the same; what is below would ask for strides
+        return summarize(key, value, dim=1)[2][:, None].expand(-1, value.shape[1], -1)
     if rows is None:
         rows = key.new_zeros(1, 1, 1, 1)
     heads, _, _, taps = rows.shape

@@ -13,27 +13,28 @@ weights exp(w) of the keys in reach times [exp(k), exp(k) v], added to the sum o
 block to block. The gradient is the same product with time reversed: each key sums up over the queries that see it.
 Nothing but the results is longer than a block.
 
-Exponentials are taken as they are. `_is_safe` tells where that loses nothing, which is everywhere but for inputs of
+Exponentials are taken as they are. `_Bounds` tells where that loses nothing, which is everywhere but for inputs of
 extreme size; those go the way of ops_chunks.py, which is exact for all.
 
 Shapes: h heads of the bias, each of k = K / h key channels and k x r value channels, w = k + k r columns of a product.
 """
 
-from concurrent.futures import ThreadPoolExecutor
+import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .ops_chunks import windowed_chunks
-from .ops_panel import operator
+from .ops_panel import differentiable_gradients, flops_of, gradients_inside_operator, largest, operator
 from .ops_reference import QUERY_ACTIVATIONS
 
 
 _CHUNK = 32  # queries per product of matrices, where the window is not longer
 _ROWS = 1024  # queries per block
-_LARGEST_EXPONENT = 30.0  # of keys and biases: their sums over any text stay finite in float32
-_LARGEST_VALUE = 1e10
+_LARGEST_EXPONENT = 30.0  # of a key, and of a bias
+_LARGEST_SUM = 80.0  # log of the largest sum that a product of matrices may come to, in float32
 _SMALLEST_TOTAL = 1e-20  # a denominator of this size is exact to rounding, as terms count down to 1e-38
 # The gradient with respect to the input of an activation, from the gradient and the output.
 _DERIVATIVES = {
@@ -160,11 +161,43 @@ class _Plan:
         return out
 
 
-def _is_safe(key, value, rows, maximum) -> bool:
-    """Whether plain exponentials can be used. A NaN is not safe."""
-    limits = (key, _LARGEST_EXPONENT), (maximum, _LARGEST_EXPONENT), (rows, _LARGEST_EXPONENT), (value, _LARGEST_VALUE)
-    below = all(bool(tensor.amax() <= limit) for tensor, limit in limits)
-    return below and bool(rows.amin() >= -_LARGEST_EXPONENT) and bool(value.amin() >= -_LARGEST_VALUE)
+class _Bounds(NamedTuple):
+    """How large the inputs and the results of a forward pass are: whether plain exponentials can be used.
+
+    Attributes:
+        weight: log of the largest sum of weights, those of the window with their biases.
+        value: the largest magnitude of a value, at least 1.
+        total: the smallest denominator; 0 if there is none, because the exact way was taken.
+    """
+
+    weight: float
+    value: float
+    total: float = 0.0
+
+    @classmethod
+    def of(cls, key, value, rows, maximum, normalizer, average) -> "_Bounds | None":
+        """None where plain exponentials cannot be used. A NaN is not within any bounds."""
+        lowest, highest = (float(bound) for bound in rows.aminmax())
+        highest, key_bound = max(highest, 0.0), max(float(key.amax()), float(maximum.amax()))
+        if not (key_bound <= _LARGEST_EXPONENT and -_LARGEST_EXPONENT <= lowest and highest <= _LARGEST_EXPONENT):
+            return None
+        count = key.shape[1] + float(normalizer.amax())
+        weight = max(key_bound + math.log(count), key_bound + highest + math.log(rows.shape[3]))
+        bounds = cls(weight, max(largest(value, average), 1.0))
+        return bounds if bounds.weight + math.log(bounds.value) < _LARGEST_SUM else None
+
+    def with_total(self, plan, sums) -> "_Bounds | None":
+        """With the smallest denominator; None if that is too small."""
+        total = float(plan.parts(sums)[0].amin())
+        return self._replace(total=total) if total >= _SMALLEST_TOTAL else None
+
+    def hold_for(self, grad, query, activation) -> bool:
+        """Whether the sums of the backward pass cannot leave float32 either, nor lose anything."""
+        if self.total == 0:
+            return False
+        gate = 1.0 if activation in ("sigmoid", "tanh") else max(largest(query), 1.0)
+        size = largest(grad) * gate * self.value
+        return size == 0 or math.log(size) - math.log(self.total) + max(self.weight, 0.0) < _LARGEST_SUM
 
 
 def _fill(plan, columns, key, value, start) -> None:
@@ -224,10 +257,6 @@ def _forward(plan, query, key, value, rows, carry, activation):
     return out, sums
 
 
-def _is_exact(plan, sums) -> bool:
-    return bool(plan.parts(sums)[0].amin() >= _SMALLEST_TOTAL)
-
-
 def _exact(query, key, value, rows, maximum, normalizer, average, activation):
     return windowed_chunks(query, key, value, rows, None, (maximum, normalizer, average), activation)
 
@@ -242,26 +271,36 @@ def windowed(
     normalizer: Tensor,
     average: Tensor,
     activation: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """activation(query) times the mean of the values [B, T, D], and for the backward pass the sums of the weights and
-    of the weighted values [B, T or more, h, w] (0: the exact way was taken).
+    of the weighted values [B, T or more, h, w], and the bounds of both [3] (a total of 0: the exact way was taken).
 
     Arguments as for [`~modeling_aft.ops_chunks.windowed_chunks`], without keys before the first query.
     """
     plan = _Plan(key, value, rows)
-    if _is_safe(key, value, rows, maximum):
+    bounds = _Bounds.of(key, value, rows, maximum, normalizer, average)
+    if bounds is not None:
         out, sums = _forward(plan, query, key, value, rows, _initial(plan, maximum, normalizer, average), activation)
-        if _is_exact(plan, sums):
-            return out, sums
-    out = _exact(query, key, value, rows, maximum, normalizer, average, activation)
-    return out, average.new_zeros(plan.batch, plan.padded_length, plan.heads, plan.width)
+        bounds = bounds.with_total(plan, sums)
+    if bounds is None:
+        bounds = _Bounds(0.0, 1.0)
+        out = _exact(query, key, value, rows, maximum, normalizer, average, activation)
+        sums = average.new_zeros(plan.batch, plan.padded_length, plan.heads, plan.width)
+    return out, sums, torch.tensor(bounds, dtype=torch.float64)
 
 
 @windowed.register_fake
 def _(query, key, value, rows, maximum, normalizer, average, activation):
     plan = _Plan(key, value, rows)
     sums = average.new_empty(plan.batch, plan.padded_length, plan.heads, plan.width)
-    return query.new_empty(value.shape), sums
+    return query.new_empty(value.shape), sums, average.new_empty(len(_Bounds._fields), dtype=torch.float64)
+
+
+@flops_of(windowed)
+def _windowed_flops(query, key, value, rows, maximum, normalizer, average, activation):
+    plan = _Plan(key, value, rows)
+    pairs = plan.padded_length * (plan.chunk + plan.reach)
+    return 2 * plan.batch * pairs * plan.heads * plan.width
 
 
 def _backward(plan, grad, sums, query, key, value, rows, activation, needs_rows):
@@ -286,7 +325,8 @@ def _backward(plan, grad, sums, query, key, value, rows, activation, needs_rows)
             columns[:, gate.shape[1] :].zero_()
             d_denominator, d_numerator = plan.parts(columns[:, : gate.shape[1]])
             denominator, _ = plan.parts(sums[batch, seeing])
-            torch.div(plan.values(gate.mul_(upstream)), denominator[..., None], out=d_numerator)
+            # A product of its own: the gate may be the query.
+            torch.div(plan.values(gate * upstream), denominator[..., None], out=d_numerator)
             _product(d_numerator, plan.values(mean.neg_()), out=d_denominator)
             newer, carry[batch] = _newer(columns[:, plan.reach :], carry[batch], chunks)
             # With respect to exp(k), and to exp(k) v.
@@ -308,17 +348,11 @@ def _backward(plan, grad, sums, query, key, value, rows, activation, needs_rows)
     return d_query, d_key, d_value, d_rows.mul_(factors), carry
 
 
-def _exact_backward(grad, inputs, activation):
-    inputs = [t.detach().requires_grad_() for t in inputs]
-    with torch.enable_grad():
-        grads = torch.autograd.grad(_exact(*inputs, activation), inputs, grad, allow_unused=True)
-    return tuple(torch.zeros_like(t) if g is None else g for g, t in zip(grads, inputs, strict=True))
-
-
 @operator("windowed_backward")
 def windowed_backward(
     grad: Tensor,
     sums: Tensor,
+    bounds: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -331,11 +365,9 @@ def windowed_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `windowed` with respect to its first seven arguments (rows: zeros unless `needs_rows`)."""
     plan = _Plan(key, value, rows)
-    if not _is_exact(plan, sums):
+    if not _Bounds(*bounds.tolist()).hold_for(grad, query, activation):
         inputs = (query, key, value, rows, maximum, normalizer, average)
-        # Autograd is off inside of an operator, but not in a thread of its own.
-        with ThreadPoolExecutor(1) as thread:
-            return thread.submit(_exact_backward, grad, inputs, activation).result()
+        return gradients_inside_operator(lambda *inputs: _exact(*inputs, activation), inputs, grad)
     grads = _backward(plan, grad, sums, query, key, value, rows, activation, needs_rows)
     # The sum of the keys before the first is exp(maximum) normalizer, and that times the average.
     d_weight, d_term = plan.parts(grads[-1])
@@ -345,21 +377,30 @@ def windowed_backward(
 
 
 @windowed_backward.register_fake
-def _(grad, sums, query, key, value, rows, maximum, normalizer, average, activation, needs_rows):
+def _(grad, sums, bounds, query, key, value, rows, maximum, normalizer, average, activation, needs_rows):
     inputs = (query, key, value, rows, maximum, normalizer, average)
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs)
 
 
+@flops_of(windowed_backward)
+def _(grad, sums, bounds, *inputs):
+    *inputs, needs_rows = inputs
+    return (1 + needs_rows) * _windowed_flops(*inputs)
+
+
 def _save_for_backward(ctx, inputs, output):
     *tensors, ctx.activation = inputs
-    ctx.save_for_backward(output[1], *tensors)
-    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*output[1:], *tensors)
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, grad, _):
+def _differentiate(ctx, grad, *_):
     if grad is None:
         return (None,) * 8
+    if torch.is_grad_enabled():  # a derivative of this one is wanted
+        *inputs, activation = *ctx.saved_tensors[2:], ctx.activation
+        return (*differentiable_gradients(_exact, inputs, (activation,), grad), None)
     grads = windowed_backward(grad, *ctx.saved_tensors, ctx.activation, ctx.needs_input_grad[3])
     return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), None
 

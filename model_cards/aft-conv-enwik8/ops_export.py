@@ -6,19 +6,62 @@
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
-"""What torch.export needs done differently: in torch's own operators, and without regard to the example's sizes."""
+"""What torch.export and torch.jit.trace need done differently: in torch's own operators, and without regard to the
+example's sizes."""
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.autograd import forward_ad
 
-from .ops_panel import exact_weights, finite, spread, underflown_rows
+from .ops_panel import exact_weights, finite, spread, underflown
 
 
 def is_exporting() -> bool:
-    """Whether torch.export is at work. Under torch.compile, torch 2.11 says so too; the flag behind it is right."""
+    """Whether torch.export or torch.jit.trace is at work. Under torch.compile, torch 2.11 says so too; the flag behind
+    it is right."""
     flag = getattr(torch.compiler, "_is_exporting_flag", None)
-    return torch.compiler.is_exporting() if flag is None else flag
+    return torch.jit.is_tracing() or (torch.compiler.is_exporting() if flag is None else flag)
+
+
+def is_static() -> bool:
+    """Whether a graph is being made, by torch.compile, torch.export, torch.jit.trace or the capture of a CUDA graph:
+    what a tensor holds must then decide nothing."""
+    if torch.compiler.is_compiling() or is_exporting():
+        return True
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def is_transformed() -> bool:
+    """Whether torch.func is at work (grad, vmap, jvp, ...), or forward-mode differentiation: operators of this package
+    have no rules for those."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether torch.func.vmap has hidden a dimension of the tensor, so that nobody can look at its numbers."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
+
+
+def can_read(tensor: Tensor) -> bool:
+    """Whether Python may look at what a tensor holds."""
+    return not is_static() and tensor.device.type != "meta" and not is_batched(tensor)
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager:
+    """Turns autocast off for the device of a tensor: sums of exponentials are not for half precision, and autocast
+    refuses to put together tensors of some types."""
+    device = tensor.device.type
+    under_autocast = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if under_autocast else nullcontext()
 
 
 def first(table: Tensor, dim: int, length: int) -> Tensor:
@@ -26,6 +69,8 @@ def first(table: Tensor, dim: int, length: int) -> Tensor:
     of a view would depend on whether all of the table is used."""
     if is_exporting():
         return table.index_select(dim, torch.arange(length, device=table.device))
+    if not torch.is_grad_enabled():  # a view of a parameter would still say that it needs a gradient
+        table = table.detach()
     return table[(slice(None),) * dim + (slice(length),)]
 
 
@@ -40,8 +85,16 @@ def panel_for_export(
     total = (pair_weight @ weight.flatten(2)).unflatten(2, key.shape[2:])
     out = (pair_weight @ (spread(weight, values) * values).flatten(2)).unflatten(2, value.shape[2:])
     out = out / spread(torch.where(total == 0, torch.ones_like(total), total), out)
-    # And the first row in any case: some runtimes cannot do with tensors of no row at all.
-    index = g, c, p = F.pad(underflown_rows(total, bias), (0, 0, 1, 0)).unbind(1)
+    index = g, c, p = _some_of(underflown(total, bias))
     weights = exact_weights(index, key, maximum, normalizer, bias)
     values = values[g, :, p]
     return out.index_put(index, (spread(weights, values) * values).sum(1))
+
+
+def _some_of(rows: Tensor) -> tuple[Tensor, ...]:
+    """The indices [R] of what is True in rows [G, C, P], and of the first in any case: generated code crashes with
+    tensors of no row, and some runtimes refuse them."""
+    grids = torch.meshgrid(*(torch.arange(size, device=rows.device) for size in rows.shape), indexing="ij")
+    # Of one dimension, because the result of `nonzero` for several lies in memory as no other tensor does.
+    places = (rows | (sum(grids) == 0)).flatten().nonzero().flatten()
+    return tuple(grid.flatten().index_select(0, places) for grid in grids)

@@ -17,17 +17,18 @@ chunks), K key channels, V = K x R value channels (R value channels share a key 
 """
 
 import re
+from contextlib import contextmanager
 from functools import wraps
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 
-# Remote code may load this file under several module names in one process: each gets its own operators.
-_NAMESPACE = re.sub(r"\W", "_", __name__)
 _TINY = {torch.float32: 1e-30, torch.float64: 1e-280}
 _FULL_ROWS = 256  # queries per matrix product where `visible` is given: it skips the keys that none of them sees
 _EXACT_ELEMENTS = 2**22  # elements of the largest tensor when rows are computed again in log space
+_LARGEST = 1e30  # of what is summed up in float32; what may be larger is computed in float64
 
 
 def spread(per_key_channel: Tensor, values: Tensor) -> Tensor:
@@ -74,15 +75,15 @@ def _row_blocks(queries: int, keys: int, visible: int):
     return [(slice(t, min(t + _FULL_ROWS, queries)), min(visible + t + _FULL_ROWS - 1, keys)) for t in starts]
 
 
-def underflown_rows(total: Tensor, bias: Tensor) -> Tensor:
-    """[R, 3]: the places (g, c, p) of the rows to compute in log space."""
+def underflown(total: Tensor, bias: Tensor) -> Tensor:
+    """[G, C, P] bool: the rows to compute in log space."""
     sees_something = bias.amax(-1) > -torch.inf  # [G, C]; other rows are 0
-    return ((total < _TINY[total.dtype]).any(-1) & sees_something[..., None]).nonzero()
+    return (total < _TINY[total.dtype]).any(-1) & sees_something[..., None]
 
 
 def _exact_rows(total: Tensor, bias: Tensor, channels: int):
     """Indices (g, c, p) of the rows to compute in log space, in groups of bounded memory."""
-    rows = underflown_rows(total, bias)
+    rows = underflown(total, bias).nonzero()
     group = max(1, _EXACT_ELEMENTS // (bias.shape[2] * channels))
     return [index.unbind(1) for index in rows.split(group)] if len(rows) else []
 
@@ -98,6 +99,65 @@ def exact_weights(index, key, maximum, normalizer, bias):
     return weights.div_(torch.where(total == 0, torch.ones_like(total), total))
 
 
+def largest(*tensors: Tensor) -> float:
+    """The largest magnitude in them, 0 of nothing."""
+    bounds = [max(-float(low), float(high)) for low, high in (t.aminmax() for t in tensors if t.numel())]
+    return max(bounds, default=0.0)
+
+
+def differentiable_gradients(function, inputs, constants, grad) -> tuple[Tensor | None, ...]:
+    """The gradients of `function(*inputs, *constants)`, of which a gradient can be taken."""
+    needed = [tensor for tensor in inputs if tensor.requires_grad]
+    grads = iter(
+        torch.autograd.grad(function(*inputs, *constants), needed, grad, create_graph=True, allow_unused=True)
+    )
+    return tuple(next(grads) if tensor.requires_grad else None for tensor in inputs)
+
+
+def _in_float64(function, *arguments):
+    """The results of a function, in float32, that computes them in float64."""
+    arguments = (t.double() if torch.is_tensor(t) else t for t in arguments)
+    return tuple(t.float() for t in function(*arguments))
+
+
+def _is_moderate(grad: Tensor, out: Tensor, total: Tensor, value: Tensor, average: Tensor) -> bool:
+    """Whether no sum of the backward pass can leave the range of float32. A NaN passes."""
+    counted = total[total >= _TINY[total.dtype]]  # the others are computed in log space
+    smallest = min(float(counted.amin()), 1.0) if counted.numel() else 1.0
+    size = largest(grad) * max(largest(out, value, average), 1.0)
+    return not size * total.shape[1] / smallest > _LARGEST
+
+
+def _backward_of_extremes(grad, key, value, maximum, normalizer, average, bias, visible, needs_bias):
+    out, total = panel.plain(key, value, maximum, normalizer, average, bias, visible)
+    inputs = (key, value, maximum, normalizer, average, bias)
+    return panel_backward.plain(grad, out, total, *inputs, visible, needs_bias)
+
+
+@contextmanager
+def autograd_inside_operator():
+    """Records gradients inside of an operator's body, where autograd is off."""
+    exclude, keys = torch._C._dispatch_tls_local_exclude_set(), torch._C.DispatchKey
+    for key in (keys.AutogradFunctionality, keys.AutogradCPU, keys.AutogradCUDA, keys.ADInplaceOrView):
+        exclude = exclude.remove(key)
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), exclude), torch.enable_grad():
+        yield
+
+
+def gradients_inside_operator(function, inputs: list[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of `function(*inputs)`, 0 where there is none, inside of an operator's body."""
+    with autograd_inside_operator():
+        inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+        grads = torch.autograd.grad(function(*inputs), inputs, grad, allow_unused=True)
+    return tuple(torch.zeros_like(t) if g is None else g for g, t in zip(grads, inputs, strict=True))
+
+
+def operator_namespace(module: str) -> str:
+    """Remote code may load a file under several module names in one process: each gets its own operators. Their names
+    are ASCII, those of modules need not be."""
+    return re.sub(r"[^a-zA-Z0-9_.]", lambda found: f"_{ord(found[0]):x}_", module).replace(".", "_")
+
+
 def operator(name: str):
     """Registers a function as an operator. It runs in full precision under autocast, and, as it reads data, outside of
     CUDA graphs."""
@@ -109,10 +169,27 @@ def operator(name: str):
                 return function(*args, **kwargs)
 
         registered = torch.library.custom_op(
-            f"{_NAMESPACE}::{name}", in_full_precision, mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
+            f"{operator_namespace(__name__)}::{name}",
+            in_full_precision,
+            mutates_args=(),
+            tags=(torch.Tag.cudagraph_unsafe,),
         )
         registered.plain = function
         return registered
+
+    return register
+
+
+def flops_of(operator):
+    """Registers how many operations an operator takes, a function of its arguments, for torch.utils.flop_counter: that
+    cannot look into it. As of torch's own operators those of matrix products are counted, 2 for a multiplication with
+    its addition, but not what inputs of extreme size need beside."""
+
+    def register(function):
+        packet = operator._opoverload.overloadpacket
+        flop_registry.pop(packet, None)  # that of the same file, loaded before
+        register_flop_formula(packet, get_raw=True)(lambda *args, out_val, **kwargs: function(*args, **kwargs))
+        return function
 
     return register
 
@@ -125,6 +202,8 @@ def panel(
 
     key [G, S, P, K], value [G, S, P, V]; maximum, normalizer [G, Z, P, K], average [G, Z, P, V]; bias [G, C, Z+S].
     """
+    if value.dtype == torch.float32 and largest(value, average) > _LARGEST:
+        return _in_float64(panel.plain, key, value, maximum, normalizer, average, bias, visible)
     weight, term, pair_weight = _exponentials(key, value, maximum, normalizer, average, bias)
     groups, queries, columns = bias.shape[0], bias.shape[1], key.shape[2]
     total = key.new_empty(groups, queries, columns * key.shape[3])
@@ -149,6 +228,13 @@ def _(key, value, maximum, normalizer, average, bias, visible):
     return value.new_empty((*size, value.shape[3])), key.new_empty((*size, key.shape[3]))
 
 
+@flops_of(panel)
+def _panel_flops(key, value, maximum, normalizer, average, bias, visible):
+    groups, queries, keys = bias.shape
+    pairs = sum((rows.stop - rows.start) * seen for rows, seen in _row_blocks(queries, keys, visible))
+    return 2 * groups * pairs * key.shape[2] * (key.shape[3] + value.shape[3])
+
+
 @operator("panel_backward")
 def panel_backward(
     grad: Tensor,
@@ -164,6 +250,9 @@ def panel_backward(
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `panel` with respect to its first six arguments (bias: empty unless `needs_bias`)."""
+    if value.dtype == torch.float32 and not _is_moderate(grad, out, total, value, average):
+        inputs = (key, value, maximum, normalizer, average, bias)
+        return _in_float64(_backward_of_extremes, grad, *inputs, visible, needs_bias)
     weight, term, pair_weight = _exponentials(key, value, maximum, normalizer, average, bias)
     sums, keys, columns = maximum.shape[1], bias.shape[2], key.shape[2]
     underflow = total < _TINY[key.dtype]
@@ -218,6 +307,27 @@ def _(grad, out, total, key, value, maximum, normalizer, average, bias, visible,
     return (*like, torch.empty_like(bias) if needs_bias else bias.new_empty(0))
 
 
+@flops_of(panel_backward)
+def _(grad, out, total, *inputs):
+    *inputs, needs_bias = inputs
+    return (1 + needs_bias) * _panel_flops(*inputs)
+
+
+def panel_composed(
+    key: Tensor, value: Tensor, maximum: Tensor, normalizer: Tensor, average: Tensor, bias: Tensor, visible: int
+) -> Tensor:
+    """The average [G, C, P, V] that `panel` gives, in torch's own operators: for transforms of functions and second
+    derivatives. It is exact, in log space, and takes the memory of all weights at once. `visible` is not read: it is
+    in the bias already."""
+    count = torch.cat([normalizer, torch.ones_like(key)], 1)[:, None]  # [G, 1, Z + S, P, K]
+    logits, values = torch.cat([maximum, key], 1), torch.cat([average, value], 1)[:, None]
+    logits = logits[:, None] + bias[..., None, None]  # [G, C, Z + S, P, K]
+    weights = (logits - finite(logits.detach().amax(2, keepdim=True))).exp() * count
+    total = weights.sum(2)
+    sums = (spread(weights, values) * values).sum(2)
+    return sums / spread(torch.where(total == 0, torch.ones_like(total), total), sums)
+
+
 def _save_for_backward(ctx, inputs, output):
     key, value, maximum, normalizer, average, bias, ctx.visible = inputs
     ctx.save_for_backward(*output, key, value, maximum, normalizer, average, bias)
@@ -228,6 +338,9 @@ def _save_for_backward(ctx, inputs, output):
 def _backward(ctx, grad, _):
     if grad is None:
         return (None,) * 7
+    if torch.is_grad_enabled():  # a derivative of this one is wanted
+        inputs = ctx.saved_tensors[2:]
+        return (*differentiable_gradients(panel_composed, inputs, (ctx.visible,), grad), None)
     needs_bias = ctx.needs_input_grad[5]
     grads = panel_backward(grad.contiguous(), *ctx.saved_tensors, ctx.visible, needs_bias)
     return (*grads[:5], grads[5] if needs_bias else None, None)

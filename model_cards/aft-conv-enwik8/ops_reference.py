@@ -84,6 +84,7 @@ def aft_attention_reference(
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
     state: AFTState | None,
+    seq_idx: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, AFTState]:
     """The average of eq. 2, 4, 5 or 6 without the query gate, [B, T, D], and the state after the last token.
 
@@ -96,9 +97,14 @@ def aft_attention_reference(
     for b in range(batch):
         index = kept[b].nonzero().squeeze(-1).to(key.device)
         first = 0 if state is None else int(state.position[b])
-        position = (
-            torch.arange(len(index), device=key.device) + first if position_ids is None else position_ids[b, index]
-        )
+        document = torch.zeros_like(index)  # number of the document in this row
+        if seq_idx is not None:
+            document[1:] = (seq_idx[b, index[1:]] != seq_idx[b, index[:-1]]).cumsum(0)
+        if position_ids is None:
+            starts = torch.searchsorted(document, document)
+            position = torch.arange(len(index), device=key.device) - starts + first
+        else:
+            position = position_ids[b, index]
         keys, values, key_position = key[b, index], value[b, index], position
         past = 0
         if state is not None:
@@ -116,19 +122,23 @@ def aft_attention_reference(
         out = [
             torch.zeros_like(values_c[0]) if len(values_c) else value.new_zeros(value.shape[-1], dtype=dtype)
         ] * length
+        document = torch.cat([document.new_zeros(past), document])  # of each key
         for i, t in enumerate(index.tolist()):
-            visible = past + i + 1 if causal else len(keys)
-            bias = torch.zeros(visible, 1, dtype=dtype, device=key.device)
+            visible = document == document[past + i]
+            if causal:
+                visible[past + i + 1 :] = False
+            visible = visible.nonzero().squeeze(-1)
+            bias = torch.zeros(len(visible), 1, dtype=dtype, device=key.device)
             if position_bias is not None:
                 row = position_bias[position[i]] if position_bias.dim() == 2 else position_bias[b, t]
-                bias = row[key_position[:visible]].to(dtype)[:, None]
+                bias = row[key_position[visible]].to(dtype)[:, None]
             elif window_bias is not None:
-                offset = past + i - torch.arange(visible, device=key.device)
+                offset = past + i - visible
                 table_row = int(position[i]) if window_bias.shape[1] > 1 else 0
                 row = window_bias[:, table_row] if window_bias.dim() == 3 else window_bias[:, b, t]
                 bias = _tap_bias(row, offset, causal).to(dtype)
                 bias = bias.repeat_interleave(keys.shape[-1] // bias.shape[-1], dim=-1)
-            out[t] = _attend(keys_c[:visible], values_c[:visible], bias, state_of_row)
+            out[t] = _attend(keys_c[visible], values_c[visible], bias, state_of_row)
         rows.append(torch.stack(out))
         next_position = torch.tensor(max([first, *(position + 1).tolist()]), device=key.device)
         window = 0 if window_bias is None else max(window_bias.shape[-1] - 1, 0)

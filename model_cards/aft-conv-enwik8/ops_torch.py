@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .ops_chunks import merge, nothing, summarize, weighted_average, windowed_average, with_past
+from .ops_chunks import bidirectional, merge, nothing, summarize, weighted_average, windowed_average, with_past
+from .ops_export import is_exporting
 from .ops_padding import compact, expand, kept_rank
 from .ops_panel import finite, spread
 from .ops_reference import AFTState, compute_dtype, gated
@@ -74,7 +75,8 @@ def _step(query, key, value, rows, state, keep, activation):
         keys, values = torch.cat([state.key, key], 1), torch.cat([average[:, None], state.value, value], 1)
         bias = rows[:, :, 0].flip(-1).permute(1, 2, 0)  # [1 or B, n, heads], oldest key first
         bias = bias if bias.shape[2] == 1 else spread(bias, keys)
-        older = (maximum + normalizer.log())[:, None]  # rounded as keys + bias are; the state itself never is
+        # Rounded as keys + bias are; the state itself never is.
+        older = (maximum + normalizer.clamp_min(_NOTHING).log())[:, None]
         logits = torch.cat([older, keys + bias], 1).clamp_min(torch.finfo(older.dtype).min)
         out = (logits.softmax(1)[..., None] * values.unflatten(-1, split)).sum(1).flatten(-2)
         values = values[:, 1:]
@@ -140,6 +142,68 @@ def _window_state(key, value, left, count, initial):
     return AFTState(None, window_key.clone(), window_value.clone(), None, maximum, normalizer, average)
 
 
+def advance(before: AFTState | None, new, like: AFTState) -> AFTState:
+    """
+    The state after new tokens.
+
+    Args:
+        before: that before them, None at the start.
+        new: has `key` [B, T, K], `value` [B, T, D], `attention_mask` [B, T] or None (all kept), and `position_ids`
+            [B, T] or None (counted).
+        like: any state of the same form.
+    """
+    key, value, keep = new.key, new.value, None
+    position = key.new_zeros(key.shape[0], dtype=torch.long) if before is None else before.position
+    if new.attention_mask is not None:
+        keep = new.attention_mask.bool()
+        key, value = key.masked_fill(~keep[..., None], -torch.inf), value.masked_fill(~keep[..., None], 0)
+    if like.key_position is not None:
+        state = _full_state(key, value, keep, position, new.position_ids, before)
+    else:
+        slot = None if keep is None else kept_rank(keep)
+        if slot is not None:
+            key, value = compact(key, slot, -torch.inf), compact(value, slot)
+        dtype, left = compute_dtype(key, value), like.key.shape[1]
+        past, initial = _past(before, key, value, dtype)
+        count = None if keep is None else keep.sum(1)
+        state = _window_state(*with_past(key, value, past, left, dtype), left, count, initial)
+    return _completed(state, key, value, keep, position, new.position_ids)
+
+
+def _past(state: AFTState | None, key: Tensor, value: Tensor, dtype: torch.dtype):
+    """The keys and values of the window before the first query, or None, and the sum of those before."""
+    if state is None:
+        return None, nothing(key, value, dtype)
+    return (state.key, state.value), tuple(t.to(dtype) for t in (state.maximum, state.normalizer, state.average))
+
+
+def _completed(state: AFTState, key, value, keep, position, position_ids) -> AFTState:
+    """With the next position, and keys and values in the dtypes that they came in."""
+    if position_ids is None:
+        next_position = position + (key.shape[1] if keep is None else keep.sum(1))
+    else:
+        last = position_ids if keep is None else position_ids.masked_fill(~keep, -1)
+        next_position = torch.maximum(position, last.amax(1) + 1)
+    return state._replace(position=next_position, key=state.key.to(key.dtype), value=state.value.to(value.dtype))
+
+
+def _full_state(key, value, keep, position, position_ids, before) -> AFTState:
+    """All keys and values so far, with the positions of each."""
+    if position_ids is None:
+        position_ids = position[:, None] + _counted(keep, key)
+    if before is None:
+        return AFTState(position, key, value, position_ids)
+    key, value = torch.cat([before.key.to(key.dtype), key], 1), torch.cat([before.value.to(value.dtype), value], 1)
+    return AFTState(position, key, value, torch.cat([before.key_position, position_ids], 1))
+
+
+def _counted(keep: Tensor | None, key: Tensor) -> Tensor:
+    """[1 or B, T]: the number of kept tokens before each."""
+    if keep is None:
+        return torch.arange(key.shape[1], device=key.device)[None]
+    return (keep.long().cumsum(1) - 1).clamp_min(0)
+
+
 def aft_attention_torch(
     query: Tensor,
     key: Tensor,
@@ -172,35 +236,21 @@ def aft_attention_torch(
     else:
         mix = (activation, windowed)
         out, new_state = _window_form(query, key, value, window_bias, causal, *places, state, return_state, *mix)
-    if return_state:
-        if position_ids is None:
-            next_position = position + (key.shape[1] if keep is None else keep.sum(1))
-        else:
-            last = position_ids if keep is None else position_ids.masked_fill(~keep, -1)
-            next_position = torch.maximum(position, last.amax(1) + 1)
-        stored = {"key": new_state.key.to(key.dtype), "value": new_state.value.to(value.dtype)}
-        new_state = new_state._replace(position=next_position, **stored)
-    return out, new_state
+    return out, _completed(new_state, key, value, *places) if return_state else None
 
 
 def _full_form(key, value, bias, causal, keep, position, position_ids, state, return_state):
     """AFT-full: average and state."""
+    new_state = _full_state(key, value, keep, position, position_ids, state) if return_state else None
     dtype = compute_dtype(key, value)
     key, value, bias = key.to(dtype), value.to(dtype), bias.to(dtype)
-    if keep is None:
-        steps = torch.arange(key.shape[1], device=key.device)[None]
-    else:
-        steps = (keep.long().cumsum(1) - 1).clamp_min(0)
-    shared = state is None and position_ids is None and bias.dim() == 2
-    if shared:
-        average = _full_shared(key, value, bias, causal, None if keep is None else kept_rank(keep))
-    key_positions = positions = position[:, None] + steps if position_ids is None else position_ids
+    if state is None and position_ids is None and bias.dim() == 2:
+        return _full_shared(key, value, bias, causal, None if keep is None else kept_rank(keep)), new_state
+    key_positions = positions = position[:, None] + _counted(keep, key) if position_ids is None else position_ids
     if state is not None:
-        key, value = torch.cat([state.key.to(key.dtype), key], 1), torch.cat([state.value.to(key.dtype), value], 1)
+        key, value = torch.cat([state.key.to(dtype), key], 1), torch.cat([state.value.to(dtype), value], 1)
         key_positions = torch.cat([state.key_position, positions], 1)
-    if not shared:
-        average = _full_rows(key, value, bias, causal, keep, positions, key_positions)
-    return average, AFTState(position, key, value, key_positions) if return_state else None
+    return _full_rows(key, value, bias, causal, keep, positions, key_positions), new_state
 
 
 def _window_form(
@@ -221,15 +271,13 @@ def _window_form(
     if bias is not None:
         rows = _bias_rows(bias.to(dtype), key.shape[1], position, rank, position_ids, state is not None)
         left = rows.shape[-1] - 1 if causal else (rows.shape[-1] - 1) // 2
-    if state is None:
-        past, initial = None, nothing(key, value, dtype)
-    else:
-        past = state.key, state.value
-        initial = tuple(t.to(dtype) for t in (state.maximum, state.normalizer, state.average))
-    if not causal:
-        out = gated(
-            query, windowed_average(*with_past(key, value, past, left, dtype), rows, False, initial), activation
-        )
+    past, initial = _past(state, key, value, dtype)
+    if not causal and torch.compiler.is_compiling() and not is_exporting():
+        rows = initial[0].new_zeros(1, 1, 1, 1) if rows is None else rows
+        out = gated(query, bidirectional(key.to(dtype), value.to(dtype), rows), activation)
+    elif not causal:
+        average = windowed_average(*with_past(key, value, past, left, dtype), rows, False, initial)
+        out = gated(query, average, activation)
     else:
         out = windowed(query, key, value, rows, past, initial, activation)
     new_state = None

@@ -27,12 +27,12 @@ Names of the kernels' sizes: K key channels, D = K x SHARED value channels (SHAR
 (0 for simple). Channels are cut into blocks of BLOCK_K x BLOCK_R, BLOCK_R value channels for each of BLOCK_K keys.
 """
 
-import re
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
+from .ops_panel import flops_of, operator_namespace
 from .ops_reference import compute_dtype
 
 
@@ -43,9 +43,9 @@ except ImportError:
     triton, tl = None, SimpleNamespace(constexpr=None)
 
 
-# Remote code may load this file under several module names in one process: each gets its own operators.
-_NAMESPACE = re.sub(r"\W", "_", __name__)
+_NAMESPACE = operator_namespace(__name__)
 _TINY = {torch.float32: 1e-25, torch.float64: 1e-250}  # denominators below are computed again in log space
+_LARGEST = {torch.float32: 1e30, torch.float64: 1e250}  # of the gradients of a row outside of log space
 _BLOCK_T = 64  # queries of a tile, and keys of a block
 # How a program is laid out without and with a window: channels, warps, and registers per thread (more would spill
 # less, and leave too few programs on a processor to hide the latency of memory).
@@ -250,7 +250,7 @@ def _query_gradients(
     grad, query, query_row, key, key_row, value, value_row, rows, row_stride, taps, states, t0, tile, length, left,
     width, keys, channels, inside,
     ACTIVATION: tl.constexpr, BLOCK_T: tl.constexpr, PAST: tl.constexpr, DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr, TINY: tl.constexpr,
+    PRECISION: tl.constexpr, TINY: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
     """What a tile of queries sends back: its own gradient, and to its keys.
 
@@ -264,20 +264,26 @@ def _query_gradients(
         maximum, normalizer, total, BLOCK_T, PAST, DTYPE, PRECISION,
     )  # fmt: skip
     older = tl.exp(maximum - _finite(column_maximum))[None, :] * tl.exp(-row_maximum)[:, None]
-    underflow = _underflows(denominator, column_maximum, t0, length, TINY, BLOCK_T)
+    q = _load(query, query_row, t0, length, channels, inside, 0.0, BLOCK_T, DTYPE)
+    dy = _load(grad, width, t0, length, channels, inside, 0.0, BLOCK_T, DTYPE)
+    gate, slope = _gate(q, ACTIVATION)
+    inverse = tl.where(denominator < TINY, 0.0, 1 / denominator)
+    average = numerator * inverse
+    g = dy * gate * inverse
+    c = g * average
+    # Weights in log space are at most 1: there no sum is larger than what it is a gradient of.
+    size = tl.max(tl.max(tl.maximum(tl.abs(g), tl.abs(c)), 1), 0)
+    underflow = _underflows(denominator, column_maximum, t0, length, TINY, BLOCK_T) | (size > LARGEST)
     if underflow:
         reference, denominator, numerator = _exact_panel(
             key, key_row, value, value_row, rows, row_stride, taps, t0, length, left, keys, channels, inside,
             maximum, normalizer, total, BLOCK_T, PAST, DTYPE,
         )  # fmt: skip
         older = tl.exp(maximum[None, :] - _finite(reference))
-    inverse = tl.where(denominator < TINY, 0.0, 1 / denominator)
-    average = numerator * inverse
-    q = _load(query, query_row, t0, length, channels, inside, 0.0, BLOCK_T, DTYPE)
-    dy = _load(grad, width, t0, length, channels, inside, 0.0, BLOCK_T, DTYPE)
-    gate, slope = _gate(q, ACTIVATION)
-    g = dy * gate * inverse
-    c = g * average
+        inverse = tl.where(denominator < TINY, 0.0, 1 / denominator)
+        average = numerator * inverse
+        g = dy * gate * inverse
+        c = g * average
     d_query = dy * slope * average
     return maximum, row_maximum, column_maximum, underflow, d_query, g, c, tl.sum(older * g, 0), tl.sum(older * c, 0)
 
@@ -384,7 +390,7 @@ def _backward_sums(
     query_batch, query_row, key_batch, key_row, value_batch, value_row, rows_head, rows_batch, rows_row,
     ACTIVATION: tl.constexpr, SHARED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_T: tl.constexpr, PAST: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    TINY: tl.constexpr,
+    TINY: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
     """What the queries of each chunk send back to the keys older than its first panel, into carry [B, chunks, 3, D].
 
@@ -408,7 +414,7 @@ def _backward_sums(
         new_maximum, _, _, _, _, _, _, more_g, more_c = _query_gradients(
             grad, query, query_row, key, key_row, value, value_row, rows, rows_row, taps, states, tile * BLOCK_T, tile,
             length, left, width, keys, channels, inside,
-            ACTIVATION, BLOCK_T, PAST, DTYPE, PRECISION, TINY,
+            ACTIVATION, BLOCK_T, PAST, DTYPE, PRECISION, TINY, LARGEST,
         )  # fmt: skip
         scale = tl.exp(new_maximum - _finite(maximum))
         older_g, older_c, maximum = older_g * scale + more_g, older_c * scale + more_c, new_maximum
@@ -440,7 +446,7 @@ def _backward(
     HAS_CARRY: tl.constexpr, NEEDS_ROWS: tl.constexpr, ROW_PER_QUERY: tl.constexpr, NEEDS_OLDER: tl.constexpr,
     ACTIVATION: tl.constexpr, SHARED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_T: tl.constexpr, PAST: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    TINY: tl.constexpr, STAGES: tl.constexpr,
+    TINY: tl.constexpr, LARGEST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Reads grad [B, T, D] and what `_forward` reads and its states; writes the gradients.
 
@@ -488,7 +494,7 @@ def _backward(
         own = tile < stop
         maximum, row_maximum, column_maximum, underflow, dq, g, c, more_g, more_c = _query_gradients(
             grad, query, query_row, key, key_row, value, value_row, rows, rows_row, taps, states, t0, tile, length,
-            left, width, keys, channels, inside, ACTIVATION, BLOCK_T, PAST, DTYPE, PRECISION, TINY,
+            left, width, keys, channels, inside, ACTIVATION, BLOCK_T, PAST, DTYPE, PRECISION, TINY, LARGEST,
         )  # fmt: skip
         _store(d_query, width, t0, tl.where(own, length, 0), channels, inside, dq, BLOCK_T)
         for back in range(PAST_BLOCKS + 1):
@@ -600,6 +606,7 @@ def _plan(query, key, value, rows, layouts) -> dict:
         **{"head_keys": head_keys, "SHARED": shared, "BLOCK_K": block_k, "BLOCK_R": block_r, "BLOCK_T": _BLOCK_T},
         "PAST": triton.cdiv(max(taps - 1, 1), _BLOCK_T) * _BLOCK_T if taps else 0,
         **{"DTYPE": tl.float64 if dtype == torch.float64 else tl.float32, "TINY": _TINY[dtype]},
+        "LARGEST": _LARGEST[dtype],
         **{"PRECISION": "tf32" if half else "ieee" if dtype == torch.float64 else "tf32x3"},
         **strides,
         **{"num_warps": layout["num_warps"], "maxnreg": layout["maxnreg"]},
@@ -669,6 +676,15 @@ def _(query, key, value, rows, initial, query_activation):
     return query.new_empty(query.shape), _states_like(query, key, value, -(-query.shape[1] // _BLOCK_T))
 
 
+@flops_of(_windowed)
+def _windowed_flops(query, key, value, rows, initial, query_activation):
+    if rows is None:  # sums alone
+        return 0
+    batch, length, width = query.shape
+    tiles, past = -(-length // _BLOCK_T), -(-max(rows.shape[3] - 1, 1) // _BLOCK_T) * _BLOCK_T
+    return 2 * batch * tiles * _BLOCK_T * (past + _BLOCK_T) * 2 * width  # a denominator for each channel
+
+
 @torch.library.custom_op(f"{_NAMESPACE}::windowed_triton_backward", mutates_args=())
 def _windowed_backward(
     grad: Tensor,
@@ -733,6 +749,12 @@ def _(grad, query, key, value, rows, initial, states, query_activation, needs_ro
     like = [t.new_empty(t.shape) for t in (query, key, value)]
     d_rows = rows.new_empty(rows.shape) if needs_rows else states.new_empty(0)
     return *like, d_rows, states.new_empty(0 if initial is None else initial.shape)
+
+
+@flops_of(_windowed_backward)
+def _(grad, query, key, value, rows, initial, states, query_activation, needs_rows):
+    # The products of the forward pass, again, and the two gradients of each.
+    return (2 + needs_rows) * _windowed_flops(query, key, value, rows, initial, query_activation)
 
 
 def _save_for_backward(ctx, inputs, output):

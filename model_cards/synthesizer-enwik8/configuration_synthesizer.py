@@ -91,7 +91,11 @@ class SynthesizerConfig(MixerConfig):
     @property
     def layer_types(self) -> list[str]:
         """One name per layer, by which transformers chooses the cache layers (not serialised)."""
-        return ["synthesizer"] * self.num_hidden_layers
+        return ["synthesizer_state"] * self.num_hidden_layers
+
+    @property
+    def _state_fields(self) -> tuple[str, ...]:
+        return (*super()._state_fields, "num_attention_heads", "components", "factorized_rank", "dense_factors")
 
     @property
     def has_position_table(self) -> bool:

@@ -6,7 +6,7 @@
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
-"""The parts that do not depend on how tokens are mixed: block, language model, checks of positions, cache handling."""
+"""The parts that do not depend on how tokens are mixed: block, stack of blocks, what transformers asks of a model."""
 
 import torch
 from torch import nn
@@ -14,29 +14,24 @@ from transformers import DynamicCache, PreTrainedModel, initialization
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils.generic import can_return_tuple
+from transformers.utils import logging
 from transformers.utils.output_capturing import capture_outputs
 
-from .ops_export import is_exporting
+from .cache_files import check_kind
+from .compatibility import CACHE_NAME, CACHE_NAMES, BaseModelOutputWithPast, one_cache, refuse_unknown
+from .modeling_tokens import Tokens, infer_mask, read_tokens
+from .ops_export import can_read
 
 
-class Linear(nn.Linear):
-    """`torch.nn.Linear`, which is bound by reading its weight for a single vector on a CPU, and often does so with one
-    thread: this one uses all."""
+# What `MixerModel.forward` knows beside its parameters. The longest documents need not be known here.
+MODEL_KEYWORDS = frozenset(
+    ["output_hidden_states", "output_attentions", "cu_seq_lens_k", "max_length_q", "max_length_k", "tokens"]
+)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() or is_exporting() or not self._is_product_with_vector(hidden_states):
-            return super().forward(hidden_states)
-        out = torch.linalg.vecdot(self.weight, hidden_states.reshape(-1))
-        out = out if self.bias is None else out + self.bias
-        return out.view(*hidden_states.shape[:-1], -1)
+# Those of a model with a head, which has read the tokens itself.
+HEAD_KEYWORDS = MODEL_KEYWORDS - {"tokens"} | {"token_type_ids", "seq_idx", "cu_seq_lens_q"}
 
-    def _is_product_with_vector(self, hidden_states: torch.Tensor) -> bool:
-        weight = self.weight  # of another type where it is quantized or sharded
-        plain = type(weight) is nn.Parameter and weight.dtype in (torch.float32, torch.float64)
-        single = hidden_states.numel() == self.in_features and hidden_states.dtype == weight.dtype
-        return plain and single and weight.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+logger = logging.get_logger(__name__)
 
 
 class FeedForward(nn.Module):
@@ -45,9 +40,9 @@ class FeedForward(nn.Module):
     def __init__(self, config):
         super().__init__()
         intermediate_size = config.intermediate_size or 4 * config.hidden_size
-        self.up_proj = Linear(config.hidden_size, intermediate_size)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size)
         self.act_fn = ACT2FN[config.hidden_act]
-        self.down_proj = Linear(intermediate_size, config.hidden_size)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
@@ -60,14 +55,24 @@ class MixerBlock(GradientCheckpointingLayer):
 
     def __init__(self, config, layer_idx: int):
         super().__init__()
+        self._checkpoints = False
         self.mixer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mixer = self.mixer_class(config, layer_idx)
         self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.feed_forward = FeedForward(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Where no gradient is recorded, nothing is computed again, and the cache is needed."""
+        return self._checkpoints and torch.is_grad_enabled()
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value: bool) -> None:
+        self._checkpoints = value
+
     def forward(self, hidden_states: torch.Tensor, **mixer_inputs) -> torch.Tensor:
-        """hidden_states [B, T, D]; `mixer_inputs`: attention_mask, position_ids, past_key_values and the like."""
+        """hidden_states [B, T, D]; `mixer_inputs`: attention_mask, position_ids, packing, cache, output_attentions."""
         mixed, _ = self.mixer(self.mixer_norm(hidden_states), **mixer_inputs)
         hidden_states = hidden_states + self.dropout(mixed)
         return hidden_states + self.dropout(self.feed_forward(self.feed_forward_norm(hidden_states)))
@@ -78,7 +83,7 @@ class MixerPreTrainedModel(PreTrainedModel):
 
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _supports_context_parallel = False
     _can_compile_fullgraph = True
     # Every Auto class that a saved folder serves, whichever class saved it.
@@ -104,7 +109,7 @@ class MixerPreTrainedModel(PreTrainedModel):
 
 
 class MixerModel(MixerPreTrainedModel):
-    """Token (and position) embeddings, blocks, final norm. Subclasses name their block and their cache layers."""
+    """Token (and position) embeddings, blocks, final norm. Subclasses name their block."""
 
     block_class: type[MixerBlock]
 
@@ -119,6 +124,7 @@ class MixerModel(MixerPreTrainedModel):
         self.layers = nn.ModuleList(self.block_class(config, index) for index in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False
+        self._state_kind = config.state_kind
         self.post_init()
 
     @capture_outputs
@@ -127,219 +133,211 @@ class MixerModel(MixerPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        seq_idx: torch.LongTensor | None = None,
+        cu_seq_lens_q: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         r"""
         Args:
             input_ids (`LongTensor` [B, T], *optional*): token ids; either these or `inputs_embeds`.
             attention_mask (`Tensor` [B, T or past + T], *optional*):
-                1 keeps a token, 0 makes it padding, wherever it stands. Only the last T columns are read: what was
-                padded before is part of the cache.
-            position_ids (`LongTensor` [B, T], *optional*): by default the number of kept tokens before each.
-            past_key_values (`Cache`, *optional*): the state after earlier tokens; it is updated in place.
+                1 keeps a token, 0 makes it padding, wherever it stands; larger numbers number packed documents. Only
+                the last T columns are read: what was padded before is part of the cache. The Synthesizer also takes
+                [B or 1, 1 or H, T, past + T], bool (True: seen) or what is added to the logits.
+            position_ids (`LongTensor` [B or 1, T], *optional*):
+                By default the number of kept tokens before each. Where they begin again, the next document begins.
+            cache (`Cache`, *optional*): the state after earlier tokens; it is updated in place.
             inputs_embeds (`FloatTensor` [B, T, D], *optional*): vectors in place of token embeddings.
             use_cache (`bool`, *optional*): whether to return the state; `config.use_cache` outside of training.
+            token_type_ids (`LongTensor` [B, T], *optional*): all 0, as tokenizers of other models make them.
+            seq_idx (`LongTensor` [B, T], *optional*): which of its row's packed documents a token belongs to.
+            cu_seq_lens_q (`LongTensor` [N + 1], *optional*): where packed documents begin, in a batch of one row.
+            past_key_values (`Cache`, *optional*): the older name of `cache`.
+            kwargs: `output_hidden_states`, `output_attentions`, `return_dict`; and as the collators of packed
+                documents give them, `cu_seq_lens_k` (the same as `cu_seq_lens_q`), `max_length_q`, `max_length_k`.
+                Heads pass what `read` has given them as `tokens`.
 
         Returns:
-            `BaseModelOutputWithPast` with `last_hidden_state` [B, T, D].
+            `BaseModelOutputWithPast` with `last_hidden_state` [B, T, D]. Packed documents have no state to return.
 
         Raises:
             ValueError: for inputs that do not fit together, or a position beyond `max_position_embeddings`.
+            TypeError: for a keyword that is not among these.
+        """
+        refuse_unknown(self, kwargs, MODEL_KEYWORDS)
+        cache = one_cache(cache, past_key_values)
+        tokens = kwargs.get("tokens")
+        if tokens is None:
+            tokens = self.read(
+                input_ids,
+                inputs_embeds,
+                attention_mask,
+                position_ids,
+                cache,
+                token_type_ids=token_type_ids,
+                seq_idx=seq_idx,
+                cu_seq_lens_q=cu_seq_lens_q,
+                cu_seq_lens_k=kwargs.get("cu_seq_lens_k"),
+            )
+        cache = self._prepare_cache(cache, use_cache, tokens)
+
+        hidden_states = self._embed(input_ids, tokens) if inputs_embeds is None else inputs_embeds
+        if self.embed_positions is not None:
+            hidden_states = hidden_states + self.embed_positions(tokens.positions)
+        hidden_states = self.dropout(hidden_states)
+        mixer_inputs = {
+            "attention_mask": tokens.attention_mask,
+            "position_ids": tokens.position_ids,
+            "packing": tokens.packing,
+            "cache": cache,
+            "output_attentions": kwargs.get("output_attentions", self.config.output_attentions),
+        }
+        if cache is not None:
+            cache.layers[0].unfinished = True
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, **mixer_inputs)
+        if cache is not None:
+            cache.layers[0].unfinished = False
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
+
+    def read(
+        self,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.FloatTensor | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.LongTensor | None,
+        cache: Cache | None = None,
+        *,
+        token_type_ids: torch.LongTensor | None = None,
+        seq_idx: torch.LongTensor | None = None,
+        cu_seq_lens_q: torch.LongTensor | None = None,
+        cu_seq_lens_k: torch.LongTensor | None = None,
+        infer_padding: bool = False,
+    ) -> Tokens:
+        """
+        What the layers need to know of the tokens, checked; the arguments are those of `forward`.
+
+        Args:
+            infer_padding: whether `config.pad_token_id` at the ends of a row is padding where no mask is given. An id
+                beyond the vocabulary is in any case.
+
+        Raises:
+            ValueError: for inputs that do not fit together.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Specify exactly one of `input_ids` and `inputs_embeds`.")
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
-        past_key_values = self._prepare_cache(past_key_values, use_cache)
-        attention_mask = self._last_columns(attention_mask, inputs_embeds)
-        seen = self._seen_tokens(past_key_values)
-        if seen is not None and seen.shape[0] != inputs_embeds.shape[0]:
-            raise ValueError(f"`past_key_values` must hold a batch of {len(inputs_embeds)}, got {len(seen)}.")
-        positions = self._default_positions(inputs_embeds, attention_mask, seen)
-        if position_ids is not None:
-            position_ids = position_ids.expand(inputs_embeds.shape[0], -1)
-            position_ids = self._unless_default(position_ids, positions, attention_mask)
-        if position_ids is None and seen is not None:
-            position_ids = positions  # the mixers need not count again
-        positions = positions if position_ids is None else position_ids
-        self._check_positions(positions, attention_mask, past_key_values)
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        if inputs.dim() != (2 if inputs_embeds is None else 3):
+            name, shape = ("input_ids", "[B, T]") if inputs_embeds is None else ("inputs_embeds", "[B, T, D]")
+            raise ValueError(f"`{name}` must be {shape}, got {list(inputs.shape)}.")
+        if token_type_ids is not None and can_read(token_type_ids) and bool(token_type_ids.any()):
+            raise ValueError("`token_type_ids` must all be 0, got others: these models know no types of tokens.")
+        if (cu_seq_lens_q is None) != (cu_seq_lens_k is None) or (
+            cu_seq_lens_q is not None and can_read(cu_seq_lens_q) and not torch.equal(cu_seq_lens_q, cu_seq_lens_k)
+        ):
+            raise ValueError("`cu_seq_lens_q` and `cu_seq_lens_k` must be the same: a document sees itself alone.")
+        pad, size = self.config.pad_token_id, self.embed_tokens.num_embeddings
+        if attention_mask is None and input_ids is not None and pad is not None and (infer_padding or pad >= size):
+            attention_mask = infer_mask(input_ids, pad, at_ends=pad < size)
+        return read_tokens(
+            inputs,
+            attention_mask,
+            position_ids,
+            seen=self._seen_tokens(cache, inputs.shape[0]),
+            seq_idx=seq_idx,
+            cu_seq_lens=cu_seq_lens_q,
+            limit=self.config.max_position_embeddings if self.config.has_position_table else None,
+        )
 
-        hidden_states = inputs_embeds
-        if self.embed_positions is not None:
-            hidden_states = hidden_states + self.embed_positions(positions)
-        hidden_states = self.dropout(hidden_states)
-        mixer_inputs = {
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "past_key_values": past_key_values,
-        }
-        if "attentions" in self._can_record_outputs:
-            mixer_inputs["output_attentions"] = kwargs.get("output_attentions", self.config.output_attentions)
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, **mixer_inputs)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+    def _embed(self, input_ids: torch.LongTensor, tokens: Tokens) -> torch.Tensor:
+        # Whatever stands for padding, be it beyond the vocabulary, needs no vector of its own.
+        if tokens.attention_mask is not None and tokens.attention_mask.dim() == 2:
+            input_ids = input_ids.masked_fill(~tokens.attention_mask, 0)
+        pad = self.config.pad_token_id
+        if pad is not None and pad >= self.embed_tokens.num_embeddings:
+            input_ids = input_ids.masked_fill(input_ids == pad, 0)
+        return self.embed_tokens(input_ids)
 
-    def _prepare_cache(self, past_key_values, use_cache) -> Cache | None:
-        if not self.config.is_decoder:
-            if use_cache or past_key_values is not None:
-                raise ValueError("`use_cache` and `past_key_values` need `config.is_decoder=True`, got False.")
+    def _seen_tokens(self, cache: Cache | None, batch: int) -> torch.Tensor | None:
+        """[B]: the number of kept tokens in a cache, or None if it is empty, after a check that it fits the model."""
+        if cache is None:
             return None
-        if use_cache is None:
-            use_cache = past_key_values is not None or (self.config.use_cache and not self.training)
-        if not use_cache:
-            return None
-        if past_key_values is None:
-            return DynamicCache(config=self.config)
-        found = [getattr(layer, "_layer_type", None) for layer in getattr(past_key_values, "layers", [])]
+        found = [getattr(layer, "_layer_type", None) for layer in getattr(cache, "layers", [])]
         if found != self.config.layer_types:
             raise ValueError(
-                f"`past_key_values` must be a cache made for this model, e.g. DynamicCache(config=model.config), with "
-                f"layers of type {self.config.layer_types[0]!r}; got {type(past_key_values).__name__} with {found}."
+                f"`cache` must be a cache made for this model, e.g. DynamicCache(config=model.config), with "
+                f"layers of type {self.config.layer_types[0]!r}; got {type(cache).__name__} with {found}."
             )
-        return past_key_values
-
-    @staticmethod
-    def _last_columns(attention_mask, inputs_embeds) -> torch.Tensor | None:
-        """The mask of the new tokens, [B, T], or None if it keeps them all."""
-        if attention_mask is None:
-            return None
-        batch, length = inputs_embeds.shape[:2]
-        if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
+        first = cache.layers[0]
+        if first.unfinished:
             raise ValueError(
-                f"`attention_mask` must be [{batch}, {length} or more] (1 keeps a token, 0 is padding), "
-                f"got {list(attention_mask.shape)}."
+                "`cache` must be that of a forward pass that ended; this one was interrupted between two layers. Its "
+                "`reset()` makes it an empty one."
             )
-        attention_mask = attention_mask[:, -length:]
-        if attention_mask.device.type == "cpu" and not torch.compiler.is_compiling() and attention_mask.all():
+        if first.kind is not None:
+            check_kind("`cache`", first.kind, self._state_kind)
+        if first.state is None:
             return None
-        return attention_mask
+        if first.state.position.shape[0] != batch:
+            raise ValueError(f"`cache` must hold a batch of {batch}, got {first.state.position.shape[0]}.")
+        return first.state.position
 
-    @staticmethod
-    def _seen_tokens(past_key_values) -> torch.Tensor | None:
-        """[B]: the number of kept tokens in the cache, or None if it is empty."""
-        state = None if past_key_values is None else past_key_values.layers[0].state
-        return None if state is None else state.position
-
-    @staticmethod
-    def _default_positions(inputs_embeds, attention_mask, seen) -> torch.Tensor:
-        """[B or 1, T]: the number of kept tokens before each token, those of the cache included, and 0 for padding."""
-        if attention_mask is None:
-            positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
-        else:
-            positions = attention_mask.long().cumsum(1) - 1
-        if seen is not None:
-            positions = positions + seen[:, None].to(positions.device)
-        return positions if attention_mask is None else positions.masked_fill(attention_mask == 0, 0)
-
-    @staticmethod
-    def _unless_default(position_ids, positions, attention_mask) -> torch.Tensor | None:
-        """[B, T] with 0 for padding, or None if they are what the model counts by itself, as those that `generate`
-        makes are: the mixers are faster where a batch shares its positions. A single token is not worth the
-        comparison."""
-        if attention_mask is not None:
-            position_ids = position_ids.masked_fill(attention_mask == 0, 0)
-        if position_ids.shape[1] == 1 or torch.compiler.is_compiling() or position_ids.device.type == "meta":
-            return position_ids
-        return None if torch.equal(position_ids, positions.expand_as(position_ids)) else position_ids
-
-    def _check_positions(self, positions, attention_mask, past_key_values) -> None:
-        if not self.config.has_position_table:
-            return
-        limit, length = self.config.max_position_embeddings, positions.shape[1]
-        if attention_mask is None and past_key_values is None and torch.compiler.is_compiling():
-            last = length - 1  # a compiled model cannot raise for what stands in a tensor
-        elif torch.compiler.is_compiling() or positions.device.type == "meta":
-            return
-        else:
-            last = int(positions.max())
-        if last < limit:
-            return
-        raise ValueError(
-            f"Position {last} lies beyond the learned tables of this model, which end at max_position_embeddings="
-            f"{limit} (the largest position is {limit - 1}). Feed at most {limit} tokens, or use AFT-simple or "
-            "AFT-conv with position_embedding_type='none', which have no limit."
-        )
-
-    @staticmethod
-    def create_masks_for_generate(attention_mask=None, inputs_embeds=None, **kwargs):
-        """Keeps `generate` from making [T, T] masks: padding is all that a mixer needs to know of its input."""
-        if attention_mask is None:
+    def _prepare_cache(self, cache: Cache | None, use_cache: bool | None, tokens: Tokens) -> Cache | None:
+        if not self.config.is_decoder:
+            if use_cache or cache is not None:
+                raise ValueError("`use_cache` and `cache` need `config.is_decoder=True`, got False.")
             return None
-        # A copy, because a compiled step is specialised on strides, and those of a slice change with every token.
-        return attention_mask[:, -inputs_embeds.shape[1] :].clone(memory_format=torch.contiguous_format)
+        wanted = use_cache or (use_cache is None and cache is not None)
+        if tokens.packing is not None:
+            if wanted:
+                raise ValueError("`use_cache` must be False for packed documents, which have no one state, got True.")
+            return None
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled() and wanted:
+            if cache is not None and cache.layers[0].state is not None:
+                raise ValueError("`cache` must be empty under gradient checkpointing, which would read it twice.")
+            logger.warning_once("Gradient checkpointing goes without a cache: `use_cache` is False.")
+            return None
+        if use_cache is None:
+            use_cache = cache is not None or (self.config.use_cache and not self.training)
+        if not use_cache:
+            if cache is not None and cache.layers[0].state is not None:
+                raise ValueError("`use_cache` must not be False where `cache` holds tokens to go on from.")
+            return None
+        cache = DynamicCache(config=self.config) if cache is None else cache
+        cache.layers[0].kind = self._state_kind
+        return cache
 
 
-class MixerForCausalLM(MixerPreTrainedModel):
-    """A mixer model with a language-model head. Subclasses name the model, and add GenerationMixin."""
+class MixerWithHead(MixerPreTrainedModel):
+    """A mixer model below a head. Subclasses name the model."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     model_class: type[MixerModel]
+    # Whether the padding id at the ends of a row is padding where no mask is given, though it is in the vocabulary.
+    infers_padding = False
+    # What the head itself knows of the keywords of a forward pass.
+    loss_keywords = frozenset(["num_items_in_batch"])
 
-    def __init__(self, config):
-        super().__init__(config)
-        if not config.is_decoder:
-            raise ValueError("`is_decoder` must be True for a causal language model, got False.")
-        self.model = self.model_class(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    create_masks_for_generate = staticmethod(MixerModel.create_masks_for_generate)
-
-    def init_continuous_batching(self, *args, **kwargs):
-        """Raises a ValueError, for `generate_batch` and all others that begin here."""
-        raise ValueError(
-            "Continuous batching keeps the keys and values of attention in pages, which these models do not have. "
-            "Use `generate` with a padded batch: the state of a row does not depend on its padding."
+    def _run(self, input_ids, attention_mask, position_ids, inputs_embeds, keywords: dict, **cached):
+        """What is known of the tokens, the outputs of the model, and those of the keywords that are the head's."""
+        if keywords.pop("use_cache", None):
+            raise ValueError("`use_cache` must be False, got True: this head returns no cache.")
+        refuse_unknown(self, keywords, HEAD_KEYWORDS | self.loss_keywords)
+        of_head = {name: value for name, value in keywords.items() if name in self.loss_keywords}
+        of_tokens = ("token_type_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")
+        tokens = self.model.read(
+            input_ids,
+            inputs_embeds,
+            attention_mask,
+            position_ids,
+            cached.get("cache"),
+            infer_padding=self.infers_padding,
+            **{name: keywords[name] for name in of_tokens if name in keywords},
         )
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        **kwargs,
-    ) -> CausalLMOutputWithPast:
-        r"""
-        Args:
-            labels (`LongTensor` [B, T], *optional*):
-                Token ids, -100 where no loss is wanted. They are shifted inside: the output at t is scored on the
-                label at t + 1.
-            logits_to_keep (`int` or `LongTensor`, defaults to 0):
-                How many of the last positions get logits (0: all of them), or the indices of those that do.
-
-            The other arguments are those of the model without a head.
-
-        Returns:
-            `CausalLMOutputWithPast` with `logits` [B, T, vocab_size] and, if labels are given, `loss` in nats.
-        """
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        recorded = {name: keywords[name] for name in ("output_hidden_states", "output_attentions") if name in keywords}
+        outputs = self.model(input_ids, inputs_embeds=inputs_embeds, tokens=tokens, **cached, **recorded)
+        return tokens, outputs, of_head

@@ -13,14 +13,14 @@ from torch import nn
 from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutput, TokenClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
-from .modeling_common import MixerModel, MixerPreTrainedModel
+from .modeling_common import MixerWithHead
 
 
-class MixerForMaskedLM(MixerPreTrainedModel):
+class MixerForMaskedLM(MixerWithHead):
     """A bidirectional mixer model with a language-model head. Subclasses name the model."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    model_class: type[MixerModel]
+    loss_keywords = frozenset(["num_items_in_batch", "ignore_index"])
 
     def __init__(self, config):
         super().__init__(config)
@@ -49,20 +49,20 @@ class MixerForMaskedLM(MixerPreTrainedModel):
         Returns:
             `MaskedLMOutput` with `logits` [B, T, vocab_size] and, if labels are given, `loss` in nats.
         """
-        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
+        _, outputs, keywords = self._run(input_ids, attention_mask, position_ids, inputs_embeds, kwargs)
         logits = self.lm_head(outputs.last_hidden_state)
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **keywords)
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
 
 
-class MixerClassifier(MixerPreTrainedModel):
+class MixerClassifier(MixerWithHead):
     """A mixer model with a linear layer to `config.num_labels`. Subclasses say what it is applied to."""
 
-    model_class: type[MixerModel]
+    infers_padding = True
 
     def __init__(self, config):
         super().__init__(config)
@@ -72,9 +72,9 @@ class MixerClassifier(MixerPreTrainedModel):
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    def _encode(self, *inputs, **kwargs):
-        """The outputs of the model, which has nothing to cache here."""
-        return self.model(*inputs, **{**kwargs, "use_cache": False})
+    def _encode(self, *inputs):
+        """What is known of the tokens, the outputs of the model, without a cache, and the keywords of the loss."""
+        return self._run(*inputs, use_cache=False)
 
 
 class MixerForSequenceClassification(MixerClassifier):
@@ -92,26 +92,36 @@ class MixerForSequenceClassification(MixerClassifier):
     ) -> SequenceClassifierOutput:
         r"""
         Args:
+            attention_mask (`Tensor` [B, T], *optional*):
+                Without one, `config.pad_token_id` at the beginning and the end of a row is padding.
             labels (`Tensor` [B] or [B, num_labels], *optional*): classes, or, as `config.problem_type` says, numbers.
 
             The other arguments are those of the model without a head.
 
         Returns:
             `SequenceClassifierOutput` with `logits` [B, num_labels] and, if labels are given, `loss`.
+
+        Raises:
+            ValueError: the rows hold several documents each, but there is one class for a row.
         """
-        outputs = self._encode(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
-        hidden_states = outputs.last_hidden_state
-        if attention_mask is None:
+        tokens, outputs, keywords = self._encode(input_ids, attention_mask, position_ids, inputs_embeds, kwargs)
+        if tokens.packing is not None:
+            raise ValueError(
+                "Packed documents (`position_ids` that begin again, `seq_idx`, `cu_seq_lens_q` or numbers in "
+                "`attention_mask`) must be rows of their own here: a row gets one class."
+            )
+        hidden_states, mask = outputs.last_hidden_state, tokens.attention_mask
+        if mask is None or mask.dim() != 2:
             pooled = hidden_states.mean(1)
         else:
-            kept = attention_mask[..., None].to(hidden_states.dtype)  # [B, T, 1]
+            kept = mask[..., None].to(hidden_states.dtype)  # [B, T, 1]
             pooled = (hidden_states * kept).sum(1) / kept.sum(1).clamp_min(1)
         logits = self.score(self.dropout(pooled))
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
             # Trainer gives the number of labels in all accumulated batches, of which this loss is the part of one.
-            if (num_items := kwargs.get("num_items_in_batch")) is not None:
+            if (num_items := keywords.get("num_items_in_batch")) is not None:
                 loss = loss * (labels != -100).sum() / num_items
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
@@ -140,11 +150,11 @@ class MixerForTokenClassification(MixerClassifier):
         Returns:
             `TokenClassifierOutput` with `logits` [B, T, num_labels] and, if labels are given, `loss`.
         """
-        outputs = self._encode(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
+        _, outputs, keywords = self._encode(input_ids, attention_mask, position_ids, inputs_embeds, kwargs)
         logits = self.score(self.dropout(outputs.last_hidden_state))
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits, labels, self.config, **kwargs)
+            loss = self.loss_function(logits, labels, self.config, **keywords)
         return TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

@@ -9,18 +9,21 @@
 """The Synthesizer (arXiv 2005.00743): its logits, mixer, model, language model."""
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, initialization
+from transformers import initialization
 
-from .cache_aft import SynthesizerCacheLayer  # noqa: F401  (registers the layer type of the config)
+from .cache_state import GrowingStateLayer, NewTokens, commit_state, read_state
+from .compatibility import list_in_library
 from .configuration_synthesizer import SynthesizerConfig
-from .modeling_common import Linear, MixerBlock, MixerForCausalLM, MixerModel, MixerPreTrainedModel
+from .modeling_causal_lm import MixerForCausalLM, StateGenerationMixin
+from .modeling_common import MixerBlock, MixerModel, MixerPreTrainedModel
 from .modeling_heads import MixerForMaskedLM, MixerForSequenceClassification, MixerForTokenClassification
 from .ops_export import first
 from .ops_padding import compact, expand, kept_rank
-from .ops_synthesizer import Logits, SynthesizerState, attend, attend_fused, columns, outer
+from .ops_synthesizer import Logits, SynthesizerState, advance, attend, attend_fused, columns, outer
 
 
 def _rows(table: Tensor, positions: Tensor | None, length: int) -> Tensor:
@@ -36,7 +39,7 @@ class ComponentLogits(nn.Module):
     Both forms are had by calling the module: hooks on it, such as those that fetch offloaded weights, see only calls.
     """
 
-    def forward(self, query: Tensor, positions: Tensor | None, by_parts: bool = False) -> Tensor | Logits:
+    def forward(self, query: Tensor, *, positions: Tensor | None = None, by_parts: bool = False) -> Tensor | Logits:
         """Logits over all N key positions, [1 or B, H, T, N], or with `by_parts` those over the T keys, by parts."""
         return self.parts(query, positions) if by_parts else self.whole(query, positions)
 
@@ -155,6 +158,22 @@ LOGITS = {
 }
 
 
+class SynthesizerStateLayer(GrowingStateLayer):
+    """State of one layer of the Synthesizer: all values so far, and keys only where it mixes in dot products."""
+
+    _layer_type = "synthesizer_state"
+    state_class = SynthesizerState
+    advance = staticmethod(advance)
+    per_token = {"key": (-2, 0), "value": (-2, 0), "key_position": (-1, -1)}
+
+    @staticmethod
+    def shapes(config, batch: int, length: int) -> dict[str, tuple[int, ...]]:
+        heads = config.num_attention_heads
+        size = (batch, heads, length, config.hidden_size // heads)
+        keys = {"key": size} if "dot_product" in config.components else {}
+        return {"position": (batch,), **keys, "value": size, "key_position": (batch, length)}
+
+
 class SynthesizerMixer(nn.Module):
     """softmax(sum_i alpha_i S_i(X)) X W_v W_o: one or several kinds of logits, mixed before the softmax."""
 
@@ -170,8 +189,8 @@ class SynthesizerMixer(nn.Module):
         # The query is the dot product's, and the first layer of the dense types.
         self.has_query = bool({"dense", "factorized_dense", "dot_product"} & set(self.names))
         self.has_key = "dot_product" in self.names
-        self.qkv_proj = Linear(width, (self.has_query + self.has_key + 1) * width, bias=False)
-        self.o_proj = Linear(width, width)
+        self.qkv_proj = nn.Linear(width, (self.has_query + self.has_key + 1) * width, bias=False)
+        self.o_proj = nn.Linear(width, width)
         self.logits = nn.ModuleDict({name: LOGITS[name](config) for name in self.names if name in LOGITS})
         self.mixture_logits = None
         if len(self.names) > 1:
@@ -184,86 +203,104 @@ class SynthesizerMixer(nn.Module):
         return dict(zip(self.names, self.mixture_logits.softmax(1)[..., None, None].unbind(1), strict=True))
 
     def forward(
-        self, hidden_states, attention_mask=None, position_ids=None, past_key_values=None, output_attentions=False
-    ):
-        """hidden_states [B, T, D], attention_mask and position_ids [B, T] or None.
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache=None,
+        packing=None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """
+        Args:
+            hidden_states (`Tensor` [B, T, D]): what to mix.
+            attention_mask (`Tensor`, *optional*):
+                [B, T], 1 or True keeps a token; or [B or 1, 1 or H, T, past + T], bool (True: seen) or added to the
+                logits, in place of causality and padding.
+            position_ids (`LongTensor` [B, T], *optional*): needed with a cache that holds tokens, else counted.
+            cache (`Cache`, *optional*): holds the state of this layer, which the new one replaces.
+            packing (`Packing`, *optional*): how rows of several documents are taken apart; in place of the two above.
+            output_attentions: whether to return the attention weights as well.
 
         Returns:
-            The output [B, T, D], and the attention weights [B, H, T, S] if `output_attentions`, else None.
+            The output [B, T, D], and the attention weights [B, H, T, S] or None. S is the number of tokens so far, or
+            that which a static cache has room for.
         """
         mixture = self.mixture_weights()  # here, as hooks that fetch offloaded weights do so for `forward` alone
-        if past_key_values is None:
-            inputs = hidden_states, attention_mask, position_ids
-            (out, weights), _ = self._mix(mixture, *inputs, None, False, output_attentions)
-            return out, weights
-
-        def mix(state, length):
-            new = (None if t is None else t[:, :length] for t in (hidden_states, attention_mask, position_ids))
-            return self._mix(mixture, *new, state, True, output_attentions)
-
-        (out, weights), _ = past_key_values.update(hidden_states, hidden_states, self.layer_idx, mix)
-        return out, weights
-
-    def _mix(self, mixture, hidden_states, attention_mask, position_ids, state, return_state, output_attentions):
-        batch, length, _ = hidden_states.shape
-        explicit = state is not None or output_attentions
-        rank = count = None
-        if attention_mask is not None and not explicit:
-            rank, count = kept_rank(attention_mask), attention_mask.long().sum(1)
-            # Behind the tables there can be nothing but padding, which `expand` takes from nowhere.
-            hidden_states, rank = compact(hidden_states, rank)[:, : self.limit], rank.clamp_max(self.limit or length)
-            if position_ids is not None:
-                position_ids = compact(position_ids[..., None], rank, -1).squeeze(-1)[:, : self.limit]
-        *others, value = (
-            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for part in self.qkv_proj(hidden_states).split(hidden_states.shape[-1], -1)
+        projected = self.qkv_proj(hidden_states)
+        if packing is not None:
+            mix = partial(self._mix_document, mixture)
+            weights = packing.map_pairs(partial(mix, True), projected) if output_attentions else None
+            return self.o_proj(packing.map(partial(mix, False), projected)), weights
+        state = read_state(cache, self.layer_idx)
+        out, weights, new, state = self._mix(
+            mixture, projected, attention_mask, position_ids, state, cache is not None, output_attentions
         )
-        query = others[0] if self.has_query else value  # of which only the length is read
-        key = others[-1] if self.has_key else None
-        new_state = None
-        if return_state or explicit:
-            new_state = self._state(key, value, attention_mask, count, position_ids, state)
-        weights = None
+        if cache is not None:
+            commit_state(cache, self.layer_idx, state, new)
+            weights = None if weights is None else cache.layers[self.layer_idx].columns(weights)
+        return self.o_proj(out), weights
+
+    def _mix_document(self, mixture, output_attentions, group, projected):
+        mask = group.attention_mask if output_attentions or not self.is_causal else None
+        out, weights, *_ = self._mix(mixture, projected, mask, group.position_ids, None, False, output_attentions)
+        return weights if output_attentions else out
+
+    def _mix(self, mixture, projected, attention_mask, position_ids, state, return_state, output_attentions):
+        """[B, T, D] from the projections [B, T, n D]; weights, new tokens and the state after them, where they are
+        wanted."""
+        length, new = projected.shape[1], None
+        is_matrix = attention_mask is not None and attention_mask.dim() == 4
+        explicit = state is not None or output_attentions or is_matrix
+        if explicit or return_state:
+            query, key, value = self._split(projected)
+            new = NewTokens(key, value, None if is_matrix else attention_mask, position_ids)
+            state = advance(state, new)
         if explicit:
-            out, weights = self._explicit(mixture, query, new_state, length)
-        else:
-            out = attend_fused(self._parts(mixture, query, key, position_ids), value, self.is_causal, count)
+            pairs = attention_mask if is_matrix else None
+            out, weights = self._explicit(mixture, query, state, length, pairs)
+            return out.transpose(1, 2).flatten(2), weights, new, state
+        slot = count = None
+        if attention_mask is not None:
+            slot, count = kept_rank(attention_mask), attention_mask.long().sum(1)
+            # Behind the tables there can be nothing but padding, which `expand` takes from nowhere.
+            projected, slot = compact(projected, slot)[:, : self.limit], slot.clamp_max(self.limit or length)
+            if position_ids is not None:
+                position_ids = compact(position_ids[..., None], slot, -1).squeeze(-1)[:, : self.limit]
+        query, key, value = self._split(projected)
+        out = attend_fused(self._parts(mixture, query, key, position_ids), value, self.is_causal, count)
         out = out.transpose(1, 2).flatten(2)
-        out = self.o_proj(expand(out, rank) if rank is not None else out)
-        return (out, weights if output_attentions else None), new_state
+        return out if slot is None else expand(out, slot), None, new, state
 
-    def _state(self, key, value, attention_mask, count, position_ids, state) -> SynthesizerState:
-        """The state after these tokens; `count` is given where they are compacted."""
-        batch, length = value.shape[0], value.shape[2]
-        first = value.new_zeros(batch, dtype=torch.long) if state is None else state.position
-        places = torch.arange(length, device=value.device)
-        if count is not None:
-            keep = places < count[:, None]
-        elif attention_mask is not None:
-            keep = attention_mask.bool()
-        else:
-            keep = torch.ones(batch, length, dtype=torch.bool, device=value.device)
-        positions = position_ids if position_ids is not None else first[:, None] + keep.long().cumsum(1) - 1
-        key_position = torch.where(keep, positions, -1)
-        position = torch.maximum(first, key_position.amax(1) + 1)
-        if state is not None:
-            key = key if key is None else torch.cat([state.key, key], 2)
-            value = torch.cat([state.value, value], 2)
-            key_position = torch.cat([state.key_position, key_position], 1)
-        return SynthesizerState(position, key, value, key_position)
+    def _split(self, projected: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Query, key (None without dot products) and value, [B, H, T, d]."""
+        width = self.o_proj.in_features
+        *others, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in projected.split(width, -1))
+        query = others[0] if self.has_query else value  # of which only the length is read
+        return query, others[-1] if self.has_key else None, value
 
-    def _explicit(self, mixture, query, state: SynthesizerState, length: int) -> tuple[Tensor, Tensor]:
-        """The definition: logits over all positions, of which those of the present keys are taken."""
+    def _explicit(self, mixture, query, state: SynthesizerState, length: int, pairs: Tensor | None):
+        """The definition: logits over all positions, of which those of the present keys are taken. pairs: which keys
+        a query sees, or what is added to their logits, [B or 1, 1 or H, T, S], or None."""
         positions = state.key_position[:, -length:]
         logits = 0
         for name, alpha in mixture.items():
             if name == "dot_product":
                 part = self.scaling * query @ state.key.transpose(2, 3)
             else:
-                part = columns(self.logits[name](query, positions), state.key_position, length)
+                part = columns(self.logits[name](query, positions=positions), state.key_position, length)
             logits = logits + (part if alpha is None else alpha * part)
         visible = (state.key_position >= 0)[:, None, None]  # [B, 1, 1, S]
-        if self.is_causal:
+        if pairs is not None:
+            if pairs.shape[-2:] != logits.shape[-2:]:
+                shape = f"[.., {length}, {logits.shape[-1]}]"
+                raise ValueError(f"`attention_mask` must be {shape}, got {list(pairs.shape)}.")
+            if pairs.dtype == torch.bool:
+                visible = visible & pairs
+            else:
+                visible = visible & (pairs > torch.finfo(pairs.dtype).min)
+                logits = logits + pairs.masked_fill(~visible, 0)
+        elif self.is_causal:
             places = torch.arange(state.key_position.shape[1], device=query.device)
             visible = visible & (places <= places[-length:, None])
         return attend(logits, state.value, visible.expand(-1, -1, length, -1))
@@ -275,7 +312,7 @@ class SynthesizerMixer(nn.Module):
             if name == "dot_product":
                 part = Logits(query=self.scaling * query, key=key)
             else:
-                part = self.logits[name](query, positions, by_parts=True)
+                part = self.logits[name](query, positions=positions, by_parts=True)
             alpha = 1 if alpha is None else alpha
             if part.query is not None:
                 queries.append(alpha * part.query)
@@ -327,7 +364,7 @@ class SynthesizerModel(SynthesizerPreTrainedModel, MixerModel):
     block_class = SynthesizerBlock
 
 
-class SynthesizerForCausalLM(SynthesizerPreTrainedModel, MixerForCausalLM, GenerationMixin):
+class SynthesizerForCausalLM(SynthesizerPreTrainedModel, MixerForCausalLM, StateGenerationMixin):
     """The Synthesizer with a language-model head."""
 
     model_class = SynthesizerModel
@@ -350,6 +387,17 @@ class SynthesizerForTokenClassification(SynthesizerPreTrainedModel, MixerForToke
 
     model_class = SynthesizerModel
 
+
+list_in_library(
+    SynthesizerConfig.model_type,
+    {
+        "AutoModel": SynthesizerModel,
+        "AutoModelForCausalLM": SynthesizerForCausalLM,
+        "AutoModelForMaskedLM": SynthesizerForMaskedLM,
+        "AutoModelForSequenceClassification": SynthesizerForSequenceClassification,
+        "AutoModelForTokenClassification": SynthesizerForTokenClassification,
+    },
+)
 
 __all__ = [
     "SynthesizerForCausalLM",

@@ -20,9 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from .ops_export import first, is_exporting
+from .ops_export import first, is_exporting, is_transformed
+from .ops_panel import differentiable_gradients, flops_of, gradients_inside_operator, operator
 
 
 _BLOCK = 128  # queries per block, where neither factors nor one matrix for the batch will do
@@ -42,6 +42,32 @@ class SynthesizerState(NamedTuple):
     key: Tensor | None
     value: Tensor
     key_position: Tensor
+
+
+def advance(before: SynthesizerState | None, new, like: SynthesizerState | None = None) -> SynthesizerState:
+    """
+    The state after new tokens.
+
+    Args:
+        before: that before them, None at the start.
+        new: has `key` [B, H, T, d] or None, `value` [B, H, T, d], `attention_mask` [B, T] or None (all kept), and
+            `position_ids` [B, T] or None (counted).
+        like: not read; other states need to know more of their form.
+    """
+    batch, length = new.value.shape[0], new.value.shape[2]
+    first = new.value.new_zeros(batch, dtype=torch.long) if before is None else before.position
+    if new.attention_mask is not None:
+        keep = new.attention_mask.bool()
+    else:
+        keep = torch.ones(batch, length, dtype=torch.bool, device=new.value.device)
+    positions = first[:, None] + keep.long().cumsum(1) - 1 if new.position_ids is None else new.position_ids
+    key_position = torch.where(keep, positions, -1)
+    position = torch.maximum(first, key_position.amax(1) + 1)
+    if before is None:
+        return SynthesizerState(position, new.key, new.value, key_position)
+    key = None if new.key is None else torch.cat([before.key, new.key], 2)
+    value, key_position = torch.cat([before.value, new.value], 2), torch.cat([before.key_position, key_position], 1)
+    return SynthesizerState(position, key, value, key_position)
 
 
 class Logits(NamedTuple):
@@ -114,7 +140,7 @@ def attend_fused(logits: Logits, value: Tensor, causal: bool, count: Tensor | No
         count = None
     elif count is not None:
         count = count.clamp_min(1)  # a row without any token sees its first place, so that no softmax is over nothing
-    if logits.bias is None and logits.product is None:
+    if logits.bias is None and logits.product is None and not is_transformed():
         return _attend_factors(logits, value, causal, count)
     if logits.query is None and logits.product is None and logits.bias.shape[0] == 1 and count is None:
         return attend(logits.bias, value, _visible(slice(0, value.shape[2]), value, causal, None))[0]
@@ -141,25 +167,148 @@ def _attend_factors(logits: Logits, value: Tensor, causal: bool, count: Tensor |
 
 
 def _attend_in_blocks(logits: Logits, value: Tensor, causal: bool, count: Tensor | None) -> Tensor:
-    out, length = [], value.shape[2]
-    if is_exporting():  # a number of blocks would be fixed by the example
+    length = value.shape[2]
+    if is_exporting() or is_transformed():  # which must not depend on the number of blocks, or have no operators
         return _attend_block(logits, value, _visible(slice(0, length), value, causal, count))
+    query, key = _in_one_dtype(logits.query, logits.key)
+    product = logits.product or (None, None)
+    return attend_in_blocks(value, query, key, logits.bias, *product, logits.key_position, count, causal)
+
+
+def _in_one_dtype(query: Tensor | None, key: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Inside of an operator there is no autocast to do this."""
+    if query is None:
+        return None, None
+    device = query.device.type
+    dtype = torch.promote_types(query.dtype, key.dtype)
+    if device != "meta" and torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    return query.to(dtype), key.to(dtype)
+
+
+@operator("attend_in_blocks")
+def attend_in_blocks(
+    value: Tensor,
+    query: Tensor | None,
+    key: Tensor | None,
+    bias: Tensor | None,
+    first: Tensor | None,
+    second: Tensor | None,
+    key_position: Tensor | None,
+    count: Tensor | None,
+    causal: bool,
+) -> Tensor:
+    """`attend_fused` for one block of queries at a time: [B, H, T, d]. The other arguments are those of `Logits`, with
+    its `product` as first and second."""
+    logits = Logits(query, key, bias, None if first is None else (first, second), key_position)
+    out = value.new_empty(value.shape)
+    for rows, keys in _blocks(value.shape[2], causal):
+        part = _part(logits, rows, keys)
+        out[:, :, rows] = _attend_block(part, value[:, :, :keys], _visible(rows, value, causal, count))
+    return out
+
+
+@attend_in_blocks.register_fake
+def _(value, query, key, bias, first, second, key_position, count, causal):
+    return value.new_empty(value.shape)
+
+
+@flops_of(attend_in_blocks)
+def _attend_flops(value, query, key, bias, first, second, key_position, count, causal):
+    batch, heads, length, width = value.shape
+    columns = batch * width + (0 if query is None else max(len(query), len(key)) * query.shape[3])
+    return 2 * heads * columns * sum((rows.stop - rows.start) * keys for rows, keys in _blocks(length, causal))
+
+
+@operator("attend_in_blocks_backward")
+def attend_in_blocks_backward(
+    grad: Tensor,
+    value: Tensor,
+    query: Tensor | None,
+    key: Tensor | None,
+    bias: Tensor | None,
+    first: Tensor | None,
+    second: Tensor | None,
+    key_position: Tensor | None,
+    count: Tensor | None,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `attend_in_blocks` with respect to its first six arguments, empty for None. The logits of a block
+    are computed again."""
+    tensors = (value, query, key, bias, first, second)
+    grads = [grad.new_empty(0) if t is None else torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in tensors]
+    for rows, keys in _blocks(value.shape[2], causal):
+        places = [slice(keys), rows, slice(keys), (rows, slice(keys)), rows, rows]
+        given = [i for i, tensor in enumerate(tensors) if tensor is not None]
+        index = [(slice(None), slice(None), *(p if isinstance(p, tuple) else (p,))) for p in places]
+
+        def block(*parts, given=given, rows=rows, keys=keys):
+            value, query, key, bias, first, second = map(dict(zip(given, parts, strict=True)).get, range(6))
+            product = None if first is None else (first, second)
+            positions = None if key_position is None else key_position[:, :keys]
+            visible = _visible(rows, grad, causal, count)
+            return _attend_block(Logits(query, key, bias, product, positions), value, visible)
+
+        parts = [tensors[i][index[i]] for i in given]
+        for i, part in zip(given, gradients_inside_operator(block, parts, grad[:, :, rows]), strict=True):
+            grads[i][index[i]] += part
+    return tuple(grads)
+
+
+@attend_in_blocks_backward.register_fake
+def _(grad, value, query, key, bias, first, second, key_position, count, causal):
+    tensors = (value, query, key, bias, first, second)
+    return tuple(grad.new_empty(0) if t is None else t.new_empty(t.shape) for t in tensors)
+
+
+@flops_of(attend_in_blocks_backward)
+def _(grad, *inputs):
+    return 3 * _attend_flops(*inputs)  # the products, again, and the two gradients of each
+
+
+def _save_for_backward(ctx, inputs, output):
+    *tensors, ctx.causal = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx, grad):
+    inputs = ctx.saved_tensors
+    if torch.is_grad_enabled():  # a derivative of this one is wanted
+        given = [i for i, (t, needed) in enumerate(zip(inputs, ctx.needs_input_grad, strict=False)) if needed]
+        rest = list(inputs)
+
+        def whole(*parts):
+            for i, part in zip(given, parts, strict=True):
+                rest[i] = part
+            value, query, key, bias, first, second, key_position, count = rest
+            logits = Logits(query, key, bias, None if first is None else (first, second), key_position)
+            return _attend_block(logits, value, _visible(slice(0, value.shape[2]), value, ctx.causal, count))
+
+        grads = dict(zip(given, differentiable_gradients(whole, [inputs[i] for i in given], (), grad), strict=True))
+        return tuple(map(grads.get, range(9)))
+    grads = attend_in_blocks_backward(grad, *inputs, ctx.causal)
+    return (*(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), None, None, None)
+
+
+attend_in_blocks.register_autograd(_differentiate, setup_context=_save_for_backward)
+
+
+def _blocks(length: int, causal: bool):
+    """The queries of each block, and how many keys they see."""
     for start in range(0, length, _BLOCK):
         rows = slice(start, min(start + _BLOCK, length))
-        keys = rows.stop if causal else length
-        part = Logits(
-            query=None if logits.query is None else logits.query[:, :, rows],
-            key=None if logits.key is None else logits.key[:, :, :keys],
-            bias=None if logits.bias is None else logits.bias[:, :, rows, :keys],
-            product=None if logits.product is None else tuple(t[:, :, rows] for t in logits.product),
-            key_position=None if logits.key_position is None else logits.key_position[:, :keys],
-        )
-        arguments = part, value[:, :, :keys], _visible(rows, value, causal, count)
-        if torch.is_grad_enabled():
-            out.append(checkpoint(_attend_block, *arguments, use_reentrant=False, preserve_rng_state=False))
-        else:
-            out.append(_attend_block(*arguments))
-    return torch.cat(out, 2)
+        yield rows, rows.stop if causal else length
+
+
+def _part(logits: Logits, rows: slice, keys: int) -> Logits:
+    """The logits of a block of queries over the first keys."""
+    return Logits(
+        query=None if logits.query is None else logits.query[:, :, rows],
+        key=None if logits.key is None else logits.key[:, :, :keys],
+        bias=None if logits.bias is None else logits.bias[:, :, rows, :keys],
+        product=None if logits.product is None else tuple(t[:, :, rows] for t in logits.product),
+        key_position=None if logits.key_position is None else logits.key_position[:, :keys],
+    )
 
 
 def _attend_block(part: Logits, value: Tensor, visible: Tensor | None) -> Tensor:

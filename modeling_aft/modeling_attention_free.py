@@ -28,7 +28,17 @@ from .ops_torch import advance
 FACTOR_STD = 0.01  # of u and v in w = u v^T
 
 
-class TablePositionBias(nn.Module):
+class PositionBias(nn.Module):
+    """The bias w of the keys. Hooks on modules, as tools for private training set them, see tensors alone.
+
+    Attributes:
+        argument: the name under which the operator takes the bias.
+    """
+
+    argument = "window_bias"
+
+
+class TablePositionBias(PositionBias):
     """A bias per position and offset or key position: factors u, v [N, d'] with w = u v^T (eq. 7), or a table.
 
     Subclasses give the `table` [N, columns] where the config has no rank.
@@ -45,17 +55,19 @@ class TablePositionBias(nn.Module):
 class FullPositionBias(TablePositionBias):
     """The bias w_{t,t'} of AFT-full."""
 
+    argument = "position_bias"
+
     def __init__(self, config):
         super().__init__(config, config.max_position_embeddings)
 
-    def forward(self, length: int, positions: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        """[T, T] for positions 0 to T - 1 (None), or the rows of the positions [B, T], [B, T, N]."""
-        rows = slice(length) if positions is None else positions
+    def forward(self, positions: torch.Tensor) -> torch.Tensor:
+        """[T, T] for positions [T], of which only the number is read, for 0 to T - 1; [B, T, N] for those [B, T]."""
+        shared, length = positions.dim() == 1, positions.shape[-1]
         if self.table is not None:
-            bias = self.table[rows]
-            return {"position_bias": first(bias, 1, length) if positions is None else bias}
-        keys = self.key_factors[:length] if positions is None else self.key_factors
-        return {"position_bias": self.query_factors[rows] @ keys.T}
+            return first(first(self.table, 0, length), 1, length) if shared else self.table[positions]
+        if shared:
+            return first(self.query_factors, 0, length) @ first(self.key_factors, 0, length).T
+        return self.query_factors[positions] @ self.key_factors.T
 
 
 class LocalPositionBias(TablePositionBias):
@@ -68,16 +80,18 @@ class LocalPositionBias(TablePositionBias):
         super().__init__(config, left + 1 + right)
         self.left, self.right = left, right
 
-    def forward(self, length: int, positions: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        """[1, T, taps] for positions 0 to T - 1 (None), or the rows of the positions [B, T], [1, B, T, taps]."""
-        if positions is not None and positions.shape[1] == 1 and self.table is None:
-            return {"window_bias": self._single_rows(positions)[None]}
-        whole = positions is not None or is_exporting()  # which must not depend on the length
-        rows = slice(None if whole else length)
-        bias = self.table[rows] if self.table is not None else None
+    def forward(self, positions: torch.Tensor) -> torch.Tensor:
+        """[1, T, taps] for positions [T], of which only the number is read, for 0 to T - 1; [1, B, T, taps] for those
+        [B, T]."""
+        shared, length = positions.dim() == 1, positions.shape[-1]
+        if not shared and length == 1 and self.table is None:
+            return self._single_rows(positions)[None]
+        bias = self.table
         if bias is None:
+            # In an exported program the number of blocks must not depend on the length.
+            rows = slice(length if shared and not is_exporting() else None)
             bias = banded_product(self.query_factors[rows], self.key_factors[rows], self.left, self.right)
-        return {"window_bias": (bias[:length] if positions is None else bias[positions])[None]}
+        return (first(bias, 0, length) if shared else bias[positions])[None]
 
     def _single_rows(self, positions: torch.Tensor) -> torch.Tensor:
         """What a decoding step needs of `banded_product`, without the rest: positions [B, 1] to [B, 1, taps]."""
@@ -97,14 +111,15 @@ def banded_product(u: torch.Tensor, v: torch.Tensor, left: int, right: int) -> t
     block = max(taps, 32)
     blocks = -(-length // block)
     u = F.pad(u, (0, 0, 0, blocks * block - length)).unflatten(0, (blocks, block))
-    v = F.pad(v, (0, 0, left, right + blocks * block - length)).unfold(0, left + block + right, block)
-    products = u @ v  # [blocks, block, left + block + right]
+    v = F.pad(v, (0, 0, left, (blocks + 1) * block - length - left)).unflatten(0, (blocks + 1, block))
+    reached = torch.cat([v[:-1], v[1:, : taps - 1]], 1)
+    products = u @ reached.mT  # [blocks, block, block + left + right]
     row = torch.arange(block, device=u.device)[:, None]
     column = row + left + right - torch.arange(taps, device=u.device)
     return products.gather(2, column.expand(blocks, -1, -1)).flatten(0, 1)[:length]
 
 
-class ConvPositionBias(nn.Module):
+class ConvPositionBias(PositionBias):
     """The bias of AFT-conv (eq. 6): one per head and offset, standardised and then scaled and shifted (eq. 8)."""
 
     def __init__(self, config, left: int, right: int):
@@ -114,14 +129,16 @@ class ConvPositionBias(nn.Module):
         self.gamma = nn.Parameter(torch.empty(heads))
         self.beta = nn.Parameter(torch.empty(heads))
 
-    def forward(self, length: int, positions: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    def forward(self, positions: torch.Tensor) -> torch.Tensor:
+        """[H, 1, taps] for any positions."""
         dtype = compute_dtype(self.weight)
         weight = self.weight.to(dtype)
-        variance, mean = torch.var_mean(weight, dim=1, correction=0, keepdim=True)
+        centred = weight - weight.mean(1, keepdim=True)
+        variance = centred.square().mean(1, keepdim=True)
         # A single tap has no spread: what is left of it is beta.
-        standardised = (weight - mean) * torch.where(variance > 0, variance, torch.ones_like(variance)).rsqrt()
+        standardised = centred * torch.where(variance > 0, variance, torch.ones_like(variance)).rsqrt()
         bias = self.gamma[:, None].to(dtype) * standardised + self.beta[:, None].to(dtype)
-        return {"window_bias": bias[:, None]}
+        return bias[:, None]
 
 
 class AFTStateLayer(StateLayer):
@@ -263,7 +280,8 @@ class AFTMixer(nn.Module):
             return {}
         # The product of the factors goes into an exponential: half precision would not do.
         with without_autocast(key):
-            return self.position_bias(key.shape[1], position_ids)
+            positions = torch.arange(key.shape[1], device=key.device) if position_ids is None else position_ids
+            return {self.position_bias.argument: self.position_bias(positions)}
 
 
 class AFTBlock(MixerBlock):
@@ -275,11 +293,11 @@ class AFTPreTrainedModel(MixerPreTrainedModel):
     _no_split_modules = ["AFTBlock"]
     _can_record_outputs = {"hidden_states": AFTBlock, "attentions": AFTMixer}
     _auto_map = {
-        "AutoModel": "modeling_aft.AFTModel",
-        "AutoModelForCausalLM": "modeling_aft.AFTForCausalLM",
-        "AutoModelForMaskedLM": "modeling_aft.AFTForMaskedLM",
-        "AutoModelForSequenceClassification": "modeling_aft.AFTForSequenceClassification",
-        "AutoModelForTokenClassification": "modeling_aft.AFTForTokenClassification",
+        "AutoModel": "modeling_attention_free.AFTModel",
+        "AutoModelForCausalLM": "modeling_attention_free.AFTForCausalLM",
+        "AutoModelForMaskedLM": "modeling_attention_free.AFTForMaskedLM",
+        "AutoModelForSequenceClassification": "modeling_attention_free.AFTForSequenceClassification",
+        "AutoModelForTokenClassification": "modeling_attention_free.AFTForTokenClassification",
     }
 
     @torch.no_grad()

@@ -6,37 +6,72 @@
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
-"""Cache layers that hold the states of the models, for the caches of transformers (dynamic, static, offloaded).
+"""What a model has read so far, as layers of the caches of transformers: one of fixed size, and one that grows.
 
-A model names its layers in `config.layer_types`; the caches of transformers look the classes below up by those names.
+A mixer reads the state of its layer (`read_state`), lets its operator go on from there, and puts the new state in its
+place (`commit_state`), with the tokens that it was fed, from which a part of them can be taken back. A model names its
+layers in `config.layer_types`; the caches look the classes up by those names.
 """
 
-import json
-import os
 from collections.abc import Callable
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from transformers import DynamicCache
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin
 
-from .ops_reference import AFTState
-from .ops_synthesizer import SynthesizerState
 
+class NewTokens(NamedTuple):
+    """What a layer was fed in one forward pass.
 
-class AFTCacheLayer(CacheLayerMixin):
-    """State of one layer of AFT-simple, AFT-local or AFT-conv: its size does not depend on the number of tokens.
-
-    The tensors take their sizes from the first update. Without autograd, later ones write in place, so that a compiled
-    decoding step finds them where they were.
+    Attributes:
+        key: [B, .., T, K], or None where a state has no keys.
+        value: [B, .., T, V].
+        attention_mask: [B, T], or None if all tokens are kept.
+        position_ids: [B, T], or None where positions are counted.
     """
 
-    _layer_type = "aft"
-    _state_class: type[tuple] = AFTState
-    is_compileable = True
+    key: torch.Tensor | None
+    value: torch.Tensor
+    attention_mask: torch.Tensor | None
+    position_ids: torch.Tensor | None
+
+    @property
+    def length(self) -> int:
+        return self.value.shape[-2]
+
+    def first(self, length: int) -> "NewTokens":
+        """The first `length` of them."""
+        states = (None if t is None else t.narrow(-2, 0, length) for t in self[:2])
+        return NewTokens(*states, *(None if t is None else t[:, :length] for t in self[2:]))
+
+
+class StateLayer(CacheLayerMixin):
+    """
+    The state of one layer. Its size does not depend on the number of tokens.
+
+    The tensors take their sizes from the first forward pass. Without autograd, later ones write in place, so that a
+    compiled decoding step finds them where they were. Subclasses have a `_layer_type`, `state_class`, and the two
+    functions below.
+    """
+
+    state_class: type[tuple]
+    is_croppable = True
     supports_early_init = False
+
+    @staticmethod
+    def advance(before: tuple | None, new: NewTokens, like: tuple) -> tuple:
+        """The state after `new`, given that before (None at the start) and any state of the same layer."""
+        raise NotImplementedError
+
+    @staticmethod
+    def shapes(config, batch: int, length: int) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor of the state of a model, after `length` tokens in each of `batch` rows."""
+        raise NotImplementedError
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if cls._layer_type is not None:  # the library fills this table by itself only with its own StaticLayers
+            STATIC_LAYER_TYPE_MAPPING[cls._layer_type] = cls
 
     def __init__(self, max_cache_len: int | None = None, **kwargs):
         super().__init__()
@@ -45,68 +80,94 @@ class AFTCacheLayer(CacheLayerMixin):
         # Where the state stood before `reset`: the next one goes there, if it fits.
         self.spare: tuple | None = None
         self.record_past = False
-        # (state before, mix, number of tokens) of each update since the last `crop`, while recording.
-        self.history: list[tuple[tuple | None, Callable, int]] = []
+        # (state before, new tokens) of each forward pass since the last `crop`, while recording.
+        self.history: list[tuple[tuple | None, NewTokens]] = []
         self.device: torch.device | None = None
         # Tokens seen, padding included. A tensor, because a compiled step would be specialised on a number.
         self.cumulative_length = torch.tensor(0, dtype=torch.long)
+        # Whether autograd may need the tensors as they are.
+        self.in_graph = False
+        # Of the first layer: whether a forward pass has begun and not ended, and what kind of model it belongs to.
+        self.unfinished = False
+        self.kind: str | None = None
+
+    @property
+    def is_compileable(self) -> bool:
+        return not self.record_past
 
     @property
     def state(self) -> tuple | None:
         """The state after the tokens so far, None at the start. It is kept as a dict, because what takes caches apart
         and puts them together again (the exporters of transformers) cannot do that with a named tuple."""
-        return None if self.tensors is None else self._state_class(**self.tensors)
+        return None if self.tensors is None else self.state_class(**self.tensors)
 
     @state.setter
     def state(self, state: tuple | None) -> None:
         self.tensors = None if state is None else state._asdict()
 
+    def read(self) -> tuple | None:
+        """The state, for an operator to go on from."""
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.in_graph = True
+            # Autograd cannot save what was made in inference mode.
+            if self.state is not None and any(t is not None and t.is_inference() for t in self.state):
+                self.state = self._mapped(torch.clone)
+        return self.state
+
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.device = key_states.device
+        self.device = value_states.device
         self.cumulative_length = self.cumulative_length.to(self.device)
         self._keep_address(self.cumulative_length)
         self.is_initialized = True
 
-    def update(
-        self,
-        key_states: torch.Tensor,
-        value_states: torch.Tensor,
-        mix: Callable[[tuple | None, int | None], tuple[torch.Tensor, tuple]],
-    ) -> tuple[torch.Tensor, None]:
-        """Runs `mix` on the state so far and keeps the state that it returns.
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, state: tuple, new: NewTokens) -> tuple:
+        """
+        Takes over a state.
 
         Args:
-            key_states (`Tensor` [B, T, D or H]): the new keys; only their device and length are read.
-            value_states (`Tensor` [B, T, D]): the new values.
-            mix: takes the state before these tokens (None at the start) and how many of them to read (None for all);
-                gives their output and the state after them.
+            key_states, value_states: the new keys (or the values in their place) and values; their device is read.
+            state: the one after the new tokens.
+            new: those tokens.
 
         Returns:
-            The output of `mix` and None.
+            `(None, None)`, as `Cache.update` unpacks two.
+
+        Raises:
+            ValueError: a static layer has no room for the tokens.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        length = key_states.shape[1]
-        self._check_room(length)
-        out, state = mix(self.state, None)
-        state = self._placed(state, length)
+        self._check_room(new.length)
+        state = self._placed(state, new.length)
         if self.record_past:
-            self.history.append((self.state, mix, length))
+            self.history.append((self.state, new))
             self.state = state
         else:
             self._write(state)
-        if self._may_write(self.cumulative_length):
+        self._count(new.length)
+        return None, None
+
+    def _count(self, length: int) -> None:
+        # In place also under autograd, which never needs it.
+        if torch.compiler.is_compiling() or self._may_count_in_place():
             self.cumulative_length.add_(length)
         else:
             self.cumulative_length = self.cumulative_length + length
-        return out, None
+
+    def _may_count_in_place(self) -> bool:
+        """Not, outside of inference mode, what was made inside."""
+        return torch.is_inference_mode_enabled() or not self.cumulative_length.is_inference()
 
     def _check_room(self, length: int) -> None:
         """Raises a ValueError if the state has no room for `length` more tokens."""
 
     def _placed(self, state: tuple, length: int) -> tuple:
-        """The state as it is kept, from the one that `mix` has returned for `length` more tokens."""
+        """The state as it is kept, from the one that an operator has returned for `length` more tokens."""
         return state
+
+    def columns(self, weights: torch.Tensor) -> torch.Tensor:
+        """Attention weights [.., T, S] over the keys of the last operator, in the order of the keys of this layer."""
+        return weights
 
     def activate_past_recording(self) -> None:
         """From now on, what is fed between one `crop` and the next can be taken back."""
@@ -121,21 +182,21 @@ class AFTCacheLayer(CacheLayerMixin):
         Raises:
             ValueError: if it is positive, or if that many tokens have not been recorded since the last call.
         """
-        recorded = sum(length for _, _, length in self.history)
+        recorded = sum(new.length for _, new in self.history)
         if not -recorded <= tokens_to_remove <= 0:
             raise ValueError(
                 f"`tokens_to_remove` must be between {-recorded} and 0, got {tokens_to_remove}: a state can give "
                 "back only the tokens that were fed after `activate_past_recording()` and the last `crop`."
             )
-        remaining = -tokens_to_remove
+        remaining, like = -tokens_to_remove, self.state
         while remaining > 0:
-            state, mix, length = self.history.pop()
-            kept = max(length - remaining, 0)
-            remaining -= length - kept
-            self.cumulative_length = self.cumulative_length - length
+            state, new = self.history.pop()
+            kept = max(new.length - remaining, 0)
+            remaining -= new.length - kept
+            self.cumulative_length = self.cumulative_length - new.length
             self.state = state
             if kept > 0:
-                self.state = self._placed(mix(state, kept)[1], kept)
+                self.state = self._placed(self.advance(state, new.first(kept), like), kept)
                 self.cumulative_length = self.cumulative_length + kept
         self.history.clear()
 
@@ -149,6 +210,7 @@ class AFTCacheLayer(CacheLayerMixin):
             self.state = old
         else:
             self.state = state
+            self.in_graph = torch.is_grad_enabled()
             for tensor in filter(torch.is_tensor, state):
                 self._keep_address(tensor)
         self.spare = None
@@ -159,20 +221,20 @@ class AFTCacheLayer(CacheLayerMixin):
         if not torch.compiler.is_compiling():
             torch._dynamo.mark_static_address(tensor, guard=False)
 
-    @classmethod
-    def _can_take(cls, old: torch.Tensor | None, new: torch.Tensor | None) -> bool:
+    def _can_take(self, old: torch.Tensor | None, new: torch.Tensor | None) -> bool:
         if old is None or new is None:
             return old is new
         same = old.shape == new.shape and old.dtype == new.dtype and old.device == new.device
-        return old is new or (same and cls._may_write(old))
+        return old is new or (same and self._may_write(old))
 
-    @staticmethod
-    def _may_write(tensor: torch.Tensor) -> bool:
-        """Not what autograd may still need, nor, outside of inference mode, what was made inside."""
-        if torch.is_grad_enabled():
+    def _may_write(self, tensor: torch.Tensor) -> bool:
+        """Not what autograd may still need, nor views of it, nor, outside of inference mode, what was made inside."""
+        if torch.is_grad_enabled() or self.in_graph:
             return False
         if torch.compiler.is_compiling():  # which knows nothing of inference mode
             return True
+        if tensor.requires_grad or tensor._is_view():
+            return False
         return torch.is_inference_mode_enabled() or not tensor.is_inference()
 
     def _mapped(self, function: Callable[[torch.Tensor], torch.Tensor]) -> tuple:
@@ -196,7 +258,7 @@ class AFTCacheLayer(CacheLayerMixin):
         self.cumulative_length = tensors.pop("cumulative_length")
         self.device = self.cumulative_length.device
         self.is_initialized = bool(tensors)
-        self.state = self._state_class(**{"key": None, **tensors}) if tensors else None
+        self.state = self.state_class(**{"key": None, **tensors}) if tensors else None
 
     def get_seq_length(self) -> int | torch.Tensor:
         """Number of tokens seen, padding included."""
@@ -212,8 +274,9 @@ class AFTCacheLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forgets every token, but not where the state stood."""
         self.spare, self.state = self.state or self.spare, None
+        self.unfinished, self.kind = False, None
         self.history.clear()
-        if self._may_write(self.cumulative_length):
+        if self._may_count_in_place():
             self.cumulative_length.zero_()
         else:
             self.cumulative_length = torch.zeros_like(self.cumulative_length)
@@ -237,19 +300,18 @@ class AFTCacheLayer(CacheLayerMixin):
         self._map(lambda t: t.to(self.device, non_blocking=True))
 
 
-class AFTFullCacheLayer(AFTCacheLayer):
-    """State of one layer of AFT-full: every key and value so far, because each position weighs all of them anew.
-
-    In a static cache the tensors have room for `max_cache_len` tokens from the start, and keep their place.
+class GrowingStateLayer(StateLayer):
+    """
+    A state with one entry per token. In a static cache its tensors have room for `max_cache_len` tokens from the
+    start, and keep their place.
     """
 
-    _layer_type = "aft_full"
     # Of each tensor that has one entry per token: the dimension of the tokens, and what stands where there is none.
-    _per_token = {"key": (-2, -torch.inf), "value": (-2, 0), "key_position": (-1, 0)}
+    per_token: dict[str, tuple[int, float]]
 
     @property
     def is_compileable(self) -> bool:
-        return self.max_cache_len is not None
+        return self.max_cache_len is not None and not self.record_past
 
     def get_max_length(self) -> int:
         """The number of tokens that a static cache has room for; -1 if it grows."""
@@ -262,31 +324,41 @@ class AFTFullCacheLayer(AFTCacheLayer):
         if needed > self.max_cache_len:
             raise ValueError(f"`max_cache_len` of this static cache is {self.max_cache_len}, but {needed} are needed.")
 
+    def _next_places(self, length: int) -> torch.Tensor:
+        return torch.arange(length, device=self.device) + self.cumulative_length
+
     def _placed(self, state: tuple, length: int) -> tuple:
         if self.max_cache_len is None:
             return state
-        past = self.state or self._empty(state)
-        index = torch.arange(length, device=self.device) + self.cumulative_length
-        placed = {}
-        for name, (dim, _) in self._per_token.items():
+        past, places, placed = self.state or self._empty(state), self._next_places(length), {}
+        for name, (dim, _) in self.per_token.items():
             tensor, old = getattr(state, name), getattr(past, name)
             if tensor is None:
                 continue
             tokens = tensor.narrow(dim, tensor.shape[dim] - length, length)
             in_place = self._may_write(old) and not self.record_past
-            placed[name] = (old.index_copy_ if in_place else old.index_copy)(dim, index, tokens)
+            placed[name] = (old.index_copy_ if in_place else old.index_copy)(dim, places, tokens)
         return state._replace(**placed)
+
+    def columns(self, weights: torch.Tensor) -> torch.Tensor:
+        if self.max_cache_len is None:
+            return weights
+        length = weights.shape[-2]
+        past, own = weights.split([weights.shape[-1] - length, length], -1)
+        past = torch.nn.functional.pad(past, (0, self.max_cache_len - past.shape[-1]))
+        # The operator's new keys are those that were counted last.
+        return past.index_copy(-1, self._next_places(length) - length, own)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         tensors, length = super().state_dict(), int(self.cumulative_length)
-        for name in self._per_token.keys() & tensors.keys():
-            tensors[name] = tensors[name].narrow(self._per_token[name][0], 0, length).contiguous()
+        for name in self.per_token.keys() & tensors.keys():
+            tensors[name] = tensors[name].narrow(self.per_token[name][0], 0, length).contiguous()
         return tensors
 
     def _empty(self, state: tuple) -> tuple:
         """Room for `max_cache_len` tokens such as those of `state`, whose other tensors are not taken over."""
         tensors = {}
-        for name, (dim, nothing) in self._per_token.items():
+        for name, (dim, nothing) in self.per_token.items():
             tensor, spare = getattr(state, name), getattr(self.spare, name, None)
             if tensor is None:
                 continue
@@ -299,66 +371,18 @@ class AFTFullCacheLayer(AFTCacheLayer):
         return state._replace(**tensors)
 
 
-class SynthesizerCacheLayer(AFTFullCacheLayer):
-    """State of one layer of the Synthesizer: all values so far, and keys only where it mixes in dot products."""
-
-    _layer_type = "synthesizer"
-    _state_class = SynthesizerState
-    _per_token = {"key": (-2, 0), "value": (-2, 0), "key_position": (-1, -1)}
-
-
-# The library fills this table by itself only with subclasses of its own StaticLayer.
-for _layer_class in (AFTCacheLayer, AFTFullCacheLayer, SynthesizerCacheLayer):
-    STATIC_LAYER_TYPE_MAPPING[_layer_class._layer_type] = _layer_class
+def read_state(cache: Cache | None, layer_idx: int) -> tuple | None:
+    """The state of a layer before the new tokens; None at the start, and without a cache."""
+    if cache is None:
+        return None
+    layer = cache.layers[layer_idx]
+    if getattr(cache, "offloading", False) and layer.state is not None:
+        # The layer may still be on its way from the CPU, in another stream.
+        torch.cuda.default_stream(layer.device).wait_stream(cache.prefetch_stream)
+    return layer.read()
 
 
-def save_cache(cache: Cache, path: str | os.PathLike) -> None:
-    """Writes a cache to a safetensors file, from which `load_cache` goes on.
-
-    Args:
-        cache (`Cache`): a cache of one of these models.
-        path: the file; one that exists is replaced once the new one is complete.
-
-    Raises:
-        ValueError: if the cache is not of one of these models.
-    """
-    foreign = [type(layer).__name__ for layer in cache.layers if not isinstance(layer, AFTCacheLayer)]
-    if foreign or not cache.layers:
-        raise ValueError(f"`cache` must be a cache of AFT or of the Synthesizer, got layers {foreign or 'none'}.")
-    tensors = {
-        f"layers.{index}.{name}": tensor
-        for index, layer in enumerate(cache.layers)
-        for name, tensor in layer.state_dict().items()
-    }
-    layer_types = json.dumps([layer._layer_type for layer in cache.layers])
-    path = Path(path)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(tensors, unfinished, metadata={"format": "pt", "layer_types": layer_types})
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def load_cache(path: str | os.PathLike, config, device: str | torch.device = "cpu") -> DynamicCache:
-    """The cache that `save_cache` has written.
-
-    Args:
-        path: the file.
-        config (`AFTConfig` or `SynthesizerConfig`): that of the model which filled the cache and is to go on.
-        device: where to put the tensors.
-
-    Raises:
-        ValueError: if the file holds the cache of another kind of model.
-    """
-    with safe_open(path, framework="pt", device=str(device)) as file:
-        found = json.loads((file.metadata() or {}).get("layer_types", "null"))
-        if found != config.layer_types:
-            raise ValueError(f"`path` must hold a cache with layers {config.layer_types}, {path} has {found}.")
-        cache = DynamicCache(config=config)
-        for index, layer in enumerate(cache.layers):
-            prefix = f"layers.{index}."
-            layer.load_state_dict(
-                {n.removeprefix(prefix): file.get_tensor(n) for n in file.keys() if n.startswith(prefix)}
-            )
-    return cache
+def commit_state(cache: Cache, layer_idx: int, state: tuple, new: NewTokens) -> None:
+    """Puts the state after the new tokens in the place of the one before."""
+    key_states = new.value if new.key is None else new.key
+    cache.update(key_states, new.value, layer_idx, state, new)

@@ -1,0 +1,367 @@
+# Copyright 2026 The modeling_aft authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""The Attention Free Transformer (arXiv 2105.14103): mixer, model, language model."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization
+
+from .cache_state import GrowingStateLayer, NewTokens, StateLayer, commit_state, read_state
+from .compatibility import list_in_library
+from .configuration_aft import AFTConfig
+from .modeling_causal_lm import MixerForCausalLM, StateGenerationMixin
+from .modeling_common import MixerBlock, MixerModel, MixerPreTrainedModel
+from .modeling_heads import MixerForMaskedLM, MixerForSequenceClassification, MixerForTokenClassification
+from .ops import aft_attention, aft_attention_weights
+from .ops_export import first, is_exporting, without_autocast
+from .ops_reference import AFTState, compute_dtype
+from .ops_torch import advance
+
+
+FACTOR_STD = 0.01  # of u and v in w = u v^T
+
+
+class PositionBias(nn.Module):
+    """The bias w of the keys. Hooks on modules, as tools for private training set them, see tensors alone.
+
+    Attributes:
+        argument: the name under which the operator takes the bias.
+    """
+
+    argument = "window_bias"
+
+
+class TablePositionBias(PositionBias):
+    """A bias per position and offset or key position: factors u, v [N, d'] with w = u v^T (eq. 7), or a table.
+
+    Subclasses give the `table` [N, columns] where the config has no rank.
+    """
+
+    def __init__(self, config, columns: int):
+        super().__init__()
+        length, rank = config.max_position_embeddings, config.position_bias_rank
+        self.table = nn.Parameter(torch.empty(length, columns)) if rank is None else None
+        self.query_factors = nn.Parameter(torch.empty(length, rank)) if rank is not None else None
+        self.key_factors = nn.Parameter(torch.empty(length, rank)) if rank is not None else None
+
+
+class FullPositionBias(TablePositionBias):
+    """The bias w_{t,t'} of AFT-full."""
+
+    argument = "position_bias"
+
+    def __init__(self, config):
+        super().__init__(config, config.max_position_embeddings)
+
+    def forward(self, positions: torch.Tensor) -> torch.Tensor:
+        """[T, T] for positions [T], of which only the number is read, for 0 to T - 1; [B, T, N] for those [B, T]."""
+        shared, length = positions.dim() == 1, positions.shape[-1]
+        if self.table is not None:
+            return first(first(self.table, 0, length), 1, length) if shared else self.table[positions]
+        if shared:
+            return first(self.query_factors, 0, length) @ first(self.key_factors, 0, length).T
+        return self.query_factors[positions] @ self.key_factors.T
+
+
+class LocalPositionBias(TablePositionBias):
+    """The bias of AFT-local (eq. 4): the entries of w inside the window, one row of `taps` offsets per position.
+
+    With a rank, w = u v^T as in AFT-full, of which only the band of the window is ever computed, in O(N s d').
+    """
+
+    def __init__(self, config, left: int, right: int):
+        super().__init__(config, left + 1 + right)
+        self.left, self.right = left, right
+
+    def forward(self, positions: torch.Tensor) -> torch.Tensor:
+        """[1, T, taps] for positions [T], of which only the number is read, for 0 to T - 1; [1, B, T, taps] for those
+        [B, T]."""
+        shared, length = positions.dim() == 1, positions.shape[-1]
+        if not shared and length == 1 and self.table is None:
+            return self._single_rows(positions)[None]
+        bias = self.table
+        if bias is None:
+            # In an exported program the number of blocks must not depend on the length.
+            rows = slice(length if shared and not is_exporting() else None)
+            bias = banded_product(self.query_factors[rows], self.key_factors[rows], self.left, self.right)
+        return (first(bias, 0, length) if shared else bias[positions])[None]
+
+    def _single_rows(self, positions: torch.Tensor) -> torch.Tensor:
+        """What a decoding step needs of `banded_product`, without the rest: positions [B, 1] to [B, 1, taps]."""
+        offsets = torch.arange(-self.right, self.left + 1, device=positions.device)
+        keys = positions - offsets
+        existing = keys.clamp(0, len(self.key_factors) - 1)
+        bias = F.embedding(existing, self.key_factors) @ F.embedding(positions, self.query_factors).mT
+        return bias.squeeze(-1).masked_fill(existing != keys, 0)[:, None]
+
+
+def banded_product(u: torch.Tensor, v: torch.Tensor, left: int, right: int) -> torch.Tensor:
+    """[N, left + 1 + right] with entry [t, j] = u_t . v_{t'} at the offset t - t' = j - right; u, v [N, d'].
+
+    Where t' lies outside [0, N) the entry is 0; no key stands there.
+    """
+    length, taps = u.shape[0], left + 1 + right
+    block = max(taps, 32)
+    blocks = -(-length // block)
+    u = F.pad(u, (0, 0, 0, blocks * block - length)).unflatten(0, (blocks, block))
+    v = F.pad(v, (0, 0, left, (blocks + 1) * block - length - left)).unflatten(0, (blocks + 1, block))
+    reached = torch.cat([v[:-1], v[1:, : taps - 1]], 1)
+    products = u @ reached.mT  # [blocks, block, block + left + right]
+    row = torch.arange(block, device=u.device)[:, None]
+    column = row + left + right - torch.arange(taps, device=u.device)
+    return products.gather(2, column.expand(blocks, -1, -1)).flatten(0, 1)[:length]
+
+
+class ConvPositionBias(PositionBias):
+    """The bias of AFT-conv (eq. 6): one per head and offset, standardised and then scaled and shifted (eq. 8)."""
+
+    def __init__(self, config, left: int, right: int):
+        super().__init__()
+        heads = config.num_attention_heads
+        self.weight = nn.Parameter(torch.empty(heads, left + 1 + right))
+        self.gamma = nn.Parameter(torch.empty(heads))
+        self.beta = nn.Parameter(torch.empty(heads))
+
+    def forward(self, positions: torch.Tensor) -> torch.Tensor:
+        """[H, 1, taps] for any positions."""
+        dtype = compute_dtype(self.weight)
+        weight = self.weight.to(dtype)
+        centred = weight - weight.mean(1, keepdim=True)
+        variance = centred.square().mean(1, keepdim=True)
+        # A single tap has no spread: what is left of it is beta.
+        standardised = centred * torch.where(variance > 0, variance, torch.ones_like(variance)).rsqrt()
+        bias = self.gamma[:, None].to(dtype) * standardised + self.beta[:, None].to(dtype)
+        return bias[:, None]
+
+
+class AFTStateLayer(StateLayer):
+    """State of one layer of AFT-simple, AFT-local or AFT-conv: sums, and the keys and values of the window."""
+
+    _layer_type = "aft_state"
+    state_class = AFTState
+    advance = staticmethod(advance)
+
+    @staticmethod
+    def shapes(config, batch: int, length: int) -> dict[str, tuple[int, ...]]:
+        window = max(config.window_size - 1, 0) if config.aft_type in ("local", "conv") else 0
+        width = config.hidden_size
+        keys = config.num_attention_heads if config.aft_type == "conv" else width
+        return {
+            "position": (batch,),
+            "key": (batch, window, keys),
+            "value": (batch, window, width),
+            "maximum": (batch, keys),
+            "normalizer": (batch, keys),
+            "average": (batch, width),
+        }
+
+
+class AFTFullStateLayer(GrowingStateLayer):
+    """State of one layer of AFT-full: every key and value so far, because each position weighs all of them anew."""
+
+    _layer_type = "aft_full_state"
+    state_class = AFTState
+    advance = staticmethod(advance)
+    per_token = {"key": (-2, -torch.inf), "value": (-2, 0), "key_position": (-1, 0)}
+
+    @staticmethod
+    def shapes(config, batch: int, length: int) -> dict[str, tuple[int, ...]]:
+        size = (batch, length, config.hidden_size)
+        return {"position": (batch,), "key": size, "value": size, "key_position": (batch, length)}
+
+
+class AFTMixer(nn.Module):
+    """y_t = W_o (sigmoid(q_t) * weighted average of the values), the weights being exp(k + w) (eq. 2 and 4 to 6)."""
+
+    def __init__(self, config: AFTConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.is_causal = config.is_decoder
+        width = config.hidden_size
+        key_width = config.num_attention_heads if config.aft_type == "conv" else width
+        self.widths = [width, key_width, width]
+        self.qkv_proj = nn.Linear(width, sum(self.widths), bias=False)
+        self.o_proj = nn.Linear(width, width)
+        left = config.window_size - 1
+        right = 0 if config.is_decoder else left
+        self.position_bias = None
+        if config.aft_type == "full":
+            self.position_bias = FullPositionBias(config)
+        elif config.aft_type == "local" and config.window_size > 0:
+            self.position_bias = LocalPositionBias(config, left, right)
+        elif config.aft_type == "conv" and config.window_size > 0:
+            self.position_bias = ConvPositionBias(config, left, right)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache=None,
+        packing=None,
+        output_attentions: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            hidden_states (`Tensor` [B, T, D]): what to mix.
+            attention_mask (`Tensor` [B, T], *optional*): 1 or True keeps a token.
+            position_ids (`LongTensor` [B, T], *optional*): needed with a cache that holds tokens, else counted.
+            cache (`Cache`, *optional*): holds the state of this layer, which the new one replaces.
+            packing (`Packing`, *optional*): how rows of several documents are taken apart; in place of the two above.
+            output_attentions: whether to return the weights of the average as well.
+
+        Returns:
+            [B, T, D], and the weights [B, D or H, T, T], which sum to 1 over the last dimension, or None.
+
+        Raises:
+            ValueError: weights are asked for, and keys that a state has summed up would have some.
+        """
+        if attention_mask is not None and attention_mask.dim() != 2:
+            allowed = "[B, T]: the sums of AFT know no mask of pairs"
+            raise ValueError(f"`attention_mask` must be {allowed}, got {list(attention_mask.shape)}.")
+        query, key, value = self.qkv_proj(hidden_states).split(self.widths, -1)
+        state = read_state(cache, self.layer_idx)
+        weights = None
+        if output_attentions:
+            if state is not None:
+                raise ValueError(
+                    "`output_attentions` must be False where a cache holds tokens, got True: AFT keeps sums of them, "
+                    "and no weights. Give the whole text with `use_cache=False`."
+                )
+            weights = self._weights(key, attention_mask, position_ids, packing)
+        if packing is not None:
+            mixed = packing.map(self._mix_documents, query, key, value)
+        else:
+            mixed = self._mix(query, key, value, attention_mask, position_ids, state, return_state=cache is not None)
+        if cache is not None:
+            mixed, state = mixed
+            new = NewTokens(key, value, attention_mask, position_ids)
+            commit_state(cache, self.layer_idx, state, new)
+        return self.o_proj(mixed), weights
+
+    def _mix(self, query, key, value, attention_mask, position_ids, state=None, return_state=False):
+        return aft_attention(
+            query,
+            key,
+            value,
+            **self._bias(key, position_ids),
+            causal=self.is_causal,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            initial_state=state,
+            return_state=return_state,
+        )
+
+    def _mix_documents(self, group, query, key, value):
+        # Behind the end of a document there is nothing that a causal query sees.
+        mask = None if self.is_causal else group.attention_mask
+        return self._mix(query, key, value, mask, group.position_ids)
+
+    def _weights(self, key, attention_mask, position_ids, packing):
+        def weights(mask, positions, key):
+            bias = self._bias(key, positions)
+            return aft_attention_weights(
+                key, **bias, causal=self.is_causal, attention_mask=mask, position_ids=positions
+            )
+
+        if packing is None:
+            return weights(attention_mask, position_ids, key)
+        return packing.map_pairs(lambda group, key: weights(group.attention_mask, group.position_ids, key), key)
+
+    def _bias(self, key, position_ids) -> dict[str, torch.Tensor]:
+        if self.position_bias is None:
+            return {}
+        # The product of the factors goes into an exponential: half precision would not do.
+        with without_autocast(key):
+            positions = torch.arange(key.shape[1], device=key.device) if position_ids is None else position_ids
+            return {self.position_bias.argument: self.position_bias(positions)}
+
+
+class AFTBlock(MixerBlock):
+    mixer_class = AFTMixer
+
+
+class AFTPreTrainedModel(MixerPreTrainedModel):
+    config_class = AFTConfig
+    _no_split_modules = ["AFTBlock"]
+    _can_record_outputs = {"hidden_states": AFTBlock, "attentions": AFTMixer}
+    _auto_map = {
+        "AutoModel": "modeling_attention_free.AFTModel",
+        "AutoModelForCausalLM": "modeling_attention_free.AFTForCausalLM",
+        "AutoModelForMaskedLM": "modeling_attention_free.AFTForMaskedLM",
+        "AutoModelForSequenceClassification": "modeling_attention_free.AFTForSequenceClassification",
+        "AutoModelForTokenClassification": "modeling_attention_free.AFTForTokenClassification",
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, ConvPositionBias):
+            # gamma = beta = 0: the layer starts as AFT-simple; the weight must not be constant.
+            initialization.normal_(module.weight, mean=0.0, std=1.0)
+            initialization.zeros_(module.gamma)
+            initialization.zeros_(module.beta)
+        elif isinstance(module, TablePositionBias):
+            if module.table is not None:
+                initialization.zeros_(module.table)
+            else:
+                initialization.normal_(module.query_factors, mean=0.0, std=FACTOR_STD)
+                initialization.normal_(module.key_factors, mean=0.0, std=FACTOR_STD)
+
+
+class AFTModel(AFTPreTrainedModel, MixerModel):
+    """The Attention Free Transformer without a head: see [`AFTConfig`] for its forms."""
+
+    block_class = AFTBlock
+
+
+class AFTForCausalLM(AFTPreTrainedModel, MixerForCausalLM, StateGenerationMixin):
+    """The Attention Free Transformer with a language-model head."""
+
+    model_class = AFTModel
+
+
+class AFTForMaskedLM(AFTPreTrainedModel, MixerForMaskedLM):
+    """The bidirectional Attention Free Transformer with a language-model head; needs `is_decoder=False`."""
+
+    model_class = AFTModel
+
+
+class AFTForSequenceClassification(AFTPreTrainedModel, MixerForSequenceClassification):
+    """The Attention Free Transformer with a classifier on the mean over the kept tokens."""
+
+    model_class = AFTModel
+
+
+class AFTForTokenClassification(AFTPreTrainedModel, MixerForTokenClassification):
+    """The Attention Free Transformer with a classifier on every token."""
+
+    model_class = AFTModel
+
+
+list_in_library(
+    AFTConfig.model_type,
+    {
+        "AutoModel": AFTModel,
+        "AutoModelForCausalLM": AFTForCausalLM,
+        "AutoModelForMaskedLM": AFTForMaskedLM,
+        "AutoModelForSequenceClassification": AFTForSequenceClassification,
+        "AutoModelForTokenClassification": AFTForTokenClassification,
+    },
+)
+
+__all__ = [
+    "AFTForCausalLM",
+    "AFTForMaskedLM",
+    "AFTForSequenceClassification",
+    "AFTForTokenClassification",
+    "AFTModel",
+    "AFTPreTrainedModel",
+]
