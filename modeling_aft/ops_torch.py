@@ -241,16 +241,16 @@ def aft_attention_torch(
 
 def _full_form(key, value, bias, causal, keep, position, position_ids, state, return_state):
     """AFT-full: average and state."""
-    new_state = _full_state(key, value, keep, position, position_ids, state) if return_state else None
     dtype = compute_dtype(key, value)
-    key, value, bias = key.to(dtype), value.to(dtype), bias.to(dtype)
     if state is None and position_ids is None and bias.dim() == 2:
-        return _full_shared(key, value, bias, causal, None if keep is None else kept_rank(keep)), new_state
-    key_positions = positions = position[:, None] + _counted(keep, key) if position_ids is None else position_ids
-    if state is not None:
-        key, value = torch.cat([state.key.to(dtype), key], 1), torch.cat([state.value.to(dtype), value], 1)
-        key_positions = torch.cat([state.key_position, positions], 1)
-    return _full_rows(key, value, bias, causal, keep, positions, key_positions), new_state
+        new_state = _full_state(key, value, keep, position, None, None) if return_state else None
+        rank = None if keep is None else kept_rank(keep)
+        return _full_shared(key.to(dtype), value.to(dtype), bias.to(dtype), causal, rank), new_state
+    # The queries of a state see what the next one holds: one copy of it serves both.
+    new_state = _full_state(key.to(dtype), value.to(dtype), keep, position, position_ids, state)
+    positions = new_state.key_position[:, -key.shape[1] :]
+    keys = new_state.key, new_state.value
+    return _full_rows(*keys, bias.to(dtype), causal, keep, positions, new_state.key_position), new_state
 
 
 def _window_form(
