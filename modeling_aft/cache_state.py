@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin
 
+from .ops_tokens import Tokens
+
 
 class NewTokens(NamedTuple):
     """What a layer was fed in one forward pass.
@@ -26,14 +28,12 @@ class NewTokens(NamedTuple):
     Attributes:
         key: [B, .., T, K], or None where a state has no keys.
         value: [B, .., T, V].
-        attention_mask: [B, T], or None if all tokens are kept.
-        position_ids: [B, T], or None where positions are counted.
+        tokens: which of them are kept, and where they stand.
     """
 
     key: torch.Tensor | None
     value: torch.Tensor
-    attention_mask: torch.Tensor | None
-    position_ids: torch.Tensor | None
+    tokens: Tokens
 
     @property
     def length(self) -> int:
@@ -41,8 +41,8 @@ class NewTokens(NamedTuple):
 
     def first(self, length: int) -> "NewTokens":
         """The first `length` of them."""
-        states = (None if t is None else t.narrow(-2, 0, length) for t in self[:2])
-        return NewTokens(*states, *(None if t is None else t[:, :length] for t in self[2:]))
+        key, value = (None if t is None else t.narrow(-2, 0, length) for t in (self.key, self.value))
+        return NewTokens(key, value, self.tokens.first(length))
 
 
 class StateLayer(CacheLayerMixin):
@@ -85,6 +85,8 @@ class StateLayer(CacheLayerMixin):
         self.device: torch.device | None = None
         # Tokens seen, padding included. A tensor, because a compiled step would be specialised on a number.
         self.cumulative_length = torch.tensor(0, dtype=torch.long)
+        # The same as a number, where it is known without a look at the device: a compiled step does not tell.
+        self.known_length: int | None = 0
         # Whether autograd may need the tensors as they are.
         self.in_graph = False
         # Of the first layer: whether a forward pass has begun and not ended, and what kind of model it belongs to.
@@ -148,8 +150,10 @@ class StateLayer(CacheLayerMixin):
         return None, None
 
     def _count(self, length: int) -> None:
+        compiling = torch.compiler.is_compiling()
+        self.known_length = None if compiling or self.known_length is None else self.known_length + length
         # In place also under autograd, which never needs it.
-        if torch.compiler.is_compiling() or self._may_count_in_place():
+        if compiling or self._may_count_in_place():
             self.cumulative_length.add_(length)
         else:
             self.cumulative_length = self.cumulative_length + length
@@ -198,6 +202,8 @@ class StateLayer(CacheLayerMixin):
             if kept > 0:
                 self.state = self._placed(self.advance(state, new.first(kept), like), kept)
                 self.cumulative_length = self.cumulative_length + kept
+        if self.known_length is not None:
+            self.known_length += tokens_to_remove
         self.history.clear()
 
     def _write(self, state: tuple) -> None:
@@ -256,6 +262,7 @@ class StateLayer(CacheLayerMixin):
         tensors = dict(tensors)
         self.reset()
         self.cumulative_length = tensors.pop("cumulative_length")
+        self.known_length = int(self.cumulative_length)
         self.device = self.cumulative_length.device
         self.is_initialized = bool(tensors)
         self.state = self.state_class(**{"key": None, **tensors}) if tensors else None
@@ -274,7 +281,7 @@ class StateLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forgets every token, but not where the state stood."""
         self.spare, self.state = self.state or self.spare, None
-        self.unfinished, self.kind = False, None
+        self.unfinished, self.kind, self.known_length = False, None, 0
         self.history.clear()
         if self._may_count_in_place():
             self.cumulative_length.zero_()

@@ -18,7 +18,6 @@ from dataclasses import dataclass, fields
 import transformers
 from packaging.version import Version
 from transformers import GenerationMixin, logging, modeling_outputs
-from transformers.models.auto import modeling_auto
 
 
 OLDEST, NEWEST = "5.17", "5.24"  # releases of transformers that the tests have run on
@@ -110,21 +109,12 @@ def refuse_unknown(model, keywords: dict, known: frozenset[str]) -> None:
         )
 
 
-def list_in_library(model_type: str, classes: dict[str, type]) -> None:
+def list_in_library(family: type) -> None:
     """
-    Names classes in the tables by which Trainer, pipelines and other tools know what kind of model a class is, as for
-    label smoothing, whether labels have to be shifted. Registration with the Auto classes does not reach those tables.
-
-    Args:
-        model_type: of their config.
-        classes: by the name of their Auto class.
+    Names the heads of a family in the tables by which Trainer, pipelines and other tools know what kind of model a
+    class is, as for label smoothing, whether labels have to be shifted. Registration with the Auto classes does not
+    reach those tables.
     """
-    tables = {
-        "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
-        "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        "AutoModelForMaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-        "AutoModelForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-        "AutoModelForTokenClassification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-    }
-    for auto_class, model_class in classes.items():
-        tables[auto_class][model_type] = model_class.__name__
+    for auto_class, head in family.heads.items():
+        mapping = getattr(transformers, auto_class)._model_mapping
+        mapping._model_mapping[family.config_class.model_type] = head.__name__

@@ -17,28 +17,20 @@ from .cache_state import GrowingStateLayer, NewTokens, StateLayer, commit_state,
 from .compatibility import list_in_library
 from .configuration_aft import AFTConfig
 from .modeling_causal_lm import MixerForCausalLM, StateGenerationMixin
-from .modeling_common import MixerBlock, MixerModel, MixerPreTrainedModel
 from .modeling_heads import MixerForMaskedLM, MixerForSequenceClassification, MixerForTokenClassification
-from .ops import aft_attention, aft_attention_weights
-from .ops_export import first, is_exporting, without_autocast
-from .ops_reference import AFTState, compute_dtype
-from .ops_torch import advance
+from .modeling_stack import MixerBlock, MixerPreTrainedModel
+from .modeling_text import MixerModel
+from .modeling_tokens import read_tokens
+from .ops import attend, weights
+from .ops_modes import is_exporting, leading, without_autocast
+from .ops_state import AFTState, Call, advance, compute_dtype
+from .ops_tokens import Tokens, refused
 
 
 FACTOR_STD = 0.01  # of u and v in w = u v^T
 
 
-class PositionBias(nn.Module):
-    """The bias w of the keys. Hooks on modules, as tools for private training set them, see tensors alone.
-
-    Attributes:
-        argument: the name under which the operator takes the bias.
-    """
-
-    argument = "window_bias"
-
-
-class TablePositionBias(PositionBias):
+class TablePositionBias(nn.Module):
     """A bias per position and offset or key position: factors u, v [N, d'] with w = u v^T (eq. 7), or a table.
 
     Subclasses give the `table` [N, columns] where the config has no rank.
@@ -55,8 +47,6 @@ class TablePositionBias(PositionBias):
 class FullPositionBias(TablePositionBias):
     """The bias w_{t,t'} of AFT-full."""
 
-    argument = "position_bias"
-
     def __init__(self, config):
         super().__init__(config, config.max_position_embeddings)
 
@@ -64,9 +54,9 @@ class FullPositionBias(TablePositionBias):
         """[T, T] for positions [T], of which only the number is read, for 0 to T - 1; [B, T, N] for those [B, T]."""
         shared, length = positions.dim() == 1, positions.shape[-1]
         if self.table is not None:
-            return first(first(self.table, 0, length), 1, length) if shared else self.table[positions]
+            return leading(leading(self.table, 0, length), 1, length) if shared else self.table[positions]
         if shared:
-            return first(self.query_factors, 0, length) @ first(self.key_factors, 0, length).T
+            return leading(self.query_factors, 0, length) @ leading(self.key_factors, 0, length).T
         return self.query_factors[positions] @ self.key_factors.T
 
 
@@ -91,7 +81,7 @@ class LocalPositionBias(TablePositionBias):
             # In an exported program the number of blocks must not depend on the length.
             rows = slice(length if shared and not is_exporting() else None)
             bias = banded_product(self.query_factors[rows], self.key_factors[rows], self.left, self.right)
-        return (first(bias, 0, length) if shared else bias[positions])[None]
+        return (leading(bias, 0, length) if shared else bias[positions])[None]
 
     def _single_rows(self, positions: torch.Tensor) -> torch.Tensor:
         """What a decoding step needs of `banded_product`, without the rest: positions [B, 1] to [B, 1, taps]."""
@@ -119,7 +109,7 @@ def banded_product(u: torch.Tensor, v: torch.Tensor, left: int, right: int) -> t
     return products.gather(2, column.expand(blocks, -1, -1)).flatten(0, 1)[:length]
 
 
-class ConvPositionBias(PositionBias):
+class ConvPositionBias(nn.Module):
     """The bias of AFT-conv (eq. 6): one per head and offset, standardised and then scaled and shifted (eq. 8)."""
 
     def __init__(self, config, left: int, right: int):
@@ -178,19 +168,28 @@ class AFTFullStateLayer(GrowingStateLayer):
 
 
 class AFTMixer(nn.Module):
-    """y_t = W_o (sigmoid(q_t) * weighted average of the values), the weights being exp(k + w) (eq. 2 and 4 to 6)."""
+    """
+    y_t = W_o (sigmoid(q_t) * weighted average of the values), the weights being exp(k + w) (eq. 2 and 4 to 6).
 
-    def __init__(self, config: AFTConfig, layer_idx: int):
+    It can be used in a model of one's own, and begins with the weights that a model of this package has.
+
+    Args:
+        config (`AFTConfig`): the form, and the sizes.
+        layer_idx (`int`): which layer of a cache belongs to it.
+        causal (`bool`): whether a token sees only itself and earlier ones.
+    """
+
+    def __init__(self, config: AFTConfig, layer_idx: int = 0, causal: bool = True):
         super().__init__()
         self.layer_idx = layer_idx
-        self.is_causal = config.is_decoder
+        self.causal = causal
         width = config.hidden_size
         key_width = config.num_attention_heads if config.aft_type == "conv" else width
         self.widths = [width, key_width, width]
         self.qkv_proj = nn.Linear(width, sum(self.widths), bias=False)
         self.o_proj = nn.Linear(width, width)
         left = config.window_size - 1
-        right = 0 if config.is_decoder else left
+        right = 0 if causal else left
         self.position_bias = None
         if config.aft_type == "full":
             self.position_bias = FullPositionBias(config)
@@ -198,90 +197,72 @@ class AFTMixer(nn.Module):
             self.position_bias = LocalPositionBias(config, left, right)
         elif config.aft_type == "conv" and config.window_size > 0:
             self.position_bias = ConvPositionBias(config, left, right)
+        self.limit = None
+        if isinstance(self.position_bias, TablePositionBias):
+            self.limit = config.max_position_embeddings
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        cache=None,
-        packing=None,
-        output_attentions: bool = False,
+        self, hidden_states: torch.Tensor, tokens: Tokens | None = None, cache=None, output_attentions: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
             hidden_states (`Tensor` [B, T, D]): what to mix.
-            attention_mask (`Tensor` [B, T], *optional*): 1 or True keeps a token.
-            position_ids (`LongTensor` [B, T], *optional*): needed with a cache that holds tokens, else counted.
-            cache (`Cache`, *optional*): holds the state of this layer, which the new one replaces.
-            packing (`Packing`, *optional*): how rows of several documents are taken apart; in place of the two above.
+            tokens (`Tokens`, *optional*):
+                Which of them are kept, and where they stand, as `read_tokens` of modeling_tokens.py says it; by
+                default all are, at 0, 1, ...
+            cache (`Cache`, *optional*): holds the state of this layer, which the new one replaces; needs `tokens`.
             output_attentions: whether to return the weights of the average as well.
 
         Returns:
             [B, T, D], and the weights [B, D or H, T, T], which sum to 1 over the last dimension, or None.
 
         Raises:
-            ValueError: weights are asked for, and keys that a state has summed up would have some.
+            ValueError: weights are asked for, and keys that a state has summed up would have some; or there are more
+                tokens than positions in the tables.
         """
-        if attention_mask is not None and attention_mask.dim() != 2:
-            allowed = "[B, T]: the sums of AFT know no mask of pairs"
-            raise ValueError(f"`attention_mask` must be {allowed}, got {list(attention_mask.shape)}.")
-        query, key, value = self.qkv_proj(hidden_states).split(self.widths, -1)
+        if tokens is None:
+            tokens = read_tokens(hidden_states, limit=self.limit)
+        if tokens.pairs is not None:
+            raise refused("attention_mask", "[B, T]: the sums of AFT know no mask of pairs", list(tokens.pairs.shape))
         state = read_state(cache, self.layer_idx)
-        weights = None
+        if output_attentions and state is not None:
+            raise ValueError(
+                "`output_attentions` must be False where a cache holds tokens, got True: AFT keeps sums of them, and "
+                "no weights. Give the whole text with `use_cache=False`."
+            )
+        query, key, value = self.qkv_proj(hidden_states).split(self.widths, -1)
+        weights_of_keys = None
         if output_attentions:
-            if state is not None:
-                raise ValueError(
-                    "`output_attentions` must be False where a cache holds tokens, got True: AFT keeps sums of them, "
-                    "and no weights. Give the whole text with `use_cache=False`."
-                )
-            weights = self._weights(key, attention_mask, position_ids, packing)
-        if packing is not None:
-            mixed = packing.map(self._mix_documents, query, key, value)
+            weights_of_keys = self._weights(key, tokens)
+        if tokens.packing is not None:
+            mixed = tokens.packing.map(self._mix_documents, query, key, value)
         else:
-            mixed = self._mix(query, key, value, attention_mask, position_ids, state, return_state=cache is not None)
+            call = self._call(query, key, value, tokens)
+            mixed, state = attend(call._replace(state=state, return_state=cache is not None))
         if cache is not None:
-            mixed, state = mixed
-            new = NewTokens(key, value, attention_mask, position_ids)
-            commit_state(cache, self.layer_idx, state, new)
-        return self.o_proj(mixed), weights
+            commit_state(cache, self.layer_idx, state, NewTokens(key, value, tokens))
+        return self.o_proj(mixed), weights_of_keys
 
-    def _mix(self, query, key, value, attention_mask, position_ids, state=None, return_state=False):
-        return aft_attention(
-            query,
-            key,
-            value,
-            **self._bias(key, position_ids),
-            causal=self.is_causal,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            initial_state=state,
-            return_state=return_state,
-        )
+    def _call(self, query, key, value, tokens: Tokens) -> Call:
+        position_bias = window_bias = None
+        if self.position_bias is not None:
+            # The product of the factors goes into an exponential: half precision would not do.
+            with without_autocast(key):
+                positions = tokens.position_ids
+                if positions is None:
+                    positions = torch.arange(key.shape[1], device=key.device)
+                bias = self.position_bias(positions)
+            is_full = isinstance(self.position_bias, FullPositionBias)
+            position_bias, window_bias = (bias, None) if is_full else (None, bias)
+        return Call(query, key, value, position_bias, window_bias, self.causal, tokens=tokens)
 
     def _mix_documents(self, group, query, key, value):
-        # Behind the end of a document there is nothing that a causal query sees.
-        mask = None if self.is_causal else group.attention_mask
-        return self._mix(query, key, value, mask, group.position_ids)
+        return attend(self._call(query, key, value, group.seen_by(self.causal)))[0]
 
-    def _weights(self, key, attention_mask, position_ids, packing):
-        def weights(mask, positions, key):
-            bias = self._bias(key, positions)
-            return aft_attention_weights(
-                key, **bias, causal=self.is_causal, attention_mask=mask, position_ids=positions
-            )
-
-        if packing is None:
-            return weights(attention_mask, position_ids, key)
-        return packing.map_pairs(lambda group, key: weights(group.attention_mask, group.position_ids, key), key)
-
-    def _bias(self, key, position_ids) -> dict[str, torch.Tensor]:
-        if self.position_bias is None:
-            return {}
-        # The product of the factors goes into an exponential: half precision would not do.
-        with without_autocast(key):
-            positions = torch.arange(key.shape[1], device=key.device) if position_ids is None else position_ids
-            return {self.position_bias.argument: self.position_bias(positions)}
+    def _weights(self, key, tokens: Tokens):
+        if tokens.packing is None:
+            return weights(self._call(key, key, key, tokens))
+        return tokens.packing.map_pairs(lambda group, key: weights(self._call(key, key, key, group.tokens)), key)
 
 
 class AFTBlock(MixerBlock):
@@ -292,13 +273,6 @@ class AFTPreTrainedModel(MixerPreTrainedModel):
     config_class = AFTConfig
     _no_split_modules = ["AFTBlock"]
     _can_record_outputs = {"hidden_states": AFTBlock, "attentions": AFTMixer}
-    _auto_map = {
-        "AutoModel": "modeling_attention_free.AFTModel",
-        "AutoModelForCausalLM": "modeling_attention_free.AFTForCausalLM",
-        "AutoModelForMaskedLM": "modeling_attention_free.AFTForMaskedLM",
-        "AutoModelForSequenceClassification": "modeling_attention_free.AFTForSequenceClassification",
-        "AutoModelForTokenClassification": "modeling_attention_free.AFTForTokenClassification",
-    }
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -346,22 +320,6 @@ class AFTForTokenClassification(AFTPreTrainedModel, MixerForTokenClassification)
     model_class = AFTModel
 
 
-list_in_library(
-    AFTConfig.model_type,
-    {
-        "AutoModel": AFTModel,
-        "AutoModelForCausalLM": AFTForCausalLM,
-        "AutoModelForMaskedLM": AFTForMaskedLM,
-        "AutoModelForSequenceClassification": AFTForSequenceClassification,
-        "AutoModelForTokenClassification": AFTForTokenClassification,
-    },
-)
+list_in_library(AFTPreTrainedModel)
 
-__all__ = [
-    "AFTForCausalLM",
-    "AFTForMaskedLM",
-    "AFTForSequenceClassification",
-    "AFTForTokenClassification",
-    "AFTModel",
-    "AFTPreTrainedModel",
-]
+__all__ = ["AFTMixer", "AFTPreTrainedModel", *(head.__name__ for head in AFTPreTrainedModel.heads.values())]

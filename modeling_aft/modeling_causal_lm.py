@@ -30,7 +30,7 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .compatibility import CACHE_NAME, CausalLMOutputWithPast, one_cache
-from .modeling_common import MixerWithHead
+from .modeling_text import MixerWithHead
 
 
 # What looks up the scores of the ids in a text.
@@ -47,6 +47,7 @@ logger = logging.get_logger(__name__)
 class MixerForCausalLM(MixerWithHead):
     """A mixer model with a language-model head. Subclasses name the model, and add `StateGenerationMixin`."""
 
+    auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     loss_keywords = frozenset(["num_items_in_batch", "shift_labels", "ignore_index"])
 

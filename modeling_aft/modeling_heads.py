@@ -13,12 +13,13 @@ from torch import nn
 from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutput, TokenClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
-from .modeling_common import MixerWithHead
+from .modeling_text import MixerWithHead
 
 
 class MixerForMaskedLM(MixerWithHead):
     """A bidirectional mixer model with a language-model head. Subclasses name the model."""
 
+    auto_class = "AutoModelForMaskedLM"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     loss_keywords = frozenset(["num_items_in_batch", "ignore_index"])
 
@@ -80,6 +81,8 @@ class MixerClassifier(MixerWithHead):
 class MixerForSequenceClassification(MixerClassifier):
     """A mixer model with a linear layer on the mean over the kept tokens. Subclasses name the model."""
 
+    auto_class = "AutoModelForSequenceClassification"
+
     @can_return_tuple
     def forward(
         self,
@@ -110,11 +113,11 @@ class MixerForSequenceClassification(MixerClassifier):
                 "Packed documents (`position_ids` that begin again, `seq_idx`, `cu_seq_lens_q` or numbers in "
                 "`attention_mask`) must be rows of their own here: a row gets one class."
             )
-        hidden_states, mask = outputs.last_hidden_state, tokens.attention_mask
-        if mask is None or mask.dim() != 2:
+        hidden_states = outputs.last_hidden_state
+        if tokens.keep is None:
             pooled = hidden_states.mean(1)
         else:
-            kept = mask[..., None].to(hidden_states.dtype)  # [B, T, 1]
+            kept = tokens.keep[..., None].to(hidden_states.dtype)  # [B, T, 1]
             pooled = (hidden_states * kept).sum(1) / kept.sum(1).clamp_min(1)
         logits = self.score(self.dropout(pooled))
         loss = None
@@ -130,6 +133,8 @@ class MixerForSequenceClassification(MixerClassifier):
 
 class MixerForTokenClassification(MixerClassifier):
     """A mixer model with a linear layer on every token. Subclasses name the model."""
+
+    auto_class = "AutoModelForTokenClassification"
 
     @can_return_tuple
     def forward(

@@ -19,17 +19,19 @@ from .cache_state import GrowingStateLayer, NewTokens, commit_state, read_state
 from .compatibility import list_in_library
 from .configuration_synthesizer import SynthesizerConfig
 from .modeling_causal_lm import MixerForCausalLM, StateGenerationMixin
-from .modeling_common import MixerBlock, MixerModel, MixerPreTrainedModel
 from .modeling_heads import MixerForMaskedLM, MixerForSequenceClassification, MixerForTokenClassification
-from .ops_export import first
-from .ops_padding import compact, expand, kept_rank
+from .modeling_stack import MixerBlock, MixerPreTrainedModel
+from .modeling_text import MixerModel
+from .modeling_tokens import read_tokens
+from .ops_modes import leading
 from .ops_synthesizer import Logits, SynthesizerState, advance, attend, attend_fused, columns, outer
+from .ops_tokens import Tokens, compact, expand, refused
 
 
 def _rows(table: Tensor, positions: Tensor | None, length: int) -> Tensor:
     """Rows of table [H, N, .] at the positions [B, T], or the first `length` for None: [1 or B, H, T, .]."""
     if positions is None:
-        return first(table, 1, length)[None]
+        return leading(table, 1, length)[None]
     return table[:, positions.clamp_min(0)].transpose(0, 1)
 
 
@@ -175,12 +177,21 @@ class SynthesizerStateLayer(GrowingStateLayer):
 
 
 class SynthesizerMixer(nn.Module):
-    """softmax(sum_i alpha_i S_i(X)) X W_v W_o: one or several kinds of logits, mixed before the softmax."""
+    """
+    softmax(sum_i alpha_i S_i(X)) X W_v W_o: one or several kinds of logits, mixed before the softmax.
 
-    def __init__(self, config: SynthesizerConfig, layer_idx: int):
+    It can be used in a model of one's own, and begins with the weights that a model of this package has.
+
+    Args:
+        config (`SynthesizerConfig`): the type, and the sizes.
+        layer_idx (`int`): which layer of a cache belongs to it.
+        causal (`bool`): whether a token sees only itself and earlier ones.
+    """
+
+    def __init__(self, config: SynthesizerConfig, layer_idx: int = 0, causal: bool = True):
         super().__init__()
         self.layer_idx = layer_idx
-        self.is_causal = config.is_decoder
+        self.causal = causal
         self.heads = config.num_attention_heads
         self.limit = config.max_position_embeddings if config.has_position_table else None
         self.names = list(config.components)
@@ -203,74 +214,68 @@ class SynthesizerMixer(nn.Module):
         return dict(zip(self.names, self.mixture_logits.softmax(1)[..., None, None].unbind(1), strict=True))
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        cache=None,
-        packing=None,
-        output_attentions: bool = False,
+        self, hidden_states: Tensor, tokens: Tokens | None = None, cache=None, output_attentions: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """
         Args:
             hidden_states (`Tensor` [B, T, D]): what to mix.
-            attention_mask (`Tensor`, *optional*):
-                [B, T], 1 or True keeps a token; or [B or 1, 1 or H, T, past + T], bool (True: seen) or added to the
-                logits, in place of causality and padding.
-            position_ids (`LongTensor` [B, T], *optional*): needed with a cache that holds tokens, else counted.
-            cache (`Cache`, *optional*): holds the state of this layer, which the new one replaces.
-            packing (`Packing`, *optional*): how rows of several documents are taken apart; in place of the two above.
+            tokens (`Tokens`, *optional*):
+                Which of them are kept, and where they stand, or which pairs see each other, as `read_tokens` of
+                modeling_tokens.py says it; by default all are kept, at 0, 1, ...
+            cache (`Cache`, *optional*): holds the state of this layer, which the new one replaces; needs `tokens`.
             output_attentions: whether to return the attention weights as well.
 
         Returns:
             The output [B, T, D], and the attention weights [B, H, T, S] or None. S is the number of tokens so far, or
             that which a static cache has room for.
+
+        Raises:
+            ValueError: there are more tokens than positions in the tables.
         """
+        if tokens is None:
+            tokens = read_tokens(hidden_states, limit=self.limit)
         mixture = self.mixture_weights()  # here, as hooks that fetch offloaded weights do so for `forward` alone
         projected = self.qkv_proj(hidden_states)
-        if packing is not None:
-            mix = partial(self._mix_document, mixture)
-            weights = packing.map_pairs(partial(mix, True), projected) if output_attentions else None
-            return self.o_proj(packing.map(partial(mix, False), projected)), weights
+        if tokens.packing is not None:
+            mix = partial(self._mix_documents, mixture)
+            weights = tokens.packing.map_pairs(partial(mix, True), projected) if output_attentions else None
+            return self.o_proj(tokens.packing.map(partial(mix, False), projected)), weights
         state = read_state(cache, self.layer_idx)
-        out, weights, new, state = self._mix(
-            mixture, projected, attention_mask, position_ids, state, cache is not None, output_attentions
-        )
+        if state is not None or output_attentions or tokens.pairs is not None:
+            query, key, value = self._split(projected)
+            new = NewTokens(key, value, tokens._replace(pairs=None))
+            state = advance(state, new)
+            out, weights = self._explicit(mixture, query, state, tokens)
+        else:
+            out, weights = self._fused(mixture, projected, tokens), None
+            if cache is not None:
+                _, key, value = self._split(projected)
+                new = NewTokens(key, value, tokens)
+                state = advance(None, new)
         if cache is not None:
             commit_state(cache, self.layer_idx, state, new)
             weights = None if weights is None else cache.layers[self.layer_idx].columns(weights)
         return self.o_proj(out), weights
 
-    def _mix_document(self, mixture, output_attentions, group, projected):
-        mask = group.attention_mask if output_attentions or not self.is_causal else None
-        out, weights, *_ = self._mix(mixture, projected, mask, group.position_ids, None, False, output_attentions)
-        return weights if output_attentions else out
+    def _mix_documents(self, mixture, output_attentions, group, projected):
+        if not output_attentions:
+            return self._fused(mixture, projected, group.seen_by(self.causal))
+        query, key, value = self._split(projected)
+        state = advance(None, NewTokens(key, value, group.tokens))
+        return self._explicit(mixture, query, state, group.tokens)[1]
 
-    def _mix(self, mixture, projected, attention_mask, position_ids, state, return_state, output_attentions):
-        """[B, T, D] from the projections [B, T, n D]; weights, new tokens and the state after them, where they are
-        wanted."""
-        length, new = projected.shape[1], None
-        is_matrix = attention_mask is not None and attention_mask.dim() == 4
-        explicit = state is not None or output_attentions or is_matrix
-        if explicit or return_state:
-            query, key, value = self._split(projected)
-            new = NewTokens(key, value, None if is_matrix else attention_mask, position_ids)
-            state = advance(state, new)
-        if explicit:
-            pairs = attention_mask if is_matrix else None
-            out, weights = self._explicit(mixture, query, state, length, pairs)
-            return out.transpose(1, 2).flatten(2), weights, new, state
-        slot = count = None
-        if attention_mask is not None:
-            slot, count = kept_rank(attention_mask), attention_mask.long().sum(1)
+    def _fused(self, mixture, projected, tokens: Tokens) -> Tensor:
+        """[B, T, D] from the projections [B, T, n D], without a past, and without weights."""
+        slot, position_ids = tokens.slot, tokens.position_ids
+        if slot is not None:
             # Behind the tables there can be nothing but padding, which `expand` takes from nowhere.
-            projected, slot = compact(projected, slot)[:, : self.limit], slot.clamp_max(self.limit or length)
+            projected, slot = compact(projected, slot)[:, : self.limit], slot.clamp_max(self.limit or slot.shape[1])
             if position_ids is not None:
                 position_ids = compact(position_ids[..., None], slot, -1).squeeze(-1)[:, : self.limit]
         query, key, value = self._split(projected)
-        out = attend_fused(self._parts(mixture, query, key, position_ids), value, self.is_causal, count)
+        out = attend_fused(self._parts(mixture, query, key, position_ids), value, self.causal, tokens.count)
         out = out.transpose(1, 2).flatten(2)
-        return out if slot is None else expand(out, slot), None, new, state
+        return out if slot is None else expand(out, slot)
 
     def _split(self, projected: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """Query, key (None without dot products) and value, [B, H, T, d]."""
@@ -279,9 +284,10 @@ class SynthesizerMixer(nn.Module):
         query = others[0] if self.has_query else value  # of which only the length is read
         return query, others[-1] if self.has_key else None, value
 
-    def _explicit(self, mixture, query, state: SynthesizerState, length: int, pairs: Tensor | None):
-        """The definition: logits over all positions, of which those of the present keys are taken. pairs: which keys
-        a query sees, or what is added to their logits, [B or 1, 1 or H, T, S], or None."""
+    def _explicit(self, mixture, query, state: SynthesizerState, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """The definition: logits over all positions, of which those of the present keys are taken. The output
+        [B, T, D], and the weights."""
+        length, pairs = query.shape[2], tokens.pairs
         positions = state.key_position[:, -length:]
         logits = 0
         for name, alpha in mixture.items():
@@ -293,17 +299,17 @@ class SynthesizerMixer(nn.Module):
         visible = (state.key_position >= 0)[:, None, None]  # [B, 1, 1, S]
         if pairs is not None:
             if pairs.shape[-2:] != logits.shape[-2:]:
-                shape = f"[.., {length}, {logits.shape[-1]}]"
-                raise ValueError(f"`attention_mask` must be {shape}, got {list(pairs.shape)}.")
+                raise refused("attention_mask", f"[.., {length}, {logits.shape[-1]}]", list(pairs.shape))
             if pairs.dtype == torch.bool:
                 visible = visible & pairs
             else:
                 visible = visible & (pairs > torch.finfo(pairs.dtype).min)
                 logits = logits + pairs.masked_fill(~visible, 0)
-        elif self.is_causal:
+        elif self.causal:
             places = torch.arange(state.key_position.shape[1], device=query.device)
             visible = visible & (places <= places[-length:, None])
-        return attend(logits, state.value, visible.expand(-1, -1, length, -1))
+        out, weights = attend(logits, state.value, visible.expand(-1, -1, length, -1))
+        return out.transpose(1, 2).flatten(2), weights
 
     def _parts(self, mixture, query, key, positions) -> Logits:
         """The weighted sum of the components' logits, by parts."""
@@ -341,13 +347,6 @@ class SynthesizerPreTrainedModel(MixerPreTrainedModel):
     config_class = SynthesizerConfig
     _no_split_modules = ["SynthesizerBlock"]
     _can_record_outputs = {"hidden_states": SynthesizerBlock, "attentions": SynthesizerMixer}
-    _auto_map = {
-        "AutoModel": "modeling_synthesizer.SynthesizerModel",
-        "AutoModelForCausalLM": "modeling_synthesizer.SynthesizerForCausalLM",
-        "AutoModelForMaskedLM": "modeling_synthesizer.SynthesizerForMaskedLM",
-        "AutoModelForSequenceClassification": "modeling_synthesizer.SynthesizerForSequenceClassification",
-        "AutoModelForTokenClassification": "modeling_synthesizer.SynthesizerForTokenClassification",
-    }
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -388,22 +387,10 @@ class SynthesizerForTokenClassification(SynthesizerPreTrainedModel, MixerForToke
     model_class = SynthesizerModel
 
 
-list_in_library(
-    SynthesizerConfig.model_type,
-    {
-        "AutoModel": SynthesizerModel,
-        "AutoModelForCausalLM": SynthesizerForCausalLM,
-        "AutoModelForMaskedLM": SynthesizerForMaskedLM,
-        "AutoModelForSequenceClassification": SynthesizerForSequenceClassification,
-        "AutoModelForTokenClassification": SynthesizerForTokenClassification,
-    },
-)
+list_in_library(SynthesizerPreTrainedModel)
 
 __all__ = [
-    "SynthesizerForCausalLM",
-    "SynthesizerForMaskedLM",
-    "SynthesizerForSequenceClassification",
-    "SynthesizerForTokenClassification",
-    "SynthesizerModel",
+    "SynthesizerMixer",
     "SynthesizerPreTrainedModel",
+    *(head.__name__ for head in SynthesizerPreTrainedModel.heads.values()),
 ]

@@ -8,48 +8,20 @@
 # specific language governing permissions and limitations under the License.
 """The door of a text model: what stands at each place of a batch is read, checked and counted here, once."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from .ops_export import can_read, is_exporting
+from .ops_modes import can_read, is_exporting
 from .ops_packing import Packing, pack
-
-
-class Tokens(NamedTuple):
-    """
-    What the layers need to know of the tokens of a batch.
-
-    Attributes:
-        attention_mask: [B, T] bool, False for padding, None if there is none; or [B or 1, 1 or H, T, S], as given.
-        position_ids: [B, T], 0 for padding; None where a mixer counts them itself, as 0, 1, ...
-        positions: the same, [B or 1, T], never None: for position embeddings.
-        packing: how rows with several documents are taken apart, None if there are none.
-    """
-
-    attention_mask: Tensor | None
-    position_ids: Tensor | None
-    positions: Tensor
-    packing: Packing | None
-
-    @property
-    def continues(self) -> Tensor | None:
-        """[B, T] bool: whether a token follows on the one before it, in its row and document, so that the output there
-        can predict it. None if all do but the first."""
-        if self.packing is not None:
-            return self.packing.same_document
-        mask = self.attention_mask
-        if mask is None or mask.dim() != 2:
-            return None
-        return torch.cat([torch.zeros_like(mask[:, :1]), mask[:, 1:] & mask[:, :-1]], 1)
+from .ops_tokens import Tokens, count_tokens, refused
 
 
 def read_tokens(
     inputs: Tensor,
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
     seen: Tensor | None = None,
+    seen_at_most: int | None = None,
     seq_idx: Tensor | None = None,
     cu_seq_lens: Tensor | None = None,
     limit: int | None = None,
@@ -64,6 +36,7 @@ def read_tokens(
             last T columns are read. What is 4-dimensional is passed on.
         position_ids (`Tensor` [B or 1, T], *optional*): by default the number of kept tokens before each.
         seen (`Tensor` [B], *optional*): the number of kept tokens in the cache, None if there is no past.
+        seen_at_most (`int`, *optional*): what no number of `seen` exceeds, if that is known without reading it.
         seq_idx (`Tensor` [B, T], *optional*): the document of each token, any whole numbers.
         cu_seq_lens (`Tensor` [N + 1], *optional*): where the documents of a batch of one row begin, and the end.
         limit (`int`, *optional*): the number of positions that there are tables for.
@@ -89,7 +62,8 @@ def read_tokens(
         position_ids = _check_numbers("position_ids", position_ids, inputs)
     mask = None if is_matrix else attention_mask
 
-    counted = _counted(inputs, mask, seen)
+    tokens = count_tokens(mask)
+    counted = _counted(inputs, tokens, seen)
     packing = None
     if not is_matrix:
         given = None if position_ids is None or _is_counted(position_ids, counted, mask) else position_ids
@@ -100,11 +74,18 @@ def read_tokens(
     else:
         if position_ids is not None and mask is not None:
             position_ids = position_ids.masked_fill(~mask, 0)
-        if position_ids is None and seen is not None:
-            position_ids = counted  # the mixers need not count again
         positions = counted if position_ids is None else position_ids
-    check_positions(positions, mask, seen, limit)
-    return Tokens(attention_mask if packing is None else None, position_ids, positions, packing)
+        if position_ids is None and seen is not None:
+            position_ids = counted  # the layers need not count again
+    if seen is None:
+        seen_at_most = 0
+    is_within = positions is counted and None not in (limit, seen_at_most) and seen_at_most + length <= limit
+    if not is_within:  # which is known without a look at the device
+        check_positions(positions, mask, seen, limit)
+    if packing is not None:
+        return Tokens(positions=positions, packing=packing)
+    pairs = attention_mask if is_matrix else None
+    return tokens._replace(position_ids=position_ids, positions=positions, pairs=pairs)
 
 
 def infer_mask(input_ids: Tensor, pad_token_id: int, at_ends: bool) -> Tensor | None:
@@ -128,15 +109,11 @@ def infer_mask(input_ids: Tensor, pad_token_id: int, at_ends: bool) -> Tensor | 
     return None if can_read(token) and bool(token.all()) else token
 
 
-def _refuse(name: str, allowed: str, got) -> ValueError:
-    return ValueError(f"`{name}` must be {allowed}, got {got}.")
-
-
 def _check_numbers(name: str, tensor: Tensor, inputs: Tensor) -> Tensor:
     if tensor.shape != inputs.shape[:2]:
-        raise _refuse(name, f"of shape {list(inputs.shape[:2])}", list(tensor.shape))
+        raise refused(name, f"of shape {list(inputs.shape[:2])}", list(tensor.shape))
     if tensor.is_floating_point() or tensor.is_complex():
-        raise _refuse(name, "whole numbers", tensor.dtype)
+        raise refused(name, "whole numbers", tensor.dtype)
     return tensor
 
 
@@ -145,11 +122,11 @@ def _documents_of(cu_seq_lens: Tensor, inputs: Tensor) -> Tensor:
     batch, length = inputs.shape[:2]
     allowed = f"[0, ..., {length}], rising, for a batch of one row of {length} tokens"
     if batch != 1 or cu_seq_lens.dim() != 1 or len(cu_seq_lens) < 2 or cu_seq_lens.is_floating_point():
-        raise _refuse("cu_seq_lens", allowed, f"{list(cu_seq_lens.shape)} for {batch} rows")
+        raise refused("cu_seq_lens", allowed, f"{list(cu_seq_lens.shape)} for {batch} rows")
     if can_read(cu_seq_lens):
         borders = cu_seq_lens.tolist()
         if borders[0] != 0 or borders[-1] != length or any(a > b for a, b in zip(borders, borders[1:], strict=False)):
-            raise _refuse("cu_seq_lens", allowed, borders)
+            raise refused("cu_seq_lens", allowed, borders)
     places = torch.arange(length, device=inputs.device)
     return torch.searchsorted(cu_seq_lens.to(places), places, right=True)[None]
 
@@ -160,7 +137,7 @@ def _check_mask(attention_mask: Tensor, inputs: Tensor) -> tuple[Tensor | None, 
     fits = attention_mask.dim() == 2 and attention_mask.shape[0] == batch and attention_mask.shape[1] >= length
     if not fits:
         allowed = f"[{batch}, {length} or more] (1 keeps a token, 0 is padding)"
-        raise _refuse("attention_mask", allowed, list(attention_mask.shape))
+        raise refused("attention_mask", allowed, list(attention_mask.shape))
     attention_mask = attention_mask[:, -length:]
     keep = attention_mask if attention_mask.dtype == torch.bool else attention_mask != 0
     if not can_read(attention_mask):
@@ -173,7 +150,7 @@ def _check_mask(attention_mask: Tensor, inputs: Tensor) -> tuple[Tensor | None, 
     whole = not attention_mask.is_floating_point() or bool((attention_mask == attention_mask.round()).all())
     lowest, highest = float(lowest), float(highest)
     if not whole or not 0 <= lowest <= highest < float("inf"):
-        raise _refuse(
+        raise refused(
             "attention_mask",
             "whole numbers of at least 0 (0 is padding, 1 a token, more than 1 numbers documents)",
             f"numbers from {lowest:g} to {highest:g}",
@@ -181,15 +158,14 @@ def _check_mask(attention_mask: Tensor, inputs: Tensor) -> tuple[Tensor | None, 
     return (None if lowest >= 1 else keep), (attention_mask if highest > 1 else None)
 
 
-def _counted(inputs: Tensor, mask: Tensor | None, seen: Tensor | None) -> Tensor:
+def _counted(inputs: Tensor, tokens: Tokens, seen: Tensor | None) -> Tensor:
     """[B or 1, T]: the number of kept tokens before each token, those of the cache included, and 0 for padding."""
-    if mask is None:
+    positions = tokens.slot
+    if positions is None:
         positions = torch.arange(inputs.shape[1], device=inputs.device)[None]
-    else:
-        positions = mask.long().cumsum(1) - 1
     if seen is not None:
         positions = positions + seen[:, None].to(positions.device)
-    return positions if mask is None else positions.masked_fill(~mask, 0)
+    return positions if tokens.keep is None else positions.masked_fill(~tokens.keep, 0)
 
 
 def _is_counted(position_ids: Tensor, counted: Tensor, mask: Tensor | None) -> bool:
@@ -251,7 +227,7 @@ def check_positions(positions: Tensor, mask: Tensor | None, seen: Tensor | None,
     else:
         first, last = (int(bound) for bound in positions.aminmax())
     if first < 0:
-        raise _refuse("position_ids", "at least 0 where a token is kept", first)
+        raise refused("position_ids", "at least 0 where a token is kept", first)
     if limit is not None and last is not None and last >= limit:
         raise ValueError(
             f"Position {last} lies beyond the learned tables of this model, which end at max_position_embeddings="

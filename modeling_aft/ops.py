@@ -8,21 +8,91 @@
 # specific language governing permissions and limitations under the License.
 """The operator of the Attention Free Transformer (arXiv 2105.14103), one function for its four forms."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from .ops_chunks import windowed_chunks
+from .ops_chunks import windowed_bidirectional, windowed_chunks, windowed_export
 from .ops_cpu import windowed_cpu
-from .ops_export import can_read, is_exporting, is_transformed, without_autocast
+from .ops_full import full
+from .ops_kernels import Kernel, choose
+from .ops_modes import can_read, is_exporting, is_static, is_transformed, without_autocast
 from .ops_packing import pack
-from .ops_reference import QUERY_ACTIVATIONS, AFTState, aft_attention_reference, compute_dtype, gated
-from .ops_torch import aft_attention_torch
+from .ops_panel import panel_average, panel_composed, panel_for_export
+from .ops_reference import aft_attention_reference
+from .ops_state import QUERY_ACTIVATIONS, AFTState, Call, compute_dtype
+from .ops_step import can_step, step
+from .ops_tokens import count_tokens, refused
 from .ops_triton import triton_can_run, windowed_triton
+from .ops_windows import Window, several_queries
 
 
-BACKENDS = ("auto", "reference", "torch", "triton")
+def _has_window(call: Call) -> bool:
+    return call.position_bias is None
+
+
+def _has_operators(call: Call) -> bool:
+    """Operators of this package have no rules for transforms, and mean nothing to other runtimes."""
+    return not is_exporting() and not is_transformed()
+
+
+def _composed(window: Window) -> Tensor:
+    return windowed_chunks(window, panel_composed)
+
+
+# In order of preference. "full" is AFT-full, and all others but the reference are the three forms with a window, of
+# which AFT-simple's has no bias.
+KERNELS = (
+    Kernel(
+        "step",
+        "a single query of a causal form with a window that goes on from a state",
+        can_step,
+        step,
+    ),
+    Kernel(
+        "triton",
+        "causal forms with a window on a CUDA device, with the package triton, outside of exports and transforms",
+        lambda call: _has_window(call) and call.causal and triton_can_run(call.value.device) and _has_operators(call),
+        several_queries(windowed_triton),
+        # In float64 matrix products on a GPU have no tensor cores to gain from.
+        pays=lambda call: call.value.device.type == "cuda" and call.value.dtype != torch.float64,
+    ),
+    Kernel(
+        "cpu",
+        "causal forms with a window on a CPU, outside of exports and transforms",
+        lambda call: _has_window(call) and call.causal and call.value.device.type == "cpu" and _has_operators(call),
+        several_queries(windowed_cpu),
+    ),
+    Kernel(
+        "bidirectional",
+        "bidirectional forms with a window, outside of exports and transforms",
+        lambda call: _has_window(call) and not call.causal and _has_operators(call),
+        several_queries(windowed_bidirectional),
+        pays=lambda call: torch.compiler.is_compiling(),
+    ),
+    Kernel(
+        "chunks",
+        "forms with a window, outside of exports and transforms",
+        lambda call: _has_window(call) and _has_operators(call),
+        several_queries(windowed_chunks),
+    ),
+    Kernel(
+        "chunks_export", "forms with a window", _has_window, several_queries(windowed_export), lambda _: is_exporting()
+    ),
+    Kernel("chunks_composed", "forms with a window", _has_window, several_queries(_composed)),
+    Kernel(
+        "full",
+        "AFT-full, outside of exports and transforms",
+        lambda call: not _has_window(call) and _has_operators(call),
+        full(panel_average),
+    ),
+    Kernel(
+        "full_export", "AFT-full", lambda call: not _has_window(call), full(panel_for_export), lambda _: is_exporting()
+    ),
+    Kernel("full_composed", "AFT-full", lambda call: not _has_window(call), full(panel_composed)),
+    Kernel(
+        "reference", "calls outside of graphs and transforms", lambda call: not is_static(), aft_attention_reference
+    ),
+)
 
 
 def aft_attention(
@@ -72,9 +142,9 @@ def aft_attention(
         return_state (`bool`): whether to return the state after the last token as well.
         query_activation (`str`): `"sigmoid"` (the paper's), `"tanh"`, `"relu"` or `"identity"`.
         backend (`str`):
-            `"reference"` is the formula in plain loops, `"torch"` runs on every device, and `"triton"` has kernels for
-            several queries of the causal forms with a window or without bias, on CUDA; the rest of it is `"torch"`.
-            `"auto"` is `"triton"` where that can run and helps, else `"torch"`.
+            `"auto"` is the first kernel of the table `KERNELS` that supports the call and pays, `"torch"` the same
+            without Triton. Any other is the name of a kernel, such as `"reference"`, the formula in plain loops, or
+            `"triton"`.
         seq_idx (`Tensor` [B, T], *optional*):
             The document of each token, whole numbers: where it changes from one kept token of a row to the next, a
             document ends, and no other sees it. Positions are counted from its beginning. Without a state, and not
@@ -86,45 +156,64 @@ def aft_attention(
         gives 0.
 
     Raises:
-        ValueError: if shapes do not fit together, if a position lies beyond the bias table, or for an option with a
-            value that is not allowed.
+        ValueError: if shapes do not fit together, if a position lies beyond the bias table, for an option with a value
+            that is not allowed, or if the kernel asked for does not support the call.
     """
-    if position_ids is not None and position_ids.dim() == 2 and position_ids.shape[0] == 1:
-        position_ids = position_ids.expand(value.shape[0], -1)
-    _validate(query, key, value, position_bias, window_bias, causal, attention_mask, position_ids, initial_state)
+    call = Call(
+        query,
+        key,
+        value,
+        position_bias=position_bias,
+        window_bias=window_bias,
+        causal=causal,
+        state=initial_state,
+        return_state=return_state,
+        query_activation=query_activation,
+        seq_idx=seq_idx,
+    )
+    position_ids = _validate(call, attention_mask, position_ids)
     if query_activation not in QUERY_ACTIVATIONS:
-        raise _refuse("query_activation", f"one of {', '.join(QUERY_ACTIVATIONS)}", repr(query_activation))
-    if backend not in BACKENDS:
-        raise _refuse("backend", f"one of {', '.join(BACKENDS)}", repr(backend))
+        raise refused("query_activation", f"one of {', '.join(QUERY_ACTIVATIONS)}", repr(query_activation))
     if return_state and not causal:
-        raise _refuse("return_state", "False when causal is False: there is no state to go on from", True)
+        raise refused("return_state", "False when causal is False: there is no state to go on from", True)
     if seq_idx is not None:
         _validate_documents(seq_idx, value, return_state, initial_state)
     if window_bias is not None and window_bias.shape[-1] == 0:
-        window_bias = None
-    if attention_mask is not None:
-        attention_mask = attention_mask != 0
-        if position_ids is not None:
-            # Those of padding have no meaning, and may lie anywhere.
-            position_ids = position_ids.masked_fill(~attention_mask, 0)
-
-    arguments = (key, value, position_bias, window_bias, causal, attention_mask, position_ids, initial_state)
-    with without_autocast(value):
-        if backend == "reference":
-            average, state = aft_attention_reference(*arguments, seq_idx)
-            out = gated(query, average, query_activation)
-        else:
-            windowed = _windowed(backend, value)
-            packing = None
-            if seq_idx is not None:
-                packing = pack([seq_idx], attention_mask, position_ids, begin_again=False)
-            if packing is not None:
-                biases = (position_bias, window_bias)
-                return _by_documents(packing, query, key, value, *biases, causal, query_activation, windowed)
-            out, state = aft_attention_torch(query, *arguments, return_state, query_activation, windowed)
-    if attention_mask is not None:
-        out = out.masked_fill(~attention_mask[..., None], 0)
+        call = call._replace(window_bias=None)
+    keep = None if attention_mask is None else attention_mask != 0
+    if seq_idx is not None and backend != "reference":
+        packing = pack([seq_idx], keep, position_ids, begin_again=False)
+        if packing is not None:
+            return _by_documents(packing, call, backend)
+    tokens = count_tokens(keep, position_ids)
+    if initial_state is not None and position_ids is None:
+        places = (
+            torch.arange(value.shape[1], device=value.device) if keep is None else tokens.slot.masked_fill(~keep, 0)
+        )
+        tokens = tokens._replace(position_ids=initial_state.position[:, None] + places)
+    if return_state:
+        tokens = tokens.advanced(None if initial_state is None else initial_state.position, value)
+    call = call._replace(tokens=tokens)
+    out, state = attend(call, backend)
     return (out, state) if return_state else out
+
+
+def attend(call: Call, backend: str = "auto") -> tuple[Tensor, AFTState | None]:
+    """
+    [`aft_attention`] for a call that is known to be sound, as the layers of a model make it: the output, and the state
+    if one is wanted.
+
+    Raises:
+        ValueError: for a `backend` that does not exist, or does not support the call.
+    """
+    kernels = KERNELS
+    if backend == "torch":
+        kernels, backend = [kernel for kernel in KERNELS if kernel.name != "triton"], "auto"
+    with without_autocast(call.value):
+        out, state = choose(kernels, call, backend).run(call)
+    if call.tokens.keep is not None:
+        out = out.masked_fill(~call.tokens.keep[..., None], 0)
+    return out, state
 
 
 def aft_attention_weights(
@@ -150,14 +239,28 @@ def aft_attention_weights(
     Raises:
         ValueError: as [`aft_attention`] does.
     """
-    if position_ids is not None and position_ids.dim() == 2 and position_ids.shape[0] == 1:
-        position_ids = position_ids.expand(key.shape[0], -1)
-    _validate(key, key, key, position_bias, window_bias, causal, attention_mask, position_ids, None)
+    call = Call(key, key, key, position_bias=position_bias, window_bias=window_bias, causal=causal)
+    position_ids = _validate(call, attention_mask, position_ids)
+    keep = None if attention_mask is None else attention_mask != 0
+    return weights(call._replace(tokens=count_tokens(keep, position_ids)))
+
+
+def weights(call: Call) -> Tensor:
+    """[`aft_attention_weights`] for a call that is known to be sound, of which neither query nor value is read."""
+    key, position_bias, window_bias, causal, tokens = (
+        call.key,
+        call.position_bias,
+        call.window_bias,
+        call.causal,
+        call.tokens,
+    )
     batch, length, keys = key.shape
     dtype = compute_dtype(key)
-    keep = torch.ones_like(key[..., 0], dtype=torch.bool) if attention_mask is None else attention_mask != 0
-    slots = keep.long().cumsum(1) - 1  # among the kept tokens
-    positions = (slots if position_ids is None else position_ids).masked_fill(~keep, 0)
+    keep, slots = tokens.keep, tokens.slot
+    if keep is None:
+        keep = torch.ones_like(key[..., 0], dtype=torch.bool)
+        slots = torch.arange(length, device=key.device).expand(batch, -1)
+    positions = (slots if tokens.position_ids is None else tokens.position_ids).masked_fill(~keep, 0)
     offsets = slots[:, :, None] - slots[:, None]  # [B, T, T]
     bias = key.new_zeros(1, 1, 1, 1, dtype=dtype)
     if position_bias is not None:
@@ -180,72 +283,57 @@ def aft_attention_weights(
     return weights.masked_fill(~visible, 0)
 
 
-def _by_documents(packing, query, key, value, position_bias, window_bias, causal, activation, windowed) -> Tensor:
+def _by_documents(packing, call: Call, backend: str) -> Tensor:
     """The result [B, T, D] for packed documents, each of which is treated as a row of its own."""
-    tensors, heads = [query, key, value], 0
-    if position_bias is not None and position_bias.dim() == 3:
-        tensors.append(position_bias)
-    elif window_bias is not None and window_bias.dim() == 4:
-        heads = window_bias.shape[0]
-        tensors.append(window_bias.permute(1, 2, 0, 3).flatten(2))  # [B, T, heads x n]
+    tensors, heads = [call.query, call.key, call.value], 0
+    if call.position_bias is not None and call.position_bias.dim() == 3:
+        tensors.append(call.position_bias)
+    elif call.window_bias is not None and call.window_bias.dim() == 4:
+        heads = call.window_bias.shape[0]
+        tensors.append(call.window_bias.permute(1, 2, 0, 3).flatten(2))  # [B, T, heads x n]
 
-    def attend(group, query, key, value, rows=None):
-        biases = [position_bias, window_bias]
-        if rows is not None:
-            rows_of_heads = None if not heads else rows.unflatten(2, (heads, -1)).permute(2, 0, 1, 3)
-            biases = [None, rows_of_heads] if heads else [rows, None]
-        mask = None if causal else group.attention_mask  # nothing that a causal query sees is behind the end
-        rest = (causal, mask, group.position_ids, None, False, activation, windowed)
-        return aft_attention_torch(query, key, value, *biases, *rest)[0]
+    def attend_documents(group, query, key, value, rows=None):
+        part = call._replace(query=query, key=key, value=value, tokens=group.seen_by(call.causal))
+        if heads:
+            part = part._replace(window_bias=rows.unflatten(2, (heads, -1)).permute(2, 0, 1, 3))
+        elif rows is not None:
+            part = part._replace(position_bias=rows)
+        return attend(part, backend)[0]
 
-    return packing.map(attend, *tensors)
+    return packing.map(attend_documents, *tensors)
 
 
 def _validate_documents(seq_idx, value, return_state, initial_state):
     if seq_idx.shape != value.shape[:2] or seq_idx.is_floating_point():
         got = f"{seq_idx.dtype} {list(seq_idx.shape)}"
-        raise _refuse("seq_idx", f"whole numbers [{value.shape[0]}, {value.shape[1]}]", got)
+        raise refused("seq_idx", f"whole numbers [{value.shape[0]}, {value.shape[1]}]", got)
     if return_state or initial_state is not None:
-        raise _refuse("seq_idx", "None with a state, which belongs to one document", "documents")
+        raise refused("seq_idx", "None with a state, which belongs to one document", "documents")
     if not can_read(seq_idx):
-        raise _refuse("seq_idx", "None in a graph: how many documents there are depends on the data", "documents")
+        raise refused("seq_idx", "None in a graph: how many documents there are depends on the data", "documents")
 
 
-def _windowed(backend: str, value: Tensor) -> Callable:
-    """The operator for several queries of the causal windowed forms; all have the signature of `windowed_chunks`."""
-    if is_exporting() or is_transformed():
-        return windowed_chunks
-    if backend == "triton" and not triton_can_run(value.device):
-        raise _refuse("backend", "one that can run: 'triton' needs the package triton and a CUDA device", backend)
-    # In float64 matrix products on a GPU have no tensor cores to gain from.
-    helps = backend == "auto" and value.device.type == "cuda" and value.dtype != torch.float64
-    if backend == "triton" or (helps and triton_can_run(value.device)):
-        return windowed_triton
-    return windowed_cpu if value.device.type == "cpu" else windowed_chunks
-
-
-def _refuse(name: str, allowed: str, got) -> ValueError:
-    # Made only for what is wrong: to format a size under torch.compile would bind the graph to it.
-    return ValueError(f"`{name}` must be {allowed}, got {got}.")
-
-
-def _validate(query, key, value, position_bias, window_bias, causal, attention_mask, position_ids, initial_state):
+def _validate(call: Call, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor | None:
+    """Checks that all fits together, and gives the positions [B, T]."""
+    query, key, value, position_bias, window_bias, causal, initial_state = call[:7]
+    if position_ids is not None and position_ids.dim() == 2 and position_ids.shape[0] == 1:
+        position_ids = position_ids.expand(value.shape[0], -1)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 3:
-            raise _refuse(name, "a tensor of 3 dimensions [B, T, channels]", tuple(tensor.shape))
+            raise refused(name, "a tensor of 3 dimensions [B, T, channels]", tuple(tensor.shape))
         if not tensor.is_floating_point():
-            raise _refuse(name, "a floating-point tensor", tensor.dtype)
+            raise refused(name, "a floating-point tensor", tensor.dtype)
     batch, length, channels = value.shape
     if batch < 1 or length < 1:
-        raise _refuse("value", "of at least one row and one token", tuple(value.shape))
+        raise refused("value", "of at least one row and one token", tuple(value.shape))
     if query.shape != value.shape:
-        raise _refuse("query", f"of the shape of value {tuple(value.shape)}", tuple(query.shape))
+        raise refused("query", f"of the shape of value {tuple(value.shape)}", tuple(query.shape))
     heads = key.shape[-1]
     if key.shape[:2] != value.shape[:2] or not 1 <= heads <= channels or channels % heads != 0:
-        raise _refuse("key", f"[{batch}, {length}, H] with H a divisor of {channels}", tuple(key.shape))
+        raise refused("key", f"[{batch}, {length}, H] with H a divisor of {channels}", tuple(key.shape))
 
     if position_bias is not None and window_bias is not None:
-        raise _refuse("position_bias", "None when window_bias is given (they belong to different forms)", "both")
+        raise refused("position_bias", "None when window_bias is given (they belong to different forms)", "both")
     table = None
     if position_bias is not None:
         shape = position_bias.shape
@@ -254,41 +342,43 @@ def _validate(query, key, value, position_bias, window_bias, causal, attention_m
         else:
             fits = len(shape) == 2 and shape[0] == shape[1]
         if not fits:
-            raise _refuse("position_bias", f"[N, N] or [{batch}, {length}, N]", tuple(shape))
+            raise refused("position_bias", f"[N, N] or [{batch}, {length}, N]", tuple(shape))
         table = shape[-1]
     if window_bias is not None:
         shape = window_bias.shape
         fits = len(shape) == 3 or (len(shape) == 4 and shape[1] == batch and shape[2] == length)
         if not fits or shape[0] < 1 or heads % shape[0] != 0:
             allowed = f"[h, N or 1, n] or [h, {batch}, {length}, n] with h a divisor of the {heads} key channels"
-            raise _refuse("window_bias", allowed, tuple(shape))
+            raise refused("window_bias", allowed, tuple(shape))
         if not causal and shape[-1] > 0 and shape[-1] % 2 == 0:
-            raise _refuse("window_bias", "of odd n when causal is False", tuple(shape))
+            raise refused("window_bias", "of odd n when causal is False", tuple(shape))
         table = shape[1] if len(shape) == 3 and shape[1] > 1 and shape[2] > 0 else None
     for name, tensor in (("attention_mask", attention_mask), ("position_ids", position_ids)):
         if tensor is not None and (tensor.dim() != 2 or tensor.shape[0] != batch or tensor.shape[1] != length):
-            raise _refuse(name, f"[{batch}, {length}]", tuple(tensor.shape))
+            raise refused(name, f"[{batch}, {length}]", tuple(tensor.shape))
     if attention_mask is not None and attention_mask.dtype != torch.bool and _is_cheap_to_read(attention_mask):
         if (lowest := attention_mask.amin()) < 0:
             allowed = "1 or True for a token and 0 or False for padding"
-            raise _refuse("attention_mask", allowed, float(lowest))
+            raise refused("attention_mask", allowed, float(lowest))
     if initial_state is not None:
-        _validate_state(initial_state, key, value, position_bias, window_bias, causal)
+        _validate_state(call)
     _validate_positions(table, length, attention_mask, position_ids, initial_state)
+    return position_ids
 
 
-def _validate_state(state, key, value, position_bias, window_bias, causal):
+def _validate_state(call: Call) -> None:
+    _, key, value, position_bias, window_bias, causal, state = call[:7]
     if not causal:
-        raise _refuse("initial_state", "None when causal is False", "a state")
+        raise refused("initial_state", "None when causal is False", "a state")
     if (state.key_position is not None) != (position_bias is not None):
-        raise _refuse("initial_state", "of the form it is given to", "another form's")
+        raise refused("initial_state", "of the form it is given to", "another form's")
     for name, old, new in (("key", state.key, key), ("value", state.value, value)):
         if old.shape[0] != new.shape[0] or old.shape[2] != new.shape[2]:
             allowed = f"of batch {new.shape[0]} and {new.shape[2]} {name} channels"
-            raise _refuse("initial_state", allowed, f"{old.shape[0]} and {old.shape[2]}")
+            raise refused("initial_state", allowed, f"{old.shape[0]} and {old.shape[2]}")
     window = 0 if window_bias is None else max(window_bias.shape[-1] - 1, 0)
     if position_bias is None and state.key.shape[1] != window:
-        raise _refuse("initial_state", f"of a window of {window} past tokens", state.key.shape[1])
+        raise refused("initial_state", f"of a window of {window} past tokens", state.key.shape[1])
 
 
 def _is_cheap_to_read(tensor: Tensor) -> bool:
@@ -311,7 +401,7 @@ def _validate_positions(table, length, attention_mask, position_ids, initial_sta
         count = length if attention_mask is None else (attention_mask != 0).sum(1)
         last = int(torch.as_tensor(count + (0 if initial_state is None else initial_state.position)).max()) - 1
     if first < 0:
-        raise _refuse("position_ids", "at least 0 where a token is kept", first)
+        raise refused("position_ids", "at least 0 where a token is kept", first)
     if table is not None and last >= table:
         raise ValueError(
             f"Position {last} lies beyond the bias table, which ends at position {table - 1} (N = {table})."

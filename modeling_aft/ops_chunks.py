@@ -13,45 +13,19 @@ that stands for everything older, or two, bidirectionally; their weight and thei
 chunk by an associative scan. AFT-simple is the case without a window.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .ops_export import is_exporting, is_transformed, panel_for_export
-from .ops_panel import finite, flops_of, gradients_inside_operator, operator, panel, panel_composed, spread
-from .ops_reference import gated
+from .ops_operators import flops_of, gradients_inside_operator, operator
+from .ops_panel import panel_average, panel_for_export
+from .ops_state import gated, merge, nothing, summarize, with_past
+from .ops_windows import Window
 
 
 _CHUNK = 64  # queries per panel, where the window is not longer
-
-
-def summarize(key: Tensor, value: Tensor, dim: int):
-    """Sums up the keys along `dim`. Keys of minus infinity count as absent.
-
-    The maximum is a constant for autograd, here and in `merge`: only normalizer * exp(maximum) has a meaning, and its
-    gradient is whole without it.
-    """
-    maximum = key.detach().amax(dim, keepdim=True)
-    weight = (key - finite(maximum)).exp()
-    normalizer = weight.sum(dim)
-    share = weight / nonzero(normalizer).unsqueeze(dim)  # first, so that no sum is larger than its largest value
-    return maximum.squeeze(dim), normalizer, (spread(share, value) * value).sum(dim)
-
-
-def nonzero(normalizer: Tensor) -> Tensor:
-    return torch.where(normalizer == 0, torch.ones_like(normalizer), normalizer)
-
-
-def merge(first, second):
-    """Sums up two sums over disjoint keys. Exact, associative; (-inf, 0, 0) changes nothing."""
-    maximum = torch.maximum(first[0], second[0]).detach()
-    reference = finite(maximum)
-    weight_1 = (first[0] - reference).exp() * first[1]
-    weight_2 = (second[0] - reference).exp() * second[1]
-    normalizer = weight_1 + weight_2
-    whole = nonzero(normalizer)
-    average = spread(weight_1 / whole, first[2]) * first[2] + spread(weight_2 / whole, second[2]) * second[2]
-    return maximum, normalizer, average
 
 
 def _shift(sums, steps: int):
@@ -70,56 +44,39 @@ def _exclusive_scan(sums, initial):
     return sums
 
 
-def nothing(key: Tensor, value: Tensor, dtype: torch.dtype):
-    """The sum of no keys: [B, K], [B, K], [B, V]."""
-    size, like = (key.shape[0], key.shape[2]), {"dtype": dtype, "device": key.device}
-    average = torch.zeros(value.shape[0], value.shape[2], **like)
-    return torch.full(size, -torch.inf, **like), torch.zeros(size, **like), average
+def windowed_chunks(window: Window, panel: Callable[..., Tensor] = panel_average) -> Tensor:
+    """See [`Window`]; `panel` gives the average of a panel."""
+    key, value = with_past(window.key, window.value, window.past, window.left, window.dtype)
+    average = _average(key, value, window.rows, window.causal, window.initial, panel)
+    return gated(window.query, average, window.activation)
 
 
-def with_past(key: Tensor, value: Tensor, past: tuple[Tensor, Tensor] | None, left: int, dtype: torch.dtype):
-    """Keys and values with the `left` before them in front, minus infinity and 0 where there is none."""
-    key, value = key.to(dtype), value.to(dtype)
-    if past is None:
-        return F.pad(key, (0, 0, left, 0), value=-torch.inf), F.pad(value, (0, 0, left, 0))
-    return torch.cat([past[0].to(dtype), key], 1), torch.cat([past[1].to(dtype), value], 1)
+def windowed_export(window: Window) -> Tensor:
+    """See [`Window`]: one panel for a text of any length, as the example must not fix the number of chunks."""
+    key, value = with_past(window.key, window.value, window.past, window.left, window.dtype)
+    if window.rows is None and not window.causal:  # all see the same; a panel would ask for strides
+        average = summarize(key, value, dim=1)[2][:, None].expand(-1, value.shape[1], -1)
+    else:
+        rows, initial = window.rows, window.initial
+        average = _average(key, value, rows, window.causal, initial, panel_for_export, in_one=True)
+    return gated(window.query, average, window.activation)
 
 
-def weighted_average(*arguments) -> Tensor:
-    """The average that a panel gives; neither an exported program nor a transform can do with its operator."""
-    if is_exporting():
-        return panel_for_export(*arguments)
-    return panel_composed(*arguments) if is_transformed() else panel(*arguments)[0]
-
-
-def windowed_chunks(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rows: Tensor | None,
-    past: tuple[Tensor, Tensor] | None,
-    initial: tuple[Tensor, Tensor, Tensor],
-    activation: str,
-) -> Tensor:
-    """The causal forms, the signature that all operators for them share: [B, T, D] in the dtype of the query.
-
-    query, value [B, T, D], key [B, T, K], minus infinity where there is none; rows [heads, 1 or B, 1 or T, n], the
-    window bias of each query, or None; past: the n - 1 keys and values before the first query, or None; initial: the
-    sum of all keys before those, as maximum and normalizer [B, K] and average [B, D], in the dtype of the computation.
-    """
-    left = 0 if rows is None else rows.shape[-1] - 1
-    key, value = with_past(key, value, past, left, initial[0].dtype)
-    return gated(query, windowed_average(key, value, rows, True, initial), activation)
+def windowed_bidirectional(window: Window) -> Tensor:
+    """See [`Window`]: not causal, as one operator."""
+    rows = window.initial[0].new_zeros(1, 1, 1, 1) if window.rows is None else window.rows
+    average = bidirectional(window.key.to(window.dtype), window.value.to(window.dtype), rows)
+    return gated(window.query, average, window.activation)
 
 
 @operator("bidirectional")
 def bidirectional(key: Tensor, value: Tensor, rows: Tensor) -> Tensor:
-    """`windowed_average` without a past, for queries that see both sides, as one operator: a compiled model has one
-    graph for all lengths, of which the number of chunks would make a graph each. It computes all again in its backward
-    pass."""
+    """The average without a past, for queries that see both sides: a compiled model has one graph for all lengths, of
+    which the number of chunks would make a graph each. It computes all again in its backward pass."""
     left = (rows.shape[-1] - 1) // 2
     initial = nothing(key, value, key.dtype)
-    return windowed_average(*with_past(key, value, None, left, key.dtype), rows, False, initial).contiguous()
+    key, value = with_past(key, value, None, left, key.dtype)
+    return _average(key, value, rows, False, initial, panel_average).contiguous()
 
 
 @bidirectional.register_fake
@@ -158,22 +115,20 @@ bidirectional.register_autograd(
 )
 
 
-def windowed_average(key, value, rows, causal, initial):
-    """Average [B, T, V] of the windowed forms.
+def _average(key, value, rows, causal, initial, panel, in_one=False):
+    """Average [B, T, V] of the windowed forms, in chunks or in one panel.
 
     key [B, L+T, K], value [B, L+T, V]: the L keys before the first query that can lie in its window (minus infinity
     where there is none), then those of the T queries. rows [heads, 1 or B, 1 or T, n]: the window bias of each query.
     initial: the sum of all keys before those.
     """
-    if rows is None and not causal and is_exporting():  # all see the same; what is below would ask for strides
-        return summarize(key, value, dim=1)[2][:, None].expand(-1, value.shape[1], -1)
     if rows is None:
         rows = key.new_zeros(1, 1, 1, 1)
     heads, _, _, taps = rows.shape
     left = taps - 1 if causal else (taps - 1) // 2
     right = 0 if causal else left
     batch, length = key.shape[0], key.shape[1] - left
-    if is_exporting():  # one panel for a text of any length: the example must not fix their number
+    if in_one:
         chunk, chunks = length + left + right, 1
     else:
         chunk = max(left + right, min(_CHUNK, length))
@@ -191,7 +146,7 @@ def windowed_average(key, value, rows, causal, initial):
 
     bias = _panel_bias(rows, length, chunk, chunks, left, right, causal)  # [heads, 1 or B, 1 or chunks, C, Z + S]
     layout = _panel_layout(bias)
-    average = weighted_average(*(_to_panel(t, heads, layout) for t in (key, value, *sums)), bias.flatten(0, 2), 0)
+    average = panel(*(_to_panel(t, heads, layout) for t in (key, value, *sums)), bias.flatten(0, 2), 0)
     return _from_panel(average, heads, batch, chunks, layout)[:, :length]
 
 

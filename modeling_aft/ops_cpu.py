@@ -27,8 +27,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .ops_chunks import windowed_chunks
-from .ops_panel import differentiable_gradients, flops_of, gradients_inside_operator, largest, operator
-from .ops_reference import QUERY_ACTIVATIONS
+from .ops_operators import differentiable_gradients, flops_of, gradients_inside_operator, operator
+from .ops_state import QUERY_ACTIVATIONS, largest
+from .ops_windows import Window
 
 
 _CHUNK = 32  # queries per product of matrices, where the window is not longer
@@ -258,7 +259,7 @@ def _forward(plan, query, key, value, rows, carry, activation):
 
 
 def _exact(query, key, value, rows, maximum, normalizer, average, activation):
-    return windowed_chunks(query, key, value, rows, None, (maximum, normalizer, average), activation)
+    return windowed_chunks(Window(query, key, value, rows, None, (maximum, normalizer, average), True, activation))
 
 
 @operator("windowed")
@@ -275,7 +276,7 @@ def windowed(
     """activation(query) times the mean of the values [B, T, D], and for the backward pass the sums of the weights and
     of the weighted values [B, T or more, h, w], and the bounds of both [3] (a total of 0: the exact way was taken).
 
-    Arguments as for [`~modeling_aft.ops_chunks.windowed_chunks`], without keys before the first query.
+    Arguments as in [`Window`], without keys before the first query.
     """
     plan = _Plan(key, value, rows)
     bounds = _Bounds.of(key, value, rows, maximum, normalizer, average)
@@ -353,20 +354,14 @@ def windowed_backward(
     grad: Tensor,
     sums: Tensor,
     bounds: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rows: Tensor,
-    maximum: Tensor,
-    normalizer: Tensor,
-    average: Tensor,
+    inputs: list[Tensor],
     activation: str,
     needs_rows: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `windowed` with respect to its first seven arguments (rows: zeros unless `needs_rows`)."""
+    """Gradients of `windowed` with respect to its first seven arguments, `inputs` (rows: 0 unless `needs_rows`)."""
+    query, key, value, rows, maximum, normalizer, average = inputs
     plan = _Plan(key, value, rows)
     if not _Bounds(*bounds.tolist()).hold_for(grad, query, activation):
-        inputs = (query, key, value, rows, maximum, normalizer, average)
         return gradients_inside_operator(lambda *inputs: _exact(*inputs, activation), inputs, grad)
     grads = _backward(plan, grad, sums, query, key, value, rows, activation, needs_rows)
     # The sum of the keys before the first is exp(maximum) normalizer, and that times the average.
@@ -377,15 +372,13 @@ def windowed_backward(
 
 
 @windowed_backward.register_fake
-def _(grad, sums, bounds, query, key, value, rows, maximum, normalizer, average, activation, needs_rows):
-    inputs = (query, key, value, rows, maximum, normalizer, average)
+def _(grad, sums, bounds, inputs, activation, needs_rows):
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs)
 
 
 @flops_of(windowed_backward)
-def _(grad, sums, bounds, *inputs):
-    *inputs, needs_rows = inputs
-    return (1 + needs_rows) * _windowed_flops(*inputs)
+def _(grad, sums, bounds, inputs, activation, needs_rows):
+    return (1 + needs_rows) * _windowed_flops(*inputs, activation)
 
 
 def _save_for_backward(ctx, inputs, output):
@@ -398,18 +391,19 @@ def _save_for_backward(ctx, inputs, output):
 def _differentiate(ctx, grad, *_):
     if grad is None:
         return (None,) * 8
+    sums, bounds, *inputs = ctx.saved_tensors
     if torch.is_grad_enabled():  # a derivative of this one is wanted
-        *inputs, activation = *ctx.saved_tensors[2:], ctx.activation
-        return (*differentiable_gradients(_exact, inputs, (activation,), grad), None)
-    grads = windowed_backward(grad, *ctx.saved_tensors, ctx.activation, ctx.needs_input_grad[3])
+        return (*differentiable_gradients(_exact, inputs, (ctx.activation,), grad), None)
+    grads = windowed_backward(grad, sums, bounds, inputs, ctx.activation, ctx.needs_input_grad[3])
     return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), None
 
 
 windowed.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 
-def windowed_cpu(query, key, value, rows, past, initial, activation) -> Tensor:
-    """See [`~modeling_aft.ops_chunks.windowed_chunks`]."""
+def windowed_cpu(window: Window) -> Tensor:
+    """See [`Window`]."""
+    query, key, value, rows, past, initial, _, activation = window
     if rows is None:
         rows = initial[0].new_zeros(1, 1, 1, 1)
     left = 0 if past is None else past[0].shape[1]

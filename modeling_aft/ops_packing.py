@@ -20,19 +20,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .ops_tokens import Tokens, count_tokens
+
 
 class DocumentGroup(NamedTuple):
     """Documents of similar length, [n, L].
 
     Attributes:
         places: [n, L] int64, where each token stands in the batch, b * T + t; B * T behind the end of a document.
-        attention_mask: [n, L] bool, None if all are of length L.
-        position_ids: [n, L] int64, None if they are 0, 1, ... in every document.
+        tokens: those of the documents, all of which are kept if all are of length L.
     """
 
     places: Tensor
-    attention_mask: Tensor | None
-    position_ids: Tensor | None
+    tokens: Tokens
+
+    def seen_by(self, causal: bool) -> Tokens:
+        """What matters of them: behind the end of a document there is nothing that a causal query sees."""
+        return Tokens(position_ids=self.tokens.position_ids) if causal else self.tokens
 
 
 class Packing(NamedTuple):
@@ -145,8 +149,10 @@ def _packing(kept, starts, first, position_ids, batch, length) -> Packing:
         groups.append(
             DocumentGroup(
                 places=nowhere[token],
-                attention_mask=None if full else inside,
-                position_ids=None if counted else F.pad(positions, (0, 1))[token],
+                tokens=count_tokens(
+                    keep=None if full else inside,
+                    position_ids=None if counted else F.pad(positions, (0, 1))[token],
+                ),
             )
         )
     shape = (batch, length)

@@ -16,37 +16,17 @@ Shapes: G independent panels, C queries, S keys, Z in {0, 1, 2} sums of further 
 chunks), K key channels, V = K x R value channels (R value channels share a key channel).
 """
 
-import re
-from contextlib import contextmanager
-from functools import wraps
-
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+from .ops_operators import differentiable_gradients, flops_of, operator
+from .ops_state import finite, largest, spread, sum_shared
 
 
 _TINY = {torch.float32: 1e-30, torch.float64: 1e-280}
 _FULL_ROWS = 256  # queries per matrix product where `visible` is given: it skips the keys that none of them sees
 _EXACT_ELEMENTS = 2**22  # elements of the largest tensor when rows are computed again in log space
 _LARGEST = 1e30  # of what is summed up in float32; what may be larger is computed in float64
-
-
-def spread(per_key_channel: Tensor, values: Tensor) -> Tensor:
-    """Repeats [..., K] over the value channels that share each key channel: [..., V]."""
-    shared = values.shape[-1] // per_key_channel.shape[-1]
-    return per_key_channel if shared == 1 else per_key_channel.repeat_interleave(shared, dim=-1)
-
-
-def gather(per_value_channel: Tensor, keys: Tensor) -> Tensor:
-    """Sums [..., V] over the value channels that share a key channel: [..., K]."""
-    if per_value_channel.shape[-1] == keys.shape[-1]:
-        return per_value_channel
-    return per_value_channel.unflatten(-1, (keys.shape[-1], -1)).sum(-1)
-
-
-def finite(maximum: Tensor) -> Tensor:
-    """Replaces the maximum of nothing (minus infinity), so that differences with it stay numbers."""
-    return torch.where(maximum == -torch.inf, torch.zeros_like(maximum), maximum)
 
 
 def _exponentials(key, value, maximum, normalizer, average, bias):
@@ -99,99 +79,12 @@ def exact_weights(index, key, maximum, normalizer, bias):
     return weights.div_(torch.where(total == 0, torch.ones_like(total), total))
 
 
-def largest(*tensors: Tensor) -> float:
-    """The largest magnitude in them, 0 of nothing."""
-    bounds = [max(-float(low), float(high)) for low, high in (t.aminmax() for t in tensors if t.numel())]
-    return max(bounds, default=0.0)
-
-
-def differentiable_gradients(function, inputs, constants, grad) -> tuple[Tensor | None, ...]:
-    """The gradients of `function(*inputs, *constants)`, of which a gradient can be taken."""
-    needed = [tensor for tensor in inputs if tensor.requires_grad]
-    grads = iter(
-        torch.autograd.grad(function(*inputs, *constants), needed, grad, create_graph=True, allow_unused=True)
-    )
-    return tuple(next(grads) if tensor.requires_grad else None for tensor in inputs)
-
-
-def _in_float64(function, *arguments):
-    """The results of a function, in float32, that computes them in float64."""
-    arguments = (t.double() if torch.is_tensor(t) else t for t in arguments)
-    return tuple(t.float() for t in function(*arguments))
-
-
 def _is_moderate(grad: Tensor, out: Tensor, total: Tensor, value: Tensor, average: Tensor) -> bool:
     """Whether no sum of the backward pass can leave the range of float32. A NaN passes."""
     counted = total[total >= _TINY[total.dtype]]  # the others are computed in log space
     smallest = min(float(counted.amin()), 1.0) if counted.numel() else 1.0
     size = largest(grad) * max(largest(out, value, average), 1.0)
     return not size * total.shape[1] / smallest > _LARGEST
-
-
-def _backward_of_extremes(grad, key, value, maximum, normalizer, average, bias, visible, needs_bias):
-    out, total = panel.plain(key, value, maximum, normalizer, average, bias, visible)
-    inputs = (key, value, maximum, normalizer, average, bias)
-    return panel_backward.plain(grad, out, total, *inputs, visible, needs_bias)
-
-
-@contextmanager
-def autograd_inside_operator():
-    """Records gradients inside of an operator's body, where autograd is off."""
-    exclude, keys = torch._C._dispatch_tls_local_exclude_set(), torch._C.DispatchKey
-    for key in (keys.AutogradFunctionality, keys.AutogradCPU, keys.AutogradCUDA, keys.ADInplaceOrView):
-        exclude = exclude.remove(key)
-    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), exclude), torch.enable_grad():
-        yield
-
-
-def gradients_inside_operator(function, inputs: list[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
-    """The gradients of `function(*inputs)`, 0 where there is none, inside of an operator's body."""
-    with autograd_inside_operator():
-        inputs = [tensor.detach().requires_grad_() for tensor in inputs]
-        grads = torch.autograd.grad(function(*inputs), inputs, grad, allow_unused=True)
-    return tuple(torch.zeros_like(t) if g is None else g for g, t in zip(grads, inputs, strict=True))
-
-
-def operator_namespace(module: str) -> str:
-    """Remote code may load a file under several module names in one process: each gets its own operators. Their names
-    are ASCII, those of modules need not be."""
-    return re.sub(r"[^a-zA-Z0-9_.]", lambda found: f"_{ord(found[0]):x}_", module).replace(".", "_")
-
-
-def operator(name: str):
-    """Registers a function as an operator. It runs in full precision under autocast, and, as it reads data, outside of
-    CUDA graphs."""
-
-    def register(function):
-        @wraps(function)
-        def in_full_precision(*args, **kwargs):
-            with torch.autocast(args[0].device.type, enabled=False):
-                return function(*args, **kwargs)
-
-        registered = torch.library.custom_op(
-            f"{operator_namespace(__name__)}::{name}",
-            in_full_precision,
-            mutates_args=(),
-            tags=(torch.Tag.cudagraph_unsafe,),
-        )
-        registered.plain = function
-        return registered
-
-    return register
-
-
-def flops_of(operator):
-    """Registers how many operations an operator takes, a function of its arguments, for torch.utils.flop_counter: that
-    cannot look into it. As of torch's own operators those of matrix products are counted, 2 for a multiplication with
-    its addition, but not what inputs of extreme size need beside."""
-
-    def register(function):
-        packet = operator._opoverload.overloadpacket
-        flop_registry.pop(packet, None)  # that of the same file, loaded before
-        register_flop_formula(packet, get_raw=True)(lambda *args, out_val, **kwargs: function(*args, **kwargs))
-        return function
-
-    return register
 
 
 @operator("panel")
@@ -203,7 +96,8 @@ def panel(
     key [G, S, P, K], value [G, S, P, V]; maximum, normalizer [G, Z, P, K], average [G, Z, P, V]; bias [G, C, Z+S].
     """
     if value.dtype == torch.float32 and largest(value, average) > _LARGEST:
-        return _in_float64(panel.plain, key, value, maximum, normalizer, average, bias, visible)
+        inputs = (tensor.double() for tensor in (key, value, maximum, normalizer, average, bias))
+        return tuple(tensor.float() for tensor in panel.plain(*inputs, visible))
     weight, term, pair_weight = _exponentials(key, value, maximum, normalizer, average, bias)
     groups, queries, columns = bias.shape[0], bias.shape[1], key.shape[2]
     total = key.new_empty(groups, queries, columns * key.shape[3])
@@ -220,6 +114,13 @@ def panel(
         values = torch.cat([average[g, :, p], value[g, :, p]], 1)
         out[g, c, p] = (spread(weights, values) * values).sum(1)
     return out, total
+
+
+def panel_average(
+    key: Tensor, value: Tensor, maximum: Tensor, normalizer: Tensor, average: Tensor, bias: Tensor, visible: int
+) -> Tensor:
+    """The average alone. `panel_composed` and `panel_for_export` give the same by other means."""
+    return panel(key, value, maximum, normalizer, average, bias, visible)[0]
 
 
 @panel.register_fake
@@ -240,26 +141,23 @@ def panel_backward(
     grad: Tensor,
     out: Tensor,
     total: Tensor,
-    key: Tensor,
-    value: Tensor,
-    maximum: Tensor,
-    normalizer: Tensor,
-    average: Tensor,
-    bias: Tensor,
+    inputs: list[Tensor],
     visible: int,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `panel` with respect to its first six arguments (bias: empty unless `needs_bias`)."""
+    """Gradients of `panel` with respect to its first six arguments, `inputs` (bias: empty unless `needs_bias`)."""
+    key, value, maximum, normalizer, average, bias = inputs
     if value.dtype == torch.float32 and not _is_moderate(grad, out, total, value, average):
-        inputs = (key, value, maximum, normalizer, average, bias)
-        return _in_float64(_backward_of_extremes, grad, *inputs, visible, needs_bias)
+        inputs = [tensor.double() for tensor in inputs]
+        out, total = panel.plain(*inputs, visible)
+        return tuple(t.float() for t in panel_backward.plain(grad.double(), out, total, inputs, visible, needs_bias))
     weight, term, pair_weight = _exponentials(key, value, maximum, normalizer, average, bias)
     sums, keys, columns = maximum.shape[1], bias.shape[2], key.shape[2]
     underflow = total < _TINY[key.dtype]
     # A row computed in log space has no meaningful denominator: it is left out here and added below.
     inverse = torch.where(underflow.any(-1, keepdim=True), torch.zeros_like(total), 1 / total)
     grad_term = grad * spread(inverse, grad)
-    grad_weight = gather(grad_term * out, key).neg_()
+    grad_weight = sum_shared(grad_term * out, key).neg_()
     grad_term, grad_weight = grad_term.flatten(2), grad_weight.flatten(2)
     d_term = value.new_zeros(term.shape[0], keys, grad_term.shape[2])
     d_weight = key.new_zeros(weight.shape[0], keys, grad_weight.shape[2])
@@ -275,8 +173,8 @@ def panel_backward(
     d_term, d_weight = d_term.unflatten(2, (columns, -1)), d_weight.unflatten(2, (columns, -1))
     d_value = d_term[:, sums:] * spread(weight[:, sums:], value)
     d_average = d_term[:, :sums] * spread(weight[:, :sums], average)
-    d_key = gather(d_term[:, sums:] * value, key).add_(d_weight[:, sums:]).mul_(weight[:, sums:])
-    d_maximum = gather(d_term[:, :sums] * average, key).add_(d_weight[:, :sums]).mul_(weight[:, :sums])
+    d_key = sum_shared(d_term[:, sums:] * value, key).add_(d_weight[:, sums:]).mul_(weight[:, sums:])
+    d_maximum = sum_shared(d_term[:, :sums] * average, key).add_(d_weight[:, :sums]).mul_(weight[:, :sums])
     counted = normalizer > 0
     d_normalizer = torch.where(counted, d_maximum / normalizer, torch.zeros_like(normalizer))
     for index in _exact_rows(total, bias, value.shape[3]):
@@ -285,7 +183,7 @@ def panel_backward(
         values = torch.cat([average[g, :, p], value[g, :, p]], 1)
         grads = grad[g, c, p][:, None]  # [R, 1, V]
         d_values = spread(weights, values) * grads
-        d_logits = weights * gather(grads * (values - out[g, c, p][:, None]), key)
+        d_logits = weights * sum_shared(grads * (values - out[g, c, p][:, None]), key)
         d_value.transpose(1, 2).index_put_((g, p), d_values[:, sums:], accumulate=True)
         d_key.transpose(1, 2).index_put_((g, p), d_logits[:, sums:], accumulate=True)
         if needs_bias:
@@ -300,17 +198,15 @@ def panel_backward(
 
 
 @panel_backward.register_fake
-def _(grad, out, total, key, value, maximum, normalizer, average, bias, visible, needs_bias):
-    like = [
-        torch.empty_like(t, memory_format=torch.contiguous_format) for t in (key, value, maximum, normalizer, average)
-    ]
+def _(grad, out, total, inputs, visible, needs_bias):
+    *others, bias = inputs
+    like = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in others]
     return (*like, torch.empty_like(bias) if needs_bias else bias.new_empty(0))
 
 
 @flops_of(panel_backward)
-def _(grad, out, total, *inputs):
-    *inputs, needs_bias = inputs
-    return (1 + needs_bias) * _panel_flops(*inputs)
+def _(grad, out, total, inputs, visible, needs_bias):
+    return (1 + needs_bias) * _panel_flops(*inputs, visible)
 
 
 def panel_composed(
@@ -328,6 +224,32 @@ def panel_composed(
     return sums / spread(torch.where(total == 0, torch.ones_like(total), total), sums)
 
 
+def panel_for_export(
+    key: Tensor, value: Tensor, maximum: Tensor, normalizer: Tensor, average: Tensor, bias: Tensor, visible: int
+) -> Tensor:
+    """The average that `panel` gives. `visible` is not read: it is in the bias already."""
+    count = torch.cat([normalizer, torch.ones_like(key)], 1)
+    logits, values = torch.cat([maximum, key], 1), torch.cat([average, value], 1)
+    weight = (logits - finite(logits.amax(1, keepdim=True))).exp() * count
+    pair_weight = (bias - finite(bias.amax(-1, keepdim=True))).exp()
+    total = (pair_weight @ weight.flatten(2)).unflatten(2, key.shape[2:])
+    out = (pair_weight @ (spread(weight, values) * values).flatten(2)).unflatten(2, value.shape[2:])
+    out = out / spread(torch.where(total == 0, torch.ones_like(total), total), out)
+    index = g, c, p = _some_of(underflown(total, bias))
+    weights = exact_weights(index, key, maximum, normalizer, bias)
+    values = values[g, :, p]
+    return out.index_put(index, (spread(weights, values) * values).sum(1))
+
+
+def _some_of(rows: Tensor) -> tuple[Tensor, ...]:
+    """The indices [R] of what is True in rows [G, C, P], and of the first in any case: generated code crashes with
+    tensors of no row, and some runtimes refuse them."""
+    grids = torch.meshgrid(*(torch.arange(size, device=rows.device) for size in rows.shape), indexing="ij")
+    # Of one dimension, because the result of `nonzero` for several lies in memory as no other tensor does.
+    places = (rows | (sum(grids) == 0)).flatten().nonzero().flatten()
+    return tuple(grid.flatten().index_select(0, places) for grid in grids)
+
+
 def _save_for_backward(ctx, inputs, output):
     key, value, maximum, normalizer, average, bias, ctx.visible = inputs
     ctx.save_for_backward(*output, key, value, maximum, normalizer, average, bias)
@@ -338,11 +260,11 @@ def _save_for_backward(ctx, inputs, output):
 def _backward(ctx, grad, _):
     if grad is None:
         return (None,) * 7
+    out, total, *inputs = ctx.saved_tensors
     if torch.is_grad_enabled():  # a derivative of this one is wanted
-        inputs = ctx.saved_tensors[2:]
         return (*differentiable_gradients(panel_composed, inputs, (ctx.visible,), grad), None)
     needs_bias = ctx.needs_input_grad[5]
-    grads = panel_backward(grad.contiguous(), *ctx.saved_tensors, ctx.visible, needs_bias)
+    grads = panel_backward(grad.contiguous(), out, total, inputs, ctx.visible, needs_bias)
     return (*grads[:5], grads[5] if needs_bias else None, None)
 
 

@@ -8,50 +8,9 @@
 # specific language governing permissions and limitations under the License.
 """The AFT operator as the paper writes it: one query at a time, in plain sums. All other backends are tested on it."""
 
-from typing import NamedTuple
-
 import torch
 
-
-class AFTState(NamedTuple):
-    """What [`~modeling_aft.ops.aft_attention`] needs of the past to go on; opaque to callers. Tensors are [B, ...].
-
-    The tokens that have left the window (all tokens, for AFT-simple) are summed up by three fp32 tensors: the largest
-    key, the sum of `exp(key - largest)`, and the average of their values under those weights. Keeping the maximum
-    apart from the sum, instead of their log-sum-exp, loses nothing to rounding, however large the keys or long the
-    text.
-
-    Attributes:
-        position: [B] int64, the position that the next kept token will have.
-        key: [B, S, D or H] in the dtype of the keys: the last S = n - 1 kept tokens, oldest first, or, for the full
-            form, all S past tokens. Minus infinity where there is no token.
-        value: [B, S, D], 0 where there is no token.
-        key_position: [B, S] int64, the position of each key (full form only, else None).
-        maximum: [B, D or H] fp32, minus infinity if no token has left the window (None in the full form).
-        normalizer: [B, D or H] fp32, 0 if no token has left the window, else at least 1 (None in the full form).
-        average: [B, D] fp32 (None in the full form).
-    """
-
-    position: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    key_position: torch.Tensor | None = None
-    maximum: torch.Tensor | None = None
-    normalizer: torch.Tensor | None = None
-    average: torch.Tensor | None = None
-
-
-def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
-    """Sums and exponentials are taken in float64 if one of the tensors is in float64, else in float32."""
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
-
-
-QUERY_ACTIVATIONS = {"sigmoid": torch.sigmoid, "tanh": torch.tanh, "relu": torch.relu, "identity": lambda query: query}
-
-
-def gated(query: torch.Tensor, average: torch.Tensor, activation: str) -> torch.Tensor:
-    """activation(query) times the average, in the dtype of the query."""
-    return (QUERY_ACTIVATIONS[activation](query.to(average.dtype)) * average).to(query.dtype)
+from .ops_state import AFTState, Call, compute_dtype, gated
 
 
 def _tap_bias(row: torch.Tensor, offset: torch.Tensor, causal: bool) -> torch.Tensor:
@@ -75,24 +34,20 @@ def _attend(keys, values, bias, state_of_row):
     return (weights * terms).sum(0)
 
 
-def aft_attention_reference(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    position_bias: torch.Tensor | None,
-    window_bias: torch.Tensor | None,
-    causal: bool,
-    attention_mask: torch.Tensor | None,
-    position_ids: torch.Tensor | None,
-    state: AFTState | None,
-    seq_idx: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, AFTState]:
-    """The average of eq. 2, 4, 5 or 6 without the query gate, [B, T, D], and the state after the last token.
+def aft_attention_reference(call: Call) -> tuple[torch.Tensor, AFTState]:
+    """Eq. 2, 4, 5 or 6, [B, T, D] in the dtype of the query, and the state after the last token. O(B T^2 D) time,
+    slow on purpose."""
+    average, state = _average(call)
+    return gated(call.query, average, call.query_activation), state
 
-    Same arguments as [`~modeling_aft.ops.aft_attention`], already validated. O(B T^2 D) time, slow on purpose.
-    """
+
+def _average(call: Call) -> tuple[torch.Tensor, AFTState]:
+    """The average without the query gate, and the state."""
+    _, key, value, position_bias, window_bias, causal, state, _, _, tokens, seq_idx = call
+    position_ids = tokens.position_ids
     dtype = torch.promote_types(compute_dtype(key), compute_dtype(value))
     batch, length, _ = key.shape
-    kept = torch.ones(batch, length, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    kept = torch.ones(batch, length, dtype=torch.bool) if tokens.keep is None else tokens.keep
     rows, states = [], []
     for b in range(batch):
         index = kept[b].nonzero().squeeze(-1).to(key.device)

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .ops_export import first, is_exporting, is_transformed
-from .ops_panel import differentiable_gradients, flops_of, gradients_inside_operator, operator
+from .ops_kernels import Kernel, choose
+from .ops_modes import is_exporting, is_transformed, leading
+from .ops_operators import differentiable_gradients, flops_of, gradients_inside_operator, operator
 
 
 _BLOCK = 128  # queries per block, where neither factors nor one matrix for the batch will do
@@ -50,19 +51,22 @@ def advance(before: SynthesizerState | None, new, like: SynthesizerState | None 
 
     Args:
         before: that before them, None at the start.
-        new: has `key` [B, H, T, d] or None, `value` [B, H, T, d], `attention_mask` [B, T] or None (all kept), and
-            `position_ids` [B, T] or None (counted).
+        new: has `key` [B, H, T, d] or None, `value` [B, H, T, d], and `tokens`.
         like: not read; other states need to know more of their form.
     """
     batch, length = new.value.shape[0], new.value.shape[2]
-    first = new.value.new_zeros(batch, dtype=torch.long) if before is None else before.position
-    if new.attention_mask is not None:
-        keep = new.attention_mask.bool()
-    else:
-        keep = torch.ones(batch, length, dtype=torch.bool, device=new.value.device)
-    positions = first[:, None] + keep.long().cumsum(1) - 1 if new.position_ids is None else new.position_ids
-    key_position = torch.where(keep, positions, -1)
-    position = torch.maximum(first, key_position.amax(1) + 1)
+    tokens = new.tokens
+    if tokens.next_position is None:
+        tokens = tokens.advanced(None if before is None else before.position, new.value.transpose(1, 2))
+    key_position = tokens.position_ids
+    if key_position is None:
+        places = torch.arange(length, device=new.value.device)
+        key_position = places.expand(batch, -1) if tokens.slot is None else tokens.slot
+    if tokens.keep is not None:
+        key_position = key_position.masked_fill(~tokens.keep, -1)
+    position = (
+        tokens.next_position.clone()
+    )  # the states of all layers would share one tensor, and each be written into
     if before is None:
         return SynthesizerState(position, new.key, new.value, key_position)
     key = None if new.key is None else torch.cat([before.key, new.key], 2)
@@ -88,6 +92,15 @@ class Logits(NamedTuple):
     key_position: Tensor | None = None
 
 
+class Call(NamedTuple):
+    """What a kernel is asked: the arguments of [`attend_fused`], with a `count` only where it matters."""
+
+    logits: Logits
+    value: Tensor
+    causal: bool
+    count: Tensor | None
+
+
 def outer(first: Tensor, second: Tensor) -> Tensor:
     """[..., a] and [..., b] to [..., a * b]: the first repeated, the second tiled, multiplied."""
     return (first[..., :, None] * second[..., None, :]).flatten(-2)
@@ -96,7 +109,7 @@ def outer(first: Tensor, second: Tensor) -> Tensor:
 def columns(logits: Tensor, key_position: Tensor | None, length: int) -> Tensor:
     """The columns of logits [1 or B, H, T, N] at the key positions [B, S], or the first `length` for None."""
     if key_position is None:
-        return first(logits, 3, length)
+        return leading(logits, 3, length)
     index = key_position.clamp_min(0)[:, None, None]
     return logits.expand(index.shape[0], -1, -1, -1).gather(3, index.expand(-1, *logits.shape[1:3], -1))
 
@@ -126,7 +139,9 @@ def attend(logits: Tensor, value: Tensor, visible: Tensor | None) -> tuple[Tenso
     return weights @ value, weights
 
 
-def attend_fused(logits: Logits, value: Tensor, causal: bool, count: Tensor | None) -> Tensor:
+def attend_fused(
+    logits: Logits, value: Tensor, causal: bool, count: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
     """`attend` for keys and queries at the same T places: the output [B, H, T, d], without a [T, T] tensor per row.
 
     Args:
@@ -135,16 +150,17 @@ def attend_fused(logits: Logits, value: Tensor, causal: bool, count: Tensor | No
         causal (`bool`): whether a query sees only its own and earlier places.
         count (`Tensor` [B], *optional*): how many places, from the first, hold a token; None for all. A causal query
             needs no other mask than its place; what queries behind the tokens get has no meaning.
+        backend (`str`): "auto" is the first kernel of the table `KERNELS` that supports the call; or the name of one.
+
+    Raises:
+        ValueError: there is no such kernel, or it does not support the call.
     """
     if causal:
         count = None
     elif count is not None:
         count = count.clamp_min(1)  # a row without any token sees its first place, so that no softmax is over nothing
-    if logits.bias is None and logits.product is None and not is_transformed():
-        return _attend_factors(logits, value, causal, count)
-    if logits.query is None and logits.product is None and logits.bias.shape[0] == 1 and count is None:
-        return attend(logits.bias, value, _visible(slice(0, value.shape[2]), value, causal, None))[0]
-    return _attend_in_blocks(logits, value, causal, count)
+    call = Call(logits, value, causal, count)
+    return choose(KERNELS, call, backend).run(call)
 
 
 def _visible(rows: slice, value: Tensor, causal: bool, count: Tensor | None) -> Tensor | None:
@@ -155,7 +171,8 @@ def _visible(rows: slice, value: Tensor, causal: bool, count: Tensor | None) -> 
     return None if count is None else (places < count[:, None])[:, None, None]
 
 
-def _attend_factors(logits: Logits, value: Tensor, causal: bool, count: Tensor | None) -> Tensor:
+def _attend_factors(call: Call) -> Tensor:
+    logits, value, causal, count = call
     batch, width = value.shape[0], value.shape[-1]
     # Fused kernels want one head size for all three, and those of GPUs a multiple of 8.
     size = max(logits.query.shape[-1], width)
@@ -166,13 +183,51 @@ def _attend_factors(logits: Logits, value: Tensor, causal: bool, count: Tensor |
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=1.0)[..., :width]
 
 
-def _attend_in_blocks(logits: Logits, value: Tensor, causal: bool, count: Tensor | None) -> Tensor:
-    length = value.shape[2]
-    if is_exporting() or is_transformed():  # which must not depend on the number of blocks, or have no operators
-        return _attend_block(logits, value, _visible(slice(0, length), value, causal, count))
+def _attend_shared(call: Call) -> Tensor:
+    return attend(
+        call.logits.bias, call.value, _visible(slice(0, call.value.shape[2]), call.value, call.causal, None)
+    )[0]
+
+
+def _attend_in_blocks(call: Call) -> Tensor:
+    logits = call.logits
     query, key = _in_one_dtype(logits.query, logits.key)
     product = logits.product or (None, None)
-    return attend_in_blocks(value, query, key, logits.bias, *product, logits.key_position, count, causal)
+    positions = logits.key_position
+    return attend_in_blocks(call.value, query, key, logits.bias, *product, positions, call.count, call.causal)
+
+
+def _attend_in_one(call: Call) -> Tensor:
+    logits, value, causal, count = call
+    return _attend_block(logits, value, _visible(slice(0, value.shape[2]), value, causal, count))
+
+
+def _has_factors_alone(call: Call) -> bool:
+    return call.logits.bias is None and call.logits.product is None
+
+
+def _has_one_bias_alone(call: Call) -> bool:
+    logits = call.logits
+    return logits.query is None and logits.product is None and logits.bias.shape[0] == 1 and call.count is None
+
+
+# In order of preference.
+KERNELS = (
+    Kernel(
+        "factors",
+        "logits that are a product of queries and keys, outside of transforms",
+        lambda call: _has_factors_alone(call) and not is_transformed(),
+        _attend_factors,
+    ),
+    Kernel("shared", "logits that are one matrix for the batch, without padding", _has_one_bias_alone, _attend_shared),
+    Kernel(
+        "blocks",
+        "calls outside of exports, which must not fix the number of blocks, and transforms, which have no rules",
+        lambda call: not is_exporting() and not is_transformed(),
+        _attend_in_blocks,
+    ),
+    Kernel("whole", "all calls", lambda call: True, _attend_in_one),
+)
 
 
 def _in_one_dtype(query: Tensor | None, key: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -222,22 +277,13 @@ def _attend_flops(value, query, key, bias, first, second, key_position, count, c
 
 @operator("attend_in_blocks_backward")
 def attend_in_blocks_backward(
-    grad: Tensor,
-    value: Tensor,
-    query: Tensor | None,
-    key: Tensor | None,
-    bias: Tensor | None,
-    first: Tensor | None,
-    second: Tensor | None,
-    key_position: Tensor | None,
-    count: Tensor | None,
-    causal: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `attend_in_blocks` with respect to its first six arguments, empty for None. The logits of a block
-    are computed again."""
-    tensors = (value, query, key, bias, first, second)
+    grad: Tensor, tensors: list[Tensor | None], key_position: Tensor | None, count: Tensor | None, causal: bool
+) -> list[Tensor]:
+    """Gradients of `attend_in_blocks` with respect to its first six arguments, `tensors`; empty for None. The logits
+    of a block are computed again."""
+    length = grad.shape[2]
     grads = [grad.new_empty(0) if t is None else torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in tensors]
-    for rows, keys in _blocks(value.shape[2], causal):
+    for rows, keys in _blocks(length, causal):
         places = [slice(keys), rows, slice(keys), (rows, slice(keys)), rows, rows]
         given = [i for i, tensor in enumerate(tensors) if tensor is not None]
         index = [(slice(None), slice(None), *(p if isinstance(p, tuple) else (p,))) for p in places]
@@ -252,18 +298,19 @@ def attend_in_blocks_backward(
         parts = [tensors[i][index[i]] for i in given]
         for i, part in zip(given, gradients_inside_operator(block, parts, grad[:, :, rows]), strict=True):
             grads[i][index[i]] += part
-    return tuple(grads)
+    return grads
 
 
 @attend_in_blocks_backward.register_fake
-def _(grad, value, query, key, bias, first, second, key_position, count, causal):
-    tensors = (value, query, key, bias, first, second)
-    return tuple(grad.new_empty(0) if t is None else t.new_empty(t.shape) for t in tensors)
+def _(grad, tensors, key_position, count, causal):
+    return [grad.new_empty(0) if t is None else t.new_empty(t.shape) for t in tensors]
 
 
 @flops_of(attend_in_blocks_backward)
-def _(grad, *inputs):
-    return 3 * _attend_flops(*inputs)  # the products, again, and the two gradients of each
+def _(grad, tensors, key_position, count, causal):
+    return 3 * _attend_flops(
+        *tensors, key_position, count, causal
+    )  # the products, again, and the two gradients of each
 
 
 def _save_for_backward(ctx, inputs, output):
@@ -286,7 +333,8 @@ def _differentiate(ctx, grad):
 
         grads = dict(zip(given, differentiable_gradients(whole, [inputs[i] for i in given], (), grad), strict=True))
         return tuple(map(grads.get, range(9)))
-    grads = attend_in_blocks_backward(grad, *inputs, ctx.causal)
+    *tensors, key_position, count = inputs
+    grads = attend_in_blocks_backward(grad, tensors, key_position, count, ctx.causal)
     return (*(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), None, None, None)
 
 

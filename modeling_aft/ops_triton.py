@@ -32,8 +32,9 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from .ops_panel import flops_of, operator_namespace
-from .ops_reference import compute_dtype
+from .ops_operators import flops_of, operator_namespace
+from .ops_state import compute_dtype, spread
+from .ops_windows import Window
 
 
 try:
@@ -44,6 +45,7 @@ except ImportError:
 
 
 _NAMESPACE = operator_namespace(__name__)
+_INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # decided when triton is imported
 _TINY = {torch.float32: 1e-25, torch.float64: 1e-250}  # denominators below are computed again in log space
 _LARGEST = {torch.float32: 1e30, torch.float64: 1e250}  # of the gradients of a row outside of log space
 _BLOCK_T = 64  # queries of a tile, and keys of a block
@@ -56,7 +58,7 @@ _OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 def triton_can_run(device: torch.device) -> bool:
     """Whether triton is there, and the device one that it has code for, as the CPU is for its interpreter."""
-    return triton is not None and (device.type == "cuda" or triton.knobs.runtime.interpret)
+    return triton is not None and (device.type == "cuda" or _INTERPRETED)
 
 
 def _jit(function):
@@ -776,38 +778,18 @@ def _differentiate(ctx, grad, _):
 _windowed.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 
-def windowed_triton(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rows: Tensor | None,
-    past: tuple[Tensor, Tensor] | None,
-    initial: tuple[Tensor, Tensor, Tensor] | None,
-    query_activation: str,
-) -> Tensor:
-    """act(q) times the average of eq. 4, 5 or 6 of arXiv 2105.14103, causal: [B, T, D] in the dtype of `query`.
-
-    Keys of minus infinity are absent; a query that sees no key gives 0, with zero gradients. The sums are taken in
-    float32, or in float64 if an input is. Half-precision inputs go through the tensor cores in tf32.
-
-    Args:
-        query, value (`Tensor` [B, T, D]), key (`Tensor` [B, T, K]):
-            floating point, T > 0; K divides D, and channel d has the key channel d // (D / K).
-        rows (`Tensor` [heads, 1 or B, 1 or T, n], *optional*):
-            `rows[h, b, t, j]` is the bias of query t at key t - j; it is 0 beyond. heads divides K, n > 0.
-        past (pair of `Tensor` [B, n-1, K] and [B, n-1, D], *optional*): the keys and values before the first query.
-        initial (triple of `Tensor` [B, K], [B, K], [B, D], *optional*):
-            the sum of all keys before those: maximum, normalizer and average of [`AFTState`].
-        query_activation (`str`): `"sigmoid"`, `"tanh"`, `"relu"` or `"identity"`.
+def windowed_triton(window: Window) -> Tensor:
     """
+    See [`Window`], causal. A query that sees no key gives 0, with zero gradients. The sums are taken in float32, or in
+    float64 if an input is. Half-precision inputs go through the tensor cores in tf32.
+    """
+    query, key, value, rows, past, (maximum, normalizer, average), _, activation = window
     if past is not None:
         key, value = torch.cat([past[0].to(key.dtype), key], 1), torch.cat([past[1].to(value.dtype), value], 1)
-    if initial is not None:
-        dtype = compute_dtype(query, key, value)
-        shared = value.shape[2] // key.shape[2]
-        maximum, normalizer = (t.to(dtype).repeat_interleave(shared, 1) for t in initial[:2])
-        initial = torch.stack([maximum, normalizer, normalizer * initial[2].to(dtype)], 1)
+    dtype = compute_dtype(query, key, value)
+    maximum, normalizer = (spread(tensor.to(dtype), average) for tensor in (maximum, normalizer))
+    initial = torch.stack([maximum, normalizer, normalizer * average.to(dtype)], 1)
     query, key, value, rows = (
         t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (query, key, value, rows)
     )
-    return _windowed(query, key, value, rows, initial, query_activation)[0]
+    return _windowed(query, key, value, rows, initial, activation)[0]

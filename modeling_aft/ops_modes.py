@@ -6,16 +6,13 @@
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
-"""What torch.export and torch.jit.trace need done differently: in torch's own operators, and without regard to the
-example's sizes."""
+"""What torch is doing at the moment, which decides what code may look at: exporting, compiling, transforming."""
 
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-
-from .ops_panel import exact_weights, finite, spread, underflown
 
 
 def is_exporting() -> bool:
@@ -64,7 +61,7 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager:
     return torch.autocast(device, enabled=False) if under_autocast else nullcontext()
 
 
-def first(table: Tensor, dim: int, length: int) -> Tensor:
+def leading(table: Tensor, dim: int, length: int) -> Tensor:
     """The first `length` places of `table` along `dim`: a view, or in an exported program a copy, because the strides
     of a view would depend on whether all of the table is used."""
     if is_exporting():
@@ -72,29 +69,3 @@ def first(table: Tensor, dim: int, length: int) -> Tensor:
     if not torch.is_grad_enabled():  # a view of a parameter would still say that it needs a gradient
         table = table.detach()
     return table[(slice(None),) * dim + (slice(length),)]
-
-
-def panel_for_export(
-    key: Tensor, value: Tensor, maximum: Tensor, normalizer: Tensor, average: Tensor, bias: Tensor, visible: int
-) -> Tensor:
-    """The average that `panel` gives. `visible` is not read: it is in the bias already."""
-    count = torch.cat([normalizer, torch.ones_like(key)], 1)
-    logits, values = torch.cat([maximum, key], 1), torch.cat([average, value], 1)
-    weight = (logits - finite(logits.amax(1, keepdim=True))).exp() * count
-    pair_weight = (bias - finite(bias.amax(-1, keepdim=True))).exp()
-    total = (pair_weight @ weight.flatten(2)).unflatten(2, key.shape[2:])
-    out = (pair_weight @ (spread(weight, values) * values).flatten(2)).unflatten(2, value.shape[2:])
-    out = out / spread(torch.where(total == 0, torch.ones_like(total), total), out)
-    index = g, c, p = _some_of(underflown(total, bias))
-    weights = exact_weights(index, key, maximum, normalizer, bias)
-    values = values[g, :, p]
-    return out.index_put(index, (spread(weights, values) * values).sum(1))
-
-
-def _some_of(rows: Tensor) -> tuple[Tensor, ...]:
-    """The indices [R] of what is True in rows [G, C, P], and of the first in any case: generated code crashes with
-    tensors of no row, and some runtimes refuse them."""
-    grids = torch.meshgrid(*(torch.arange(size, device=rows.device) for size in rows.shape), indexing="ij")
-    # Of one dimension, because the result of `nonzero` for several lies in memory as no other tensor does.
-    places = (rows | (sum(grids) == 0)).flatten().nonzero().flatten()
-    return tuple(grid.flatten().index_select(0, places) for grid in grids)

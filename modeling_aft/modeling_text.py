@@ -6,21 +6,21 @@
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
-"""The parts that do not depend on how tokens are mixed: block, stack of blocks, what transformers asks of a model."""
+"""The text model: embeddings of tokens and positions below a stack of blocks, and what is checked before it runs."""
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel, initialization
-from transformers.activations import ACT2FN
+from transformers import DynamicCache
 from transformers.cache_utils import Cache
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 from transformers.utils.output_capturing import capture_outputs
 
 from .cache_files import check_kind
-from .compatibility import CACHE_NAME, CACHE_NAMES, BaseModelOutputWithPast, one_cache, refuse_unknown
-from .modeling_tokens import Tokens, infer_mask, read_tokens
-from .ops_export import can_read
+from .compatibility import CACHE_NAME, BaseModelOutputWithPast, one_cache, refuse_unknown
+from .modeling_stack import MixerPreTrainedModel, MixerStack
+from .modeling_tokens import infer_mask, read_tokens
+from .ops_modes import can_read
+from .ops_tokens import Tokens
 
 
 # What `MixerModel.forward` knows beside its parameters. The longest documents need not be known here.
@@ -34,84 +34,10 @@ HEAD_KEYWORDS = MODEL_KEYWORDS - {"tokens"} | {"token_type_ids", "seq_idx", "cu_
 logger = logging.get_logger(__name__)
 
 
-class FeedForward(nn.Module):
-    """Two linear layers with an activation between them, `intermediate_size` wide."""
-
-    def __init__(self, config):
-        super().__init__()
-        intermediate_size = config.intermediate_size or 4 * config.hidden_size
-        self.up_proj = nn.Linear(config.hidden_size, intermediate_size)
-        self.act_fn = ACT2FN[config.hidden_act]
-        self.down_proj = nn.Linear(intermediate_size, config.hidden_size)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
-
-
-class MixerBlock(GradientCheckpointingLayer):
-    """Pre-norm residual block: x + mixer(norm(x)), then x + feed_forward(norm(x)). Subclasses name their mixer."""
-
-    mixer_class: type[nn.Module]
-
-    def __init__(self, config, layer_idx: int):
-        super().__init__()
-        self._checkpoints = False
-        self.mixer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mixer = self.mixer_class(config, layer_idx)
-        self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.feed_forward = FeedForward(config)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-
-    @property
-    def gradient_checkpointing(self) -> bool:
-        """Where no gradient is recorded, nothing is computed again, and the cache is needed."""
-        return self._checkpoints and torch.is_grad_enabled()
-
-    @gradient_checkpointing.setter
-    def gradient_checkpointing(self, value: bool) -> None:
-        self._checkpoints = value
-
-    def forward(self, hidden_states: torch.Tensor, **mixer_inputs) -> torch.Tensor:
-        """hidden_states [B, T, D]; `mixer_inputs`: attention_mask, position_ids, packing, cache, output_attentions."""
-        mixed, _ = self.mixer(self.mixer_norm(hidden_states), **mixer_inputs)
-        hidden_states = hidden_states + self.dropout(mixed)
-        return hidden_states + self.dropout(self.feed_forward(self.feed_forward_norm(hidden_states)))
-
-
-class MixerPreTrainedModel(PreTrainedModel):
-    """Weight initialisation and the flags by which transformers knows what these models can do."""
-
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _skip_keys_device_placement = list(CACHE_NAMES)
-    _supports_context_parallel = False
-    _can_compile_fullgraph = True
-    # Every Auto class that a saved folder serves, whichever class saved it.
-    _auto_map: dict[str, str] = {}
-
-    def save_pretrained(self, save_directory, **kwargs):
-        if self._auto_class is not None:
-            self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **self._auto_map}
-        super().save_pretrained(save_directory, **kwargs)
-
-    @torch.no_grad()
-    def _init_weights(self, module):
-        std = self.config.initializer_range
-        if isinstance(module, nn.Linear):
-            initialization.normal_(module.weight, mean=0.0, std=std)
-            if module.bias is not None:
-                initialization.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            initialization.normal_(module.weight, mean=0.0, std=std)
-        elif isinstance(module, nn.LayerNorm):
-            initialization.ones_(module.weight)
-            initialization.zeros_(module.bias)
-
-
-class MixerModel(MixerPreTrainedModel):
+class MixerModel(MixerStack):
     """Token (and position) embeddings, blocks, final norm. Subclasses name their block."""
 
-    block_class: type[MixerBlock]
+    auto_class = "AutoModel"
 
     def __init__(self, config):
         super().__init__(config)
@@ -121,9 +47,7 @@ class MixerModel(MixerPreTrainedModel):
         if config.position_embedding_type == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.layers = nn.ModuleList(self.block_class(config, index) for index in range(config.num_hidden_layers))
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.gradient_checkpointing = False
+        self.add_blocks(causal=config.is_decoder)
         self._state_kind = config.state_kind
         self.post_init()
 
@@ -190,20 +114,12 @@ class MixerModel(MixerPreTrainedModel):
         if self.embed_positions is not None:
             hidden_states = hidden_states + self.embed_positions(tokens.positions)
         hidden_states = self.dropout(hidden_states)
-        mixer_inputs = {
-            "attention_mask": tokens.attention_mask,
-            "position_ids": tokens.position_ids,
-            "packing": tokens.packing,
-            "cache": cache,
-            "output_attentions": kwargs.get("output_attentions", self.config.output_attentions),
-        }
         if cache is not None:
-            cache.layers[0].unfinished = True
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, **mixer_inputs)
-        if cache is not None:
-            cache.layers[0].unfinished = False
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
+            state = cache.layers[0].state
+            tokens = tokens.advanced(None if state is None else state.position, hidden_states)
+        output_attentions = kwargs.get("output_attentions", self.config.output_attentions)
+        hidden_states = self.run_blocks(hidden_states, tokens, cache, output_attentions)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE_NAME: cache})
 
     def read(
         self,
@@ -244,11 +160,13 @@ class MixerModel(MixerPreTrainedModel):
         pad, size = self.config.pad_token_id, self.embed_tokens.num_embeddings
         if attention_mask is None and input_ids is not None and pad is not None and (infer_padding or pad >= size):
             attention_mask = infer_mask(input_ids, pad, at_ends=pad < size)
+        seen, seen_at_most = self._seen_tokens(cache, inputs.shape[0])
         return read_tokens(
             inputs,
             attention_mask,
             position_ids,
-            seen=self._seen_tokens(cache, inputs.shape[0]),
+            seen=seen,
+            seen_at_most=seen_at_most,
             seq_idx=seq_idx,
             cu_seq_lens=cu_seq_lens_q,
             limit=self.config.max_position_embeddings if self.config.has_position_table else None,
@@ -256,17 +174,18 @@ class MixerModel(MixerPreTrainedModel):
 
     def _embed(self, input_ids: torch.LongTensor, tokens: Tokens) -> torch.Tensor:
         # Whatever stands for padding, be it beyond the vocabulary, needs no vector of its own.
-        if tokens.attention_mask is not None and tokens.attention_mask.dim() == 2:
-            input_ids = input_ids.masked_fill(~tokens.attention_mask, 0)
+        if tokens.keep is not None:
+            input_ids = input_ids.masked_fill(~tokens.keep, 0)
         pad = self.config.pad_token_id
         if pad is not None and pad >= self.embed_tokens.num_embeddings:
             input_ids = input_ids.masked_fill(input_ids == pad, 0)
         return self.embed_tokens(input_ids)
 
-    def _seen_tokens(self, cache: Cache | None, batch: int) -> torch.Tensor | None:
-        """[B]: the number of kept tokens in a cache, or None if it is empty, after a check that it fits the model."""
+    def _seen_tokens(self, cache: Cache | None, batch: int) -> tuple[torch.Tensor | None, int | None]:
+        """[B], the number of kept tokens in a cache, or None if it is empty; and what it does not exceed, if that is
+        known. After a check that the cache fits the model."""
         if cache is None:
-            return None
+            return None, None
         found = [getattr(layer, "_layer_type", None) for layer in getattr(cache, "layers", [])]
         if found != self.config.layer_types:
             raise ValueError(
@@ -282,10 +201,11 @@ class MixerModel(MixerPreTrainedModel):
         if first.kind is not None:
             check_kind("`cache`", first.kind, self._state_kind)
         if first.state is None:
-            return None
+            return None, None
         if first.state.position.shape[0] != batch:
             raise ValueError(f"`cache` must hold a batch of {batch}, got {first.state.position.shape[0]}.")
-        return first.state.position
+        # A graph would be bound to a number.
+        return first.state.position, None if torch.compiler.is_compiling() else first.known_length
 
     def _prepare_cache(self, cache: Cache | None, use_cache: bool | None, tokens: Tokens) -> Cache | None:
         if not self.config.is_decoder:

@@ -1,0 +1,142 @@
+# Copyright 2026 The modeling_aft authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""A stack of blocks that mix and feed forward, and what transformers asks of a model. It knows nothing of tokens."""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, initialization
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .compatibility import CACHE_NAMES
+from .ops_tokens import Tokens
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with an activation between them, `intermediate_size` wide."""
+
+    def __init__(self, config):
+        super().__init__()
+        intermediate_size = config.intermediate_size or 4 * config.hidden_size
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+
+
+class MixerBlock(GradientCheckpointingLayer):
+    """
+    Pre-norm residual block: x + mixer(norm(x)), then x + feed_forward(norm(x)). Subclasses name their mixer.
+
+    Args:
+        config: of the family.
+        layer_idx (`int`): which layer of a cache belongs to it.
+        causal (`bool`): whether a token sees only itself and earlier ones.
+    """
+
+    mixer_class: type[nn.Module]
+
+    def __init__(self, config, layer_idx: int = 0, causal: bool = True):
+        super().__init__()
+        self._checkpoints = False
+        self.mixer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mixer = self.mixer_class(config, layer_idx, causal)
+        self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.feed_forward = FeedForward(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Where no gradient is recorded, nothing is computed again, and the cache is needed."""
+        return self._checkpoints and torch.is_grad_enabled()
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value: bool) -> None:
+        self._checkpoints = value
+
+    def forward(self, hidden_states: torch.Tensor, **mixer_inputs) -> torch.Tensor:
+        """hidden_states [B, T, D]; `mixer_inputs`: tokens, cache, output_attentions, as mixers take them."""
+        mixed, _ = self.mixer(self.mixer_norm(hidden_states), **mixer_inputs)
+        hidden_states = hidden_states + self.dropout(mixed)
+        return hidden_states + self.dropout(self.feed_forward(self.feed_forward_norm(hidden_states)))
+
+
+class MixerPreTrainedModel(PreTrainedModel):
+    """Weight initialisation and the flags by which transformers knows what these models can do."""
+
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = list(CACHE_NAMES)
+    _supports_context_parallel = False
+    _can_compile_fullgraph = True
+    # The name of the Auto class that loads a class, which is so declared to be one of the heads of its family.
+    auto_class: str | None = None
+    # Of a family: its classes, by the names of their Auto classes.
+    heads: dict[str, type] = {}
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if MixerPreTrainedModel in cls.__bases__:
+            cls.heads = {}
+        elif cls.config_class is not None and cls.auto_class is not None:
+            cls.heads.setdefault(cls.auto_class, cls)  # not what a user derives from one of them
+
+    def save_pretrained(self, save_directory, **kwargs):
+        if self._auto_class is not None:
+            # Every Auto class that the folder serves, whichever class has saved it.
+            auto_map = dict(getattr(self.config, "auto_map", None) or {})
+            for name, head in self.heads.items():
+                auto_map[name] = f"{head.__module__.rpartition('.')[2]}.{head.__name__}"
+            self.config.auto_map = auto_map
+        super().save_pretrained(save_directory, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear):
+            initialization.normal_(module.weight, mean=0.0, std=std)
+            if module.bias is not None:
+                initialization.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            initialization.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, nn.LayerNorm):
+            initialization.ones_(module.weight)
+            initialization.zeros_(module.bias)
+
+
+class MixerStack(MixerPreTrainedModel):
+    """A model that has blocks and a final norm. Subclasses name their block, and make what goes in."""
+
+    block_class: type[MixerBlock]
+
+    def add_blocks(self, causal: bool) -> None:
+        """Makes `layers` and `norm`; behind what is before them in the order of parameters."""
+        config = self.config
+        self.layers = nn.ModuleList(self.block_class(config, i, causal) for i in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.gradient_checkpointing = False
+
+    def run_blocks(
+        self,
+        hidden_states: torch.Tensor,
+        tokens: Tokens | None = None,
+        cache: Cache | None = None,
+        output_attentions: bool = False,
+    ) -> torch.Tensor:
+        """[B, T, D] through all blocks and the norm. The other arguments are those of the mixers."""
+        if cache is not None:
+            cache.layers[0].unfinished = True
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, tokens=tokens, cache=cache, output_attentions=output_attentions)
+        if cache is not None:
+            cache.layers[0].unfinished = False
+        return self.norm(hidden_states)

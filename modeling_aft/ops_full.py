@@ -1,0 +1,71 @@
+# Copyright 2026 The modeling_aft authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""AFT-full: a single panel (ops_panel.py) for each row of the batch, or for all where they share their biases."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .ops_state import AFTState, Call, completed, compute_dtype, full_state, gated
+from .ops_tokens import compact, expand
+
+
+def full(panel: Callable[..., Tensor]) -> Callable[[Call], tuple[Tensor, AFTState | None]]:
+    """The answer to a call, by a function that gives the average of a panel: the output, and the state if one is
+    wanted."""
+
+    def run(call: Call) -> tuple[Tensor, AFTState | None]:
+        _, key, value, bias, _, causal, state, _, _, tokens, _ = call.without_padding()
+        dtype, new_state = compute_dtype(key, value), None
+        if state is None and tokens.position_ids is None and bias.dim() == 2:
+            if call.return_state:
+                new_state = full_state(key, value, tokens, None)
+            average = _shared(panel, key.to(dtype), value.to(dtype), bias.to(dtype), causal, tokens.slot)
+        else:
+            # The queries of a state see what the next one holds: one copy of it serves both.
+            new_state = full_state(key.to(dtype), value.to(dtype), tokens, state)
+            average = _by_rows(panel, new_state, bias.to(dtype), causal, tokens.keep, key.shape[1])
+        out = gated(call.query, average, call.query_activation)
+        return out, completed(new_state, key, value, tokens) if call.return_state else None
+
+    return run
+
+
+def _shared(panel, key, value, position_bias, causal, slot):
+    """Average [B, T, V] where all rows of the batch have the positions 0, 1, ...: one bias."""
+    length = key.shape[1]
+    if slot is not None:
+        key, value = compact(key, slot, -torch.inf), compact(value, slot)
+    beyond = max(length - position_bias.shape[0], 0)  # only padding can lie beyond the table
+    bias = F.pad(position_bias[:length, :length], (0, beyond, 0, beyond))[None]
+    out = _average(panel, key.transpose(0, 1)[None], value.transpose(0, 1)[None], bias, causal, 0)  # [1, T, B, V]
+    out = out[0].transpose(0, 1)
+    return out if slot is None else expand(out, slot)
+
+
+def _by_rows(panel, state, position_bias, causal, keep, length):
+    """Average [B, T, V] of the last T = `length` tokens of a state, at positions of any kind: a bias [B, T, S]."""
+    if position_bias.dim() == 2:
+        position_bias = position_bias[state.key_position[:, -length:]]
+    bias = position_bias.gather(2, state.key_position[:, None].expand(-1, length, -1))
+    if keep is not None:
+        bias = bias.masked_fill(~keep[..., None], -torch.inf)
+    key, value = state.key.unsqueeze(2), state.value.unsqueeze(2)
+    return _average(panel, key, value, bias, causal, key.shape[1] - length).squeeze(2)
+
+
+def _average(panel, key, value, bias, causal, past):
+    if causal:
+        query_index = torch.arange(bias.shape[1], device=key.device)[:, None] + past
+        bias = bias.masked_fill(torch.arange(bias.shape[2], device=key.device) > query_index, -torch.inf)
+    no_key, no_value = (t.new_empty(t.shape[0], 0, *t.shape[2:]) for t in (key, value))
+    visible = past + 1 if causal else 0
+    return panel(key.contiguous(), value.contiguous(), no_key, no_key, no_value, bias.contiguous(), visible)

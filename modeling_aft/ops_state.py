@@ -1,0 +1,233 @@
+# Copyright 2026 The modeling_aft authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""AFT's state, the call that all its kernels answer, and the sums of weighted keys that both are made of.
+
+A sum of keys is a triple (maximum, normalizer, average): see [`AFTState`].
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .ops_tokens import Tokens, compact
+
+
+class AFTState(NamedTuple):
+    """What [`~modeling_aft.ops.aft_attention`] needs of the past to go on; opaque to callers. Tensors are [B, ...].
+
+    The tokens that have left the window (all tokens, for AFT-simple) are summed up by three fp32 tensors: the largest
+    key, the sum of `exp(key - largest)`, and the average of their values under those weights. Keeping the maximum
+    apart from the sum, instead of their log-sum-exp, loses nothing to rounding, however large the keys or long the
+    text.
+
+    Attributes:
+        position: [B] int64, the position that the next kept token will have.
+        key: [B, S, D or H] in the dtype of the keys: the last S = n - 1 kept tokens, oldest first, or, for the full
+            form, all S past tokens. Minus infinity where there is no token.
+        value: [B, S, D], 0 where there is no token.
+        key_position: [B, S] int64, the position of each key (full form only, else None).
+        maximum: [B, D or H] fp32, minus infinity if no token has left the window (None in the full form).
+        normalizer: [B, D or H] fp32, 0 if no token has left the window, else at least 1 (None in the full form).
+        average: [B, D] fp32 (None in the full form).
+    """
+
+    position: Tensor
+    key: Tensor
+    value: Tensor
+    key_position: Tensor | None = None
+    maximum: Tensor | None = None
+    normalizer: Tensor | None = None
+    average: Tensor | None = None
+
+
+class Call(NamedTuple):
+    """
+    What a kernel is asked, checked; the tensors are those of [`~modeling_aft.ops.aft_attention`].
+
+    Attributes:
+        state: that of the tokens before, or None.
+        tokens: which are kept, and where they stand; with `next_position` where a state is to be returned.
+        seq_idx: the document of each token, or None. Only the reference reads it: what others get is taken apart.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    position_bias: Tensor | None
+    window_bias: Tensor | None
+    causal: bool
+    state: AFTState | None = None
+    return_state: bool = False
+    query_activation: str = "sigmoid"
+    tokens: Tokens = Tokens()
+    seq_idx: Tensor | None = None
+
+    def without_padding(self) -> "Call":
+        """With keys and values that are minus infinity and 0 for padding."""
+        key, value = without_padding(self.key, self.value, self.tokens)
+        return self if key is self.key else self._replace(key=key, value=value)
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """Sums and exponentials are taken in float64 if one of the tensors is in float64, else in float32."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+QUERY_ACTIVATIONS = {"sigmoid": torch.sigmoid, "tanh": torch.tanh, "relu": torch.relu, "identity": lambda query: query}
+
+
+def gated(query: Tensor, average: Tensor, activation: str) -> Tensor:
+    """activation(query) times the average, in the dtype of the query."""
+    return (QUERY_ACTIVATIONS[activation](query.to(average.dtype)) * average).to(query.dtype)
+
+
+def spread(per_key_channel: Tensor, values: Tensor) -> Tensor:
+    """Repeats [..., K] over the value channels that share each key channel: [..., V]."""
+    shared = values.shape[-1] // per_key_channel.shape[-1]
+    return per_key_channel if shared == 1 else per_key_channel.repeat_interleave(shared, dim=-1)
+
+
+def sum_shared(per_value_channel: Tensor, keys: Tensor) -> Tensor:
+    """Sums [..., V] over the value channels that share a key channel: [..., K]."""
+    if per_value_channel.shape[-1] == keys.shape[-1]:
+        return per_value_channel
+    return per_value_channel.unflatten(-1, (keys.shape[-1], -1)).sum(-1)
+
+
+def finite(maximum: Tensor) -> Tensor:
+    """Replaces the maximum of nothing (minus infinity), so that differences with it stay numbers."""
+    return torch.where(maximum == -torch.inf, torch.zeros_like(maximum), maximum)
+
+
+def largest(*tensors: Tensor) -> float:
+    """The largest magnitude in them, 0 of nothing."""
+    bounds = [max(-float(low), float(high)) for low, high in (t.aminmax() for t in tensors if t.numel())]
+    return max(bounds, default=0.0)
+
+
+def summarize(key: Tensor, value: Tensor, dim: int):
+    """Sums up the keys along `dim`. Keys of minus infinity count as absent.
+
+    The maximum is a constant for autograd, here and in `merge`: only normalizer * exp(maximum) has a meaning, and its
+    gradient is whole without it.
+    """
+    maximum = key.detach().amax(dim, keepdim=True)
+    weight = (key - finite(maximum)).exp()
+    normalizer = weight.sum(dim)
+    share = weight / nonzero(normalizer).unsqueeze(dim)  # first, so that no sum is larger than its largest value
+    return maximum.squeeze(dim), normalizer, (spread(share, value) * value).sum(dim)
+
+
+def nonzero(normalizer: Tensor) -> Tensor:
+    return torch.where(normalizer == 0, torch.ones_like(normalizer), normalizer)
+
+
+def merge(first, second):
+    """Sums up two sums over disjoint keys. Exact, associative; (-inf, 0, 0) changes nothing."""
+    maximum = torch.maximum(first[0], second[0]).detach()
+    reference = finite(maximum)
+    weight_1 = (first[0] - reference).exp() * first[1]
+    weight_2 = (second[0] - reference).exp() * second[1]
+    normalizer = weight_1 + weight_2
+    whole = nonzero(normalizer)
+    average = spread(weight_1 / whole, first[2]) * first[2] + spread(weight_2 / whole, second[2]) * second[2]
+    return maximum, normalizer, average
+
+
+def nothing(key: Tensor, value: Tensor, dtype: torch.dtype):
+    """The sum of no keys: [B, K], [B, K], [B, V]."""
+    size, like = (key.shape[0], key.shape[2]), {"dtype": dtype, "device": key.device}
+    average = torch.zeros(value.shape[0], value.shape[2], **like)
+    return torch.full(size, -torch.inf, **like), torch.zeros(size, **like), average
+
+
+def with_past(key: Tensor, value: Tensor, past: tuple[Tensor, Tensor] | None, left: int, dtype: torch.dtype):
+    """Keys and values with the `left` before them in front, minus infinity and 0 where there is none."""
+    key, value = key.to(dtype), value.to(dtype)
+    if past is None:
+        return F.pad(key, (0, 0, left, 0), value=-torch.inf), F.pad(value, (0, 0, left, 0))
+    return torch.cat([past[0].to(dtype), key], 1), torch.cat([past[1].to(dtype), value], 1)
+
+
+def past_of(state: AFTState | None, key: Tensor, value: Tensor, dtype: torch.dtype):
+    """The keys and values of the window before the first query, or None, and the sum of those before."""
+    if state is None:
+        return None, nothing(key, value, dtype)
+    return (state.key, state.value), tuple(t.to(dtype) for t in (state.maximum, state.normalizer, state.average))
+
+
+def window_state(key: Tensor, value: Tensor, left: int, count: Tensor | None, initial) -> AFTState:
+    """The state of the windowed forms after the last token, but for its position: key [B, L+T, K] and value, with the
+    L = `left` before the first in front, count [B] of kept tokens or None, the sum `initial` of all before."""
+    length = key.shape[1] - left
+    older_key, older_value = key[:, :length], value[:, :length]
+    window_key, window_value = key[:, length:], value[:, length:]
+    if count is not None:
+        beyond = torch.arange(length, device=key.device) >= count[:, None]
+        older_key = older_key.masked_fill(beyond[..., None], -torch.inf)
+        index = (count[:, None] + torch.arange(left, device=key.device))[..., None]
+        window_key = key.gather(1, index.expand(-1, -1, key.shape[2]))
+        window_value = value.gather(1, index.expand(-1, -1, value.shape[2]))
+    constant, normalizer, average = merge(initial, summarize(older_key, older_value, dim=1))
+    maximum = torch.maximum(initial[0], older_key.amax(1))
+    normalizer = normalizer * (finite(constant) - finite(maximum)).exp()  # a factor of 1, with its gradient
+    # Copies, because slices would keep the tensors of the whole text alive.
+    return AFTState(None, window_key.clone(), window_value.clone(), None, maximum, normalizer, average)
+
+
+def full_state(key: Tensor, value: Tensor, tokens: Tokens, before: AFTState | None) -> AFTState:
+    """All keys and values so far, with the positions of each, but for the next position."""
+    position_ids = tokens.position_ids
+    if position_ids is None and tokens.keep is None:
+        position_ids = torch.arange(key.shape[1], device=key.device)[None].expand(key.shape[0], -1)
+    elif position_ids is None:
+        position_ids = (tokens.keep.long().cumsum(1) - 1).clamp_min(0)
+    if before is None:
+        return AFTState(None, key, value, position_ids)
+    key, value = torch.cat([before.key.to(key.dtype), key], 1), torch.cat([before.value.to(value.dtype), value], 1)
+    return AFTState(None, key, value, torch.cat([before.key_position, position_ids], 1))
+
+
+def completed(state: AFTState, key: Tensor, value: Tensor, tokens: Tokens) -> AFTState:
+    """With the next position, and keys and values in the dtypes that they came in."""
+    # A copy: the states of all layers would share one tensor, and each be written into.
+    position = tokens.next_position.clone()
+    return state._replace(position=position, key=state.key.to(key.dtype), value=state.value.to(value.dtype))
+
+
+def without_padding(key: Tensor, value: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """Keys and values that are minus infinity and 0 for padding."""
+    if tokens.keep is None:
+        return key, value
+    padding = ~tokens.keep[..., None]
+    return key.masked_fill(padding, -torch.inf), value.masked_fill(padding, 0)
+
+
+def advance(before: AFTState | None, new, like: AFTState) -> AFTState:
+    """
+    The state after new tokens.
+
+    Args:
+        before: that before them, None at the start.
+        new: has `key` [B, T, K], `value` [B, T, D] and `tokens`.
+        like: any state of the same form.
+    """
+    tokens = new.tokens.advanced(None if before is None else before.position, new.key)
+    key, value = without_padding(new.key, new.value, tokens)
+    if like.key_position is not None:
+        state = full_state(key, value, tokens, before)
+    else:
+        if tokens.slot is not None:
+            key, value = compact(key, tokens.slot, -torch.inf), compact(value, tokens.slot)
+        dtype, left = compute_dtype(key, value), like.key.shape[1]
+        past, initial = past_of(before, key, value, dtype)
+        state = window_state(*with_past(key, value, past, left, dtype), left, tokens.count, initial)
+    return completed(state, key, value, tokens)
