@@ -43,7 +43,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from benchmark_contestants import (
+
+import modeling_aft
+from shared.atomic_files import write_rows
+from shared.benchmark_contestants import (
     WARM_UPS,
     Contestant,
     ceiling_contestants,
@@ -53,10 +56,7 @@ from benchmark_contestants import (
     operator_contestants,
     train_contestants,
 )
-from console import any_text, is_out_of_memory, run_program
-from whole_files import write_rows
-
-import modeling_aft
+from shared.console import any_text, is_out_of_memory, run_program
 
 
 SUITES = {
@@ -360,7 +360,7 @@ def main(argv: list[str] | None = None) -> list[Path]:
     """Runs a suite, or draws; returns the files that were written."""
     args = parse_arguments(argv)
     if args.suite == "pictures":
-        from benchmark_pictures import draw_pictures  # matplotlib comes with the extra `train`
+        from shared.benchmark_pictures import draw_pictures  # matplotlib comes with the extra `train`
 
         return draw_pictures(args.output_dir)
     path = args.output_dir / f"{args.suite}-{args.device}.csv"

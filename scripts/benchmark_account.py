@@ -25,13 +25,13 @@ from pathlib import Path
 import torch
 from benchmark import parse_arguments as parse_benchmark
 from benchmark import read_rows
-from benchmark_contestants import operator_contestants
-from console import any_text, run_program
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
-from whole_files import write_rows
 
 from modeling_aft import ops_cpu
+from shared.atomic_files import write_rows
+from shared.benchmark_contestants import operator_contestants
+from shared.console import any_text, run_program
 
 
 KINDS = {"bmm": "products", "baddbmm": "products", "mm": "products", "exp": "exponentials", "exp_": "exponentials"}

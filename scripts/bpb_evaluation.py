@@ -35,15 +35,16 @@ import torch
 import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
-from byte_data import file_bytes, pydoc_bytes, split_ranges
-from console import any_text, run_program
-from pretraining_arguments import CHOICES, has_length_limit
-from run_log import describe_protocol
-from saved_models import TRUST_HELP, load_config, load_model
 from transformers import AutoModelForCausalLM
 
+from shared.byte_data import file_bytes, pydoc_bytes, split_ranges
+from shared.console import any_text, run_program
+from shared.pretraining_arguments import CHOICES, has_length_limit
+from shared.run_log import describe_protocol
+from shared.saved_models import TRUST_HELP, load_config, load_model
 
-METRIC = Path(__file__).resolve().parent / "metrics" / "bits_per_byte" / "bits_per_byte.py"
+
+METRIC = Path(__file__).resolve().parent / "shared" / "metrics" / "bits_per_byte" / "bits_per_byte.py"
 DTYPES = {"bf16": "bfloat16", "fp16": "float16"}  # by the name that accelerate uses
 
 

@@ -49,16 +49,16 @@ from pathlib import Path
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from benchmark import peak_bytes, processor_name
-from compare_table import RESULT, write_table
-from console import any_text, run_program
 from pretrain_enwik8 import load_data
 from pretrain_enwik8 import main as pretrain
-from pretraining_arguments import GROUPS, PATHS, build_config, check_arguments, parse_arguments
-from run_log import read_log
-from settings_files import read_json, read_yaml
-from whole_files import write_whole
 
 import modeling_aft
+from shared.atomic_files import write_whole
+from shared.compare_table import RESULT, write_table
+from shared.console import any_text, run_program
+from shared.pretraining_arguments import GROUPS, PATHS, build_config, check_arguments, parse_arguments
+from shared.run_log import read_log
+from shared.settings_files import read_json, read_yaml
 
 
 ENTRY = "entry.json"

@@ -29,12 +29,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from byte_data import file_bytes, pydoc_bytes, split_ranges
-from console import any_text, run_program
-from drawing import COLOURS, label, line_style, save_figure, tidy
 from matplotlib.figure import Figure
-from saved_models import load, load_model
 from transformers import AutoConfig, AutoModel
+
+from shared.byte_data import file_bytes, pydoc_bytes, split_ranges
+from shared.console import any_text, run_program
+from shared.drawing import COLOURS, label, line_style, save_figure, tidy
+from shared.saved_models import load, load_model
 
 
 BLOCK = 2**24  # numbers in the largest tensor of the receptive field

@@ -43,8 +43,13 @@ import transformers
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env, set_seed
 from bpb_evaluation import evaluate_bits_per_byte, load_metric
-from byte_data import ENWIK8, ByteData, TrainingWindows, differences, file_bytes, known_file_bytes, pydoc_bytes
-from checkpointing import (
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM
+
+import modeling_aft  # noqa: F401  (registers the model types)
+from shared.atomic_files import write_whole
+from shared.byte_data import ENWIK8, ByteData, TrainingWindows, differences, file_bytes, known_file_bytes, pydoc_bytes
+from shared.checkpointing import (
     abandon,
     complete_checkpoints,
     find_checkpoint,
@@ -53,10 +58,10 @@ from checkpointing import (
     read_state,
     save_checkpoint,
 )
-from console import any_text, run_program
-from folder_lock import locked
-from optimization import all_finite, create_optimizers, learning_rate, set_learning_rate
-from pretraining_arguments import (
+from shared.console import any_text, run_program
+from shared.folder_lock import locked
+from shared.optimization import all_finite, create_optimizers, learning_rate, set_learning_rate
+from shared.pretraining_arguments import (
     RESUMABLE_CHANGES,
     check_arguments,
     has_length_limit,
@@ -65,14 +70,9 @@ from pretraining_arguments import (
     public_flags,
     public_value,
 )
-from redaction import public_path, readable
-from run_folder import check_output, clear_output, save_model
-from run_log import HUB_DATASETS, RunLog, fill_model_card, plot_training_curve, read_log, today
-from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM
-from whole_files import write_whole
-
-import modeling_aft  # noqa: F401  (registers the model types)
+from shared.redaction import public_path, readable
+from shared.run_folder import check_output, clear_output, save_model
+from shared.run_log import HUB_DATASETS, RunLog, fill_model_card, plot_training_curve, read_log, today
 
 
 VERSIONS = ("torch", "transformers", "accelerate", "datasets", "evaluate", "tokenizers")

@@ -25,14 +25,15 @@ import re
 from pathlib import Path
 
 import transformers
-from console import any_text, one_line, run_program
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.utils import validate_repo_id
-from run_log import fill_model_card, read_log
-from settings_files import read_json
 from transformers import AutoTokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from vocabulary import rows_needed
+
+from shared.console import any_text, one_line, run_program
+from shared.run_log import fill_model_card, read_log
+from shared.settings_files import read_json
+from shared.vocabulary import rows_needed
 
 
 # What a model consists of; run.jsonl is where the numbers on its card come from.

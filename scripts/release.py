@@ -32,19 +32,19 @@ import torch
 import transformers
 from accelerate import Accelerator
 from bpb_evaluation import evaluate_split
-from byte_data import file_bytes, pydoc_bytes, split_ranges
-from console import any_text, one_line, run_program
 from draw_model import draw_model, draw_receptive_fields, load_models
-from drawing import save_figure
 from pretrain_enwik8 import sample_text
-from pretraining_arguments import has_length_limit
-from redaction import public_path, readable
-from run_log import OF_THE_MACHINE, fill_model_card, plot_training_curve, read_log, today
 from safetensors import SafetensorError
-from saved_models import load_model
 from transformers import AutoModelForCausalLM
 
 from modeling_aft import ByteTokenizer
+from shared.byte_data import file_bytes, pydoc_bytes, split_ranges
+from shared.console import any_text, one_line, run_program
+from shared.drawing import save_figure
+from shared.pretraining_arguments import has_length_limit
+from shared.redaction import public_path, readable
+from shared.run_log import OF_THE_MACHINE, fill_model_card, plot_training_curve, read_log, today
+from shared.saved_models import load_model
 
 
 DTYPES = ("float32", "bfloat16", "float16")

@@ -6,13 +6,13 @@ from xml.etree import ElementTree
 
 import benchmark
 import benchmark_account
-import benchmark_contestants
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
 from modeling_aft.compatibility import CACHE_NAME
 from modeling_aft.ops import aft_attention
+from shared import benchmark_contestants
 
 
 TINY = ["--device=cpu", "--layers=2", "--width=16", "--heads=2", "--conv_heads=4", "--window=3", "--rank=2"]

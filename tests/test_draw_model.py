@@ -3,12 +3,13 @@
 from xml.etree import ElementTree
 
 import draw_model
-import drawing
 import numpy as np
 import pytest
 import torch
 from families import AFT_VARIANTS, LIMIT, make_ids, make_model
 from matplotlib.figure import Figure
+
+from shared import drawing
 
 
 PICTURES = {

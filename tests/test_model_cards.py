@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from push_to_hub import main as push
-from run_log import fill_model_card, final_scores, read_log
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import modeling_aft  # noqa: F401  (registers the model types)
+from shared.run_log import fill_model_card, final_scores, read_log
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,7 +47,7 @@ def test_code_is_that_of_the_package(folder):
 @pytest.mark.parametrize("folder", **BY_NAME)
 def test_card_is_what_the_log_makes(folder):
     events = read_log(folder / "run.jsonl")
-    advice = "write fill_model_card(read_log(folder / 'run.jsonl')) of scripts/run_log.py into it"
+    advice = "write fill_model_card(read_log(folder / 'run.jsonl')) of scripts/shared/run_log.py into it"
     assert (folder / "README.md").read_text(encoding="utf-8") == fill_model_card(events), advice
     release = next(event for event in events if event["event"] == "release")
     assert abs(release["storage_cost"]) < 0.005

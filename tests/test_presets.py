@@ -11,10 +11,10 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
-from pretraining_arguments import check_arguments, parse_arguments
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from modeling_aft import AFTConfig, AFTForCausalLM, SynthesizerConfig, SynthesizerForCausalLM
+from shared.pretraining_arguments import check_arguments, parse_arguments
 
 
 CLASSES = {"aft": (AFTConfig, AFTForCausalLM), "synthesizer": (SynthesizerConfig, SynthesizerForCausalLM)}

@@ -15,18 +15,18 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
-from checkpointing import complete_checkpoints
 from families import VARIANTS, make_model
 from generate import main as generate
 from launching import run_on_two_processes
-from optimization import create_optimizers, learning_rate, parameter_groups, set_learning_rate
 from pretrain_enwik8 import main, seed_step
-from pretraining_arguments import check_arguments, parse_arguments
-from run_log import read_log
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from modeling_aft import ByteTokenizer
+from shared.checkpointing import complete_checkpoints
+from shared.optimization import create_optimizers, learning_rate, parameter_groups, set_learning_rate
+from shared.pretraining_arguments import check_arguments, parse_arguments
+from shared.run_log import read_log
 
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,21 +12,22 @@ import sys
 from pathlib import Path
 
 import bpb_evaluation
-import checkpointing
 import evaluate
 import pretrain_enwik8
 import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
-from byte_data import KnownFile
-from checkpointing import STATE_FILE, find_checkpoint
-from console import run_program
-from optimization import all_finite
 from pretrain_enwik8 import main
 from pretraining import ROOT, SCRIPT, STEPS, checkpoints, flags, history, make_inputs, run_script
-from run_log import read_log
 from safetensors import SafetensorError
+
+from shared import checkpointing
+from shared.byte_data import KnownFile
+from shared.checkpointing import STATE_FILE, find_checkpoint
+from shared.console import run_program
+from shared.optimization import all_finite
+from shared.run_log import read_log
 
 
 @pytest.fixture(autouse=True)
@@ -213,7 +214,7 @@ def test_log_is_on_the_disk_before_the_checkpoint_that_counts_on_it(inputs, tmp_
         calls.append(state["log_lines"])
         checkpointing.save_checkpoint(accelerator, folder, state)
 
-    monkeypatch.setattr("run_log.sync", lambda path: calls.append((path.name, len(read_log(path)))))
+    monkeypatch.setattr("shared.run_log.sync", lambda path: calls.append((path.name, len(read_log(path)))))
     monkeypatch.setattr("pretrain_enwik8.save_checkpoint", save)
     main(flags(inputs, tmp_path / "run"))
     saves = [index for index, call in enumerate(calls) if isinstance(call, int)]
@@ -355,7 +356,7 @@ def test_diverged_program_ends_with_one_line(inputs, tmp_path, capsys):
 
 HOLD = """
 import pathlib, sys, time
-from folder_lock import locked
+from shared.folder_lock import locked
 with locked(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

@@ -15,10 +15,11 @@ from huggingface_hub import ModelCard
 from pretrain_enwik8 import main as pretrain
 from push_to_hub import main as push
 from release import main, public_argument, xz_bits_per_byte
-from run_log import read_log
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+
+from shared.run_log import read_log
 
 
 MODELS = {

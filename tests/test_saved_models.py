@@ -1,4 +1,4 @@
-"""scripts/saved_models.py: a saved model is loaded whole or not at all, and every program says what is wrong."""
+"""scripts/shared/saved_models.py: a saved model is loaded whole or not at all, and programs say what is wrong."""
 
 import json
 import shutil
@@ -10,10 +10,10 @@ import generate
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from saved_models import load_config, load_model
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from modeling_aft import AFTConfig, AFTForCausalLM, AFTForSequenceClassification, AFTModel, ByteTokenizer
+from shared.saved_models import load_config, load_model
 
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "max_position_embeddings": 32, "position_bias_rank": 2}

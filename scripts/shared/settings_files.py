@@ -14,8 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import yaml
-from console import one_line
-from whole_files import check_file
+
+from shared.atomic_files import check_file
+from shared.console import one_line
 
 
 def unique_keys(pairs: list[tuple]) -> dict:

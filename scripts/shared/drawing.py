@@ -13,8 +13,9 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
-from redaction import readable
-from whole_files import write_whole
+
+from shared.atomic_files import write_whole
+from shared.redaction import readable
 
 
 # The palette of Okabe and Ito, which the colour-blind can tell apart; its yellow is too faint for lines.

@@ -14,9 +14,9 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from checkpointing import sha256
-from finetuning_arguments import FinetuningArguments
-from whole_files import write_whole
+from shared.atomic_files import write_whole
+from shared.checkpointing import sha256
+from shared.finetuning_arguments import FinetuningArguments
 
 
 TRAINER_STATE = "trainer_state.json"

@@ -15,12 +15,13 @@ from pathlib import Path
 
 import jinja2
 from huggingface_hub import EvalResult, ModelCardData
-from pretraining_arguments import PATHS, public_flags, public_value
-from redaction import public_path
-from whole_files import naming, replacing, sync, write_whole
+
+from shared.atomic_files import naming, replacing, sync, write_whole
+from shared.pretraining_arguments import PATHS, public_flags, public_value
+from shared.redaction import public_path
 
 
-CARD_TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "template.md"
+CARD_TEMPLATE = Path(__file__).resolve().parents[2] / "model_cards" / "template.md"
 OF_THE_MACHINE = {"training_preset", *PATHS}  # arguments that tell others nothing; the command is on the card
 HUB_DATASETS = {"enwik8": "LTCB/enwik8"}  # names on the Hub of the known files of byte_data
 PAPERS = {

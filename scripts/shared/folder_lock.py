@@ -17,7 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from whole_files import write_whole
+
+from shared.atomic_files import write_whole
 
 
 LOCK, HOLDER = ".lock", ".lock.json"

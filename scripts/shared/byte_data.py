@@ -32,10 +32,11 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 import numpy as np
 import psutil
-from console import one_line
 from datasets import Dataset, Features, Value, load_from_disk
-from redaction import public_address
-from whole_files import check_file, replacing, sync
+
+from shared.atomic_files import check_file, replacing, sync
+from shared.console import one_line
+from shared.redaction import public_address
 
 
 BLOCK_SIZE = 4096  # bytes per row of the memory-mapped table

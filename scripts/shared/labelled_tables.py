@@ -19,9 +19,10 @@ from pathlib import Path
 
 import pandas
 import torch
-from console import one_line
-from settings_files import unique_keys
-from whole_files import check_file
+
+from shared.atomic_files import check_file
+from shared.console import one_line
+from shared.settings_files import unique_keys
 
 
 KINDS = {int: "int64", float: "float64", bool: "bool"}  # of values in a .jsonl file; all others by their class

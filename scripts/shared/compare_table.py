@@ -12,12 +12,13 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 
 import numpy as np
-from drawing import label, line_style, save_figure, tidy
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
-from run_log import describe_protocol, read_log
-from settings_files import read_json
-from whole_files import write_rows, write_whole
+
+from shared.atomic_files import write_rows, write_whole
+from shared.drawing import label, line_style, save_figure, tidy
+from shared.run_log import describe_protocol, read_log
+from shared.settings_files import read_json
 
 
 RESULT = "result.json"

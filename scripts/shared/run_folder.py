@@ -14,11 +14,11 @@ import tempfile
 from pathlib import Path
 
 from accelerate import Accelerator
-from checkpointing import abandon, complete_checkpoints
 from safetensors import SafetensorError
-from whole_files import sync
 
 from modeling_aft import ByteTokenizer
+from shared.atomic_files import sync
+from shared.checkpointing import abandon, complete_checkpoints
 
 
 MODEL_PART = ".model-"  # the name of a folder with files of a model that are not in place yet begins with it

@@ -13,8 +13,9 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from pretraining_arguments import flag
 from transformers import HfArgumentParser, TrainingArguments
+
+from shared.pretraining_arguments import flag
 
 
 # Flags that neither change the weights nor which of them are the best, so that a resumed run may change them; what is

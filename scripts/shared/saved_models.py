@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 import transformers
-from console import one_line
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import AutoConfig, PreTrainedConfig
+
+from shared.console import one_line
 
 
 with contextlib.suppress(ImportError):  # without the package, --trust_remote_code runs the code beside the weights

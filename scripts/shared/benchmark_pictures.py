@@ -12,9 +12,10 @@ from collections import defaultdict
 from pathlib import Path
 
 from benchmark import read_rows
-from drawing import save_figure, tidy
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+from shared.drawing import save_figure, tidy
 
 
 # What is drawn of a suite: title, column, factor, label of the axis, and which columns beside dtype and width make

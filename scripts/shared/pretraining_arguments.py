@@ -15,15 +15,16 @@ import reprlib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from console import one_line
-from memory_needs import check_memory
-from redaction import public_address, public_path, readable
-from settings_files import read_json, read_yaml
 from transformers import AutoConfig, HfArgumentParser, PreTrainedConfig
+
+from shared.console import one_line
+from shared.memory_needs import check_memory
+from shared.redaction import public_address, public_path, readable
+from shared.settings_files import read_json, read_yaml
 
 
 MOST_LAYERS = 1_000_000  # to make a configuration of more takes memory
-CONFIGURATION = Path(__file__).resolve().parent.parent / "configuration"
+CONFIGURATION = Path(__file__).resolve().parents[2] / "configuration"
 
 CHOICES = {
     "dataset": ("pydoc", "enwik8", "file"),

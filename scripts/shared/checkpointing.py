@@ -17,9 +17,10 @@ import sys
 from pathlib import Path
 
 from accelerate import Accelerator, PartialState
-from console import one_line
 from safetensors import SafetensorError
-from whole_files import sync
+
+from shared.atomic_files import sync
+from shared.console import one_line
 
 
 STATE_FILE = "checkpoint.json"

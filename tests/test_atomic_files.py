@@ -1,4 +1,4 @@
-"""scripts/whole_files.py: a file is the old one or the new one, never a part."""
+"""scripts/shared/atomic_files.py: a file is the old one or the new one, never a part."""
 
 import csv
 import errno
@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from whole_files import write_rows, write_whole
+
+from shared.atomic_files import write_rows, write_whole
 
 
 @pytest.mark.parametrize("content", ["Zeile für Zeile\n", b"\x00\xff\n"], ids=["text", "bytes"])

@@ -17,14 +17,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from console import is_out_of_memory
-from finetuning_checkpoints import find_damage, write_checksums
 from safetensors import SafetensorError
-from saved_models import is_finite
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
-from whole_files import replacing, sync
+
+from shared.atomic_files import replacing, sync
+from shared.console import is_out_of_memory
+from shared.finetuning_checkpoints import find_damage, write_checksums
+from shared.saved_models import is_finite
 
 
 ADVICE = "lower --learning_rate"
