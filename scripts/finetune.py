@@ -41,8 +41,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from bpb_evaluation import METRIC as BITS_PER_BYTE
-from bpb_evaluation import load_metric
 from torch.utils.data import Dataset, Subset
 from transformers import (
     AutoConfig,
@@ -58,6 +56,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from modeling_aft import ByteTokenizer
 from shared.atomic_files import write_whole
+from shared.bits_per_byte import METRIC as BITS_PER_BYTE
+from shared.bits_per_byte import load_metric
 from shared.byte_data import file_bytes
 from shared.console import any_text, run_program
 from shared.finetuning_arguments import FinetuningArguments, InputArguments, describe_run, parse_arguments

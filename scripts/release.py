@@ -31,19 +31,19 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import Accelerator
-from bpb_evaluation import evaluate_split
-from draw_model import draw_model, draw_receptive_fields, load_models
-from pretrain_enwik8 import sample_text
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from modeling_aft import ByteTokenizer
+from shared.bits_per_byte import evaluate_split
 from shared.byte_data import file_bytes, pydoc_bytes, split_ranges
 from shared.console import any_text, one_line, run_program
 from shared.drawing import save_figure
+from shared.model_pictures import draw_model, draw_receptive_fields, load_models
+from shared.pretraining import sample_text
 from shared.pretraining_arguments import has_length_limit
 from shared.redaction import public_path, readable
-from shared.run_log import OF_THE_MACHINE, fill_model_card, plot_training_curve, read_log, today
+from shared.run_log import MEANINGLESS_ELSEWHERE, fill_model_card, plot_training_curve, read_log, today
 from shared.saved_models import load_model
 
 
@@ -127,7 +127,7 @@ def score(model, content: bytes, length: int, splits: tuple[str, ...], protocols
     The events of the scores of a model, split by split.
 
     Args:
-        protocols: for each of those of bpb_evaluation.py, its flags in addition.
+        protocols: for each of those of score.py, its flags in addition.
     """
     accelerator = Accelerator(mixed_precision="no")
     model = accelerator.prepare(model)
@@ -224,7 +224,7 @@ def main(argv: list[str] | None = None) -> Path:
         plot_training_curve(events, folder / "training_curve.png")
 
         scores = score(stored, content, length, ("test", "valid"), protocols)
-        program = ["python", "scripts/bpb_evaluation.py", str(args.folder)]
+        program = ["python", "scripts/score.py", str(args.folder)]
         program += [] if args.dataset_path is None else ["--dataset_path", str(args.dataset_path)]
         for event in scores:
             event |= {"step": final["step"], "command": f"{shlex.join(program)} {event['command']}"}
@@ -234,7 +234,7 @@ def main(argv: list[str] | None = None) -> Path:
         sampling = argparse.Namespace(**{**arguments, "sample_bytes": arguments["sample_bytes"] or 300})
         final = {**final, "model_name": name, "sample": sample_text(stored, sampling)}
         del final["model_path"]
-        config = {**config, "arguments": {k: v for k, v in arguments.items() if k not in OF_THE_MACHINE}}
+        config = {**config, "arguments": {k: v for k, v in arguments.items() if k not in MEANINGLESS_ELSEWHERE}}
         release = {
             "event": "release",
             "command": shlex.join(["python", "scripts/release.py", *map(public_argument, argv)]),

@@ -222,7 +222,7 @@ def test_what_changes_no_weights_may_change(base, stopped, tmp_path):
 def test_flags_that_may_change_exist():
     known = set(vars(finetuning_arguments.parse_arguments(["--model", "m", "--text_file", __file__])[1]))
     known |= {entry for entry in finetuning_arguments.InputArguments.__dataclass_fields__}
-    assert finetuning_arguments.RESUMABLE_CHANGES <= known
+    assert finetuning_arguments.MAY_DIFFER_ON_RESUME <= known
 
 
 def without_identity(text: str) -> str:

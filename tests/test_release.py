@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from bpb_evaluation import main as evaluate
 from huggingface_hub import ModelCard
 from pretrain_enwik8 import main as pretrain
 from push_to_hub import main as push
 from release import main, public_argument, xz_bits_per_byte
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from score import main as evaluate
 from transformers import AutoModelForCausalLM
 
 from shared.run_log import read_log
@@ -92,7 +92,7 @@ def test_every_score_is_what_its_command_prints(released, name, monkeypatch):
     for event in scores:
         assert event["command"] in card.content
         program, script, *flags = shlex.split(event["command"])
-        assert (program, script) == ("python", "scripts/bpb_evaluation.py")
+        assert (program, script) == ("python", "scripts/score.py")
         assert evaluate(flags)["bits_per_byte"] == pytest.approx(event["bits_per_byte"], rel=1e-6)
         assert f"| {event['split']} | {event['bits_per_byte']:.4f} | {event['protocol']}, T = 16" in card.content
     results = card.data.eval_results

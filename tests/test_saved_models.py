@@ -4,10 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
-import bpb_evaluation
 import draw_model
 import generate
 import pytest
+import score
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -22,7 +22,7 @@ INFINITE_CONFIG = json.dumps({"model_type": "aft", **SIZES, "layer_norm_eps": fl
 NAN_CONFIG = json.dumps({"model_type": "aft", **SIZES, "layer_norm_eps": float("nan")})
 PROGRAMS = {
     "generate": lambda folder: generate.main(["--model", str(folder), "--prompt", "a"]),
-    "bpb_evaluation": lambda folder: bpb_evaluation.main([str(folder)]),
+    "score": lambda folder: score.main([str(folder)]),
     "draw_model": lambda folder: draw_model.main([str(folder), "--output_dir", str(folder / "out")]),
 }
 every_program = pytest.mark.parametrize("program", PROGRAMS)

@@ -11,10 +11,10 @@
 from collections import defaultdict
 from pathlib import Path
 
-from benchmark import read_rows
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+from shared.benchmark_rows import read_rows
 from shared.drawing import save_figure, tidy
 
 

@@ -20,7 +20,7 @@ from shared.pretraining_arguments import flag
 
 # Flags that neither change the weights nor which of them are the best, so that a resumed run may change them; what is
 # in the files counts in place of their paths.
-RESUMABLE_CHANGES = {
+MAY_DIFFER_ON_RESUME = {
     *("model", "trust_remote_code", "text_file", "labelled_file", "validation_file", "predict_file", "cache_dir"),
     *("output_dir", "resume_from_checkpoint", "restore_callback_states_from_checkpoint", "use_cpu", "local_rank"),
     *("save_strategy", "save_steps", "save_total_limit", "save_only_model", "save_on_each_node"),
@@ -153,7 +153,7 @@ def describe_run(inputs: InputArguments, args: FinetuningArguments, made_of: dic
         made_of: what identifies the model and the content of the files.
     """
     flags = {**vars(inputs), **args.to_dict()}
-    identity = {name: value for name, value in flags.items() if name not in RESUMABLE_CHANGES}
+    identity = {name: value for name, value in flags.items() if name not in MAY_DIFFER_ON_RESUME}
     identity |= {"num_processes": args.world_size, "devices_per_process": max(args.n_gpu, 1)}
     identity |= {"text_file": None, "labelled_file": None, "validation_file": None, **made_of}
     return json.loads(json.dumps(identity, default=str))

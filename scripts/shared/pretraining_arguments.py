@@ -36,7 +36,7 @@ CHOICES = {
 # Flags that hold a path: in a preset, a relative one starts at the preset's folder.
 PATHS = ("model_preset", "dataset_path", "cache_dir", "output_dir")
 # Flags that leave the weights as they are, so that a resumed run may change them.
-RESUMABLE_CHANGES = {
+MAY_DIFFER_ON_RESUME = {
     *("training_preset", "model_preset", "model_override", "dataset", "dataset_path", "dataset_url", "cache_dir"),
     *("eval_protocol", "eval_stride", "eval_every", "eval_bytes", "eval_batch_size", "log_every", "tensorboard"),
     *("sample_every", "sample_bytes", "sample_prompt", "save_every", "keep_checkpoints", "output_dir", "resume"),
@@ -113,7 +113,7 @@ class OutputArguments:
     _argument_group_name = "evaluation and output"
 
     output_dir: str = flag("runs/pretraining", "Folder of the run: log, checkpoints and the final model.")
-    eval_protocol: str = flag("segments", "segments, sliding or carried (see bpb_evaluation.py).")
+    eval_protocol: str = flag("segments", "segments, sliding or carried (see score.py).")
     eval_stride: int | None = flag(None, "Stride of the sliding protocol; None is half of sequence_length.")
     eval_every: int = flag(200, "Steps between evaluations on valid; 0 = only at the end.")
     eval_bytes: int = flag(0, "Score only the first so many bytes of valid; 0 = all. The test split is always whole.")

@@ -22,7 +22,7 @@ from shared.redaction import public_path
 
 
 CARD_TEMPLATE = Path(__file__).resolve().parents[2] / "model_cards" / "template.md"
-OF_THE_MACHINE = {"training_preset", *PATHS}  # arguments that tell others nothing; the command is on the card
+MEANINGLESS_ELSEWHERE = {"training_preset", *PATHS}  # arguments that no card shows; the command is on it
 HUB_DATASETS = {"enwik8": "LTCB/enwik8"}  # names on the Hub of the known files of byte_data
 PAPERS = {
     "aft": "an [Attention Free Transformer](https://arxiv.org/abs/2105.14103)",
@@ -177,7 +177,7 @@ def card_values(events: list[dict]) -> dict:
         "\n".join(
             f"| {name} | `{value}` |"
             for name, value in sorted(table.items())
-            if value is not None and name not in OF_THE_MACHINE
+            if value is not None and name not in MEANINGLESS_ELSEWHERE
         )
         for table in (config["arguments"], config["model_config"])
     )

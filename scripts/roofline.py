@@ -9,8 +9,8 @@
 """
 Sets what the operators take beside what they cannot do without, from the rows of the suites operator and ceiling.
 
-    python scripts/benchmark_account.py               # writes benchmarks/account-cpu.csv
-    python scripts/benchmark_account.py --device cuda
+    python scripts/roofline.py               # writes benchmarks/roofline-cpu.csv
+    python scripts/roofline.py --device cuda
 
 The floor of a pass forward and backward is the sum of three times, each at the speed that the suite ceiling has
 measured: the products of matrices that the algorithm consists of, its exponentials, and reading every input and
@@ -23,14 +23,13 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from benchmark import parse_arguments as parse_benchmark
-from benchmark import read_rows
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from modeling_aft import ops_cpu
 from shared.atomic_files import write_rows
 from shared.benchmark_contestants import operator_contestants
+from shared.benchmark_rows import read_rows
 from shared.console import any_text, run_program
 
 
@@ -79,7 +78,7 @@ def shares(run) -> dict[str, float]:
     return {kind: round(spent[kind] / elapsed, 3) for kind in SHARES}
 
 
-def account(folder: Path, device: str) -> list[dict]:
+def rooflines(folder: Path, device: str) -> list[dict]:
     """
     A row per AFT operator and length of operator-<device>.csv.
 
@@ -95,8 +94,10 @@ def account(folder: Path, device: str) -> list[dict]:
         )
     product, exponential, copy = (ceiling[name] for name in ("bmm-64x96x512", "exp-in-cache", "copy"))
     rows = []
-    conv = next((row["contestant"].split("-") for row in measured if row["contestant"].startswith("aft-conv")), None)
-    sizes = [] if conv is None else ["--conv_heads", conv[2], "--window", conv[3], "--heads", "1"]
+    names = [row["contestant"].split("-") for row in measured]
+    window = next((int(name[-1]) for name in names if name[1] in ("local", "conv")), 1)
+    conv_heads = next((int(name[2]) for name in names if name[1] == "conv"), 1)
+    sizes = {"window": window, "conv_heads": conv_heads, "heads": 1}
     for row in measured:
         name, batch, length, width = row["contestant"], int(row["batch_size"]), int(row["length"]), int(row["width"])
         operations, exponentials, numbers = counts(name, batch, length, width)
@@ -114,7 +115,7 @@ def account(folder: Path, device: str) -> list[dict]:
             }
         )
         if device == "cpu":
-            args = parse_benchmark(["operator", "--batch_size", str(batch), "--width", str(width), *sizes])
+            args = argparse.Namespace(device=device, dtype="float32", width=width, **sizes)
             rows[-1] |= shares(operator_contestants(args, batch, length)[name]().run)
     return rows
 
@@ -126,11 +127,11 @@ def main(argv: list[str] | None = None) -> Path:
     parser.add_argument("--output_dir", default="benchmarks", help="folder of the csv files")
     args = parser.parse_args(argv)
     if not args.output_dir:
-        raise ValueError("benchmark_account.py: --output_dir must be a path, got ''")
+        raise ValueError("roofline.py: --output_dir must be a path, got ''")
     folder = Path(args.output_dir)
     torch.manual_seed(0)
-    rows = account(folder, args.device)
-    path = folder / f"account-{args.device}.csv"
+    rows = rooflines(folder, args.device)
+    path = folder / f"roofline-{args.device}.csv"
     write_rows(path, rows[0], rows)
     for row in rows:
         print(" ".join(f"{name}={value}" for name, value in row.items()))
