@@ -16,7 +16,8 @@ The weights are stored in --dtype and computed with in float32, as config.json t
 with what was stored: by segments, sliding and, if the state of an AFT model does not grow, carried. A compressor,
 `xz -9e`, gets the same bytes: what the test split adds to the length of everything before it. The pictures are those
 of draw_model.py; --beside names runs for the picture of the receptive field. All of this goes into the folder's
-run.jsonl, from which the card is made.
+run.jsonl, from which the card is made. The folder holds no code: the model loads where the package is installed, and
+push_to_hub.py adds the code that it needs elsewhere.
 """
 
 import argparse
@@ -39,6 +40,7 @@ from shared.bits_per_byte import evaluate_split
 from shared.byte_data import file_bytes, pydoc_bytes, split_ranges
 from shared.console import any_text, one_line, run_program
 from shared.drawing import save_figure
+from shared.model_code import remove_code
 from shared.model_pictures import draw_model, draw_receptive_fields, load_models
 from shared.pretraining import sample_text
 from shared.pretraining_arguments import has_length_limit
@@ -85,7 +87,7 @@ def check_run(folder: Path, content: bytes) -> list[dict]:
 
 def save_weights(model, folder: Path, dtype: torch.dtype) -> None:
     """
-    Saves a model with its floating-point numbers in `dtype`; config.json keeps the dtype that the model has.
+    Saves a model without code, its floating-point numbers in `dtype`; config.json keeps the dtype that the model has.
 
     Raises:
         OSError: it cannot be written.
@@ -99,6 +101,7 @@ def save_weights(model, folder: Path, dtype: torch.dtype) -> None:
     except SafetensorError as error:  # what safetensors makes of a full disk
         raise OSError(f"the weights cannot be written to {folder.parent.parent}: {one_line(error)}") from error
     ByteTokenizer().save_pretrained(folder)  # after the model, of which it takes the limit of length
+    remove_code(folder)
 
 
 def draw(name: str, models: dict, folder: Path, dataset_path: Path | None) -> list[dict]:

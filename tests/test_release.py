@@ -80,6 +80,7 @@ def test_weights_are_the_rounded_ones_of_the_run(runs, released, name):
     model = AutoModelForCausalLM.from_pretrained(released / f"my-{name}")
     assert model.dtype == torch.float32
     assert {path.name for path in released.iterdir()} == {"my-conv", "my-mixture"}
+    assert not list(released.glob("*/*.py")) and "auto_map" not in (released / f"my-{name}/config.json").read_text()
 
 
 @pytest.mark.parametrize("name", ["conv", "mixture"])
@@ -139,6 +140,7 @@ def test_what_is_pushed_has_the_pictures(released, capsys):
     printed = capsys.readouterr().out
     assert "my-conv-bias-map.png" in printed and "my-conv-receptive-field.svg" in printed
     assert "what the split adds to the length of" in printed
+    assert " modeling_common.py\n" in printed
 
 
 @pytest.mark.parametrize(

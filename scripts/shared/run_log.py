@@ -205,6 +205,7 @@ def card_values(events: list[dict]) -> dict:
             for event in final_scores(events)
         ],
         "release": one.get("release"),
+        "has_code": "release" not in one,
         "curve_bytes": f"{config['arguments']['eval_bytes']:,}" if config["arguments"]["eval_bytes"] else None,
         "steps": f"{final['step']:,}",
         "tokens": f"{final['step'] * config['tokens_per_step']:,}",
@@ -251,9 +252,9 @@ def fill_model_card(events: list[dict], **values) -> str:
 
     Args:
         events (`list[dict]`): the log of a finished run, empty if there is none.
-        values: `name`, `path` (what `from_pretrained` gets), `model_type`, `model_class`, `auto_class` and
-            `parameters` (an int) of the model, needed if there is no log, and `metrics`, a dict of what else it was
-            evaluated by.
+        values: `name`, `path` (what `from_pretrained` gets), `has_code` (whether the code is beside the weights),
+            `model_type`, `model_class`, `auto_class` and `parameters` (an int) of the model, needed if there is no
+            log, and `metrics`, a dict of what else it was evaluated by.
 
     Raises:
         jinja2.UndefinedError: the template asks for a value that there is not.
