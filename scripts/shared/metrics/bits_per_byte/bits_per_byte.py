@@ -28,7 +28,7 @@ Returns:
 Raises:
     ValueError: a count is negative or no byte was scored.
 Examples:
-    >>> metric = evaluate.load("scripts/metrics/bits_per_byte/bits_per_byte.py")
+    >>> metric = evaluate.load("scripts/shared/metrics/bits_per_byte/bits_per_byte.py")
     >>> metric.compute(nats=[math.log(2), 3 * math.log(2)], byte_counts=[1, 1])
     {'bits_per_byte': 2.0, 'bytes_scored': 2}
 """

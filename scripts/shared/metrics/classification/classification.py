@@ -28,7 +28,7 @@ Returns:
 Raises:
     ValueError: there are no examples.
 Examples:
-    >>> metric = evaluate.load("scripts/metrics/classification/classification.py")
+    >>> metric = evaluate.load("scripts/shared/metrics/classification/classification.py")
     >>> metric.compute(predictions=[0, 0, 1, 1], references=[0, 1, 1, 1])
     {'accuracy': 0.75, 'macro_f1': 0.7333333333333334}
 """
