@@ -33,7 +33,8 @@ from hub_clients import (
 )
 from hub_server import TOKEN, HubServer, Repository
 from huggingface_hub import ModelCard
-from run_log import read_log
+
+from shared.run_log import read_log
 
 
 ROOT = Path(__file__).resolve().parent.parent
