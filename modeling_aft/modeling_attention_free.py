@@ -30,7 +30,17 @@ from .ops_tokens import Tokens, refused
 FACTOR_STD = 0.01  # of u and v in w = u v^T
 
 
-class TablePositionBias(nn.Module):
+class PositionBias(nn.Module):
+    """The bias w of the keys. Hooks on modules, as tools for private training set them, see tensors alone.
+
+    Attributes:
+        argument: the name under which the operator takes the bias.
+    """
+
+    argument = "window_bias"
+
+
+class TablePositionBias(PositionBias):
     """A bias per position and offset or key position: factors u, v [N, d'] with w = u v^T (eq. 7), or a table.
 
     Subclasses give the `table` [N, columns] where the config has no rank.
@@ -53,6 +63,8 @@ class TablePositionBias(nn.Module):
 
 class FullPositionBias(TablePositionBias):
     """The bias w_{t,t'} of AFT-full."""
+
+    argument = "position_bias"
 
     def __init__(self, config):
         super().__init__(config, config.max_position_embeddings)
@@ -116,7 +128,7 @@ def banded_product(u: torch.Tensor, v: torch.Tensor, left: int, right: int) -> t
     return products.gather(2, column.expand(blocks, -1, -1)).flatten(0, 1)[:length]
 
 
-class ConvPositionBias(nn.Module):
+class ConvPositionBias(PositionBias):
     """The bias of AFT-conv (eq. 6): one per head and offset, standardised and then scaled and shifted (eq. 8)."""
 
     def __init__(self, config, left: int, right: int):
@@ -195,7 +207,7 @@ class AFTMixer(Mixer):
     def __init__(self, config: AFTConfig, layer_idx: int = 0, causal: bool = True):
         super().__init__()
         self.layer_idx = layer_idx
-        self.causal = causal
+        self.is_causal = causal
         width = config.hidden_size
         key_width = config.num_attention_heads if config.aft_type == "conv" else width
         self.widths = [width, key_width, width]
@@ -258,20 +270,18 @@ class AFTMixer(Mixer):
         return self.o_proj(mixed), weights_of_keys
 
     def _call(self, query, key, value, tokens: Tokens) -> Call:
-        position_bias = window_bias = None
+        bias = {}
         if self.position_bias is not None:
             # The product of the factors goes into an exponential: half precision would not do.
             with without_autocast(key):
                 positions = tokens.position_ids
                 if positions is None:
                     positions = torch.arange(key.shape[1], device=key.device)
-                bias = self.position_bias(positions)
-            is_full = isinstance(self.position_bias, FullPositionBias)
-            position_bias, window_bias = (bias, None) if is_full else (None, bias)
-        return Call(query, key, value, position_bias, window_bias, self.causal, tokens=tokens)
+                bias = {self.position_bias.argument: self.position_bias(positions)}
+        return Call(query, key, value, **bias, causal=self.is_causal, tokens=tokens)
 
     def _mix_documents(self, group, query, key, value):
-        return attend(self._call(query, key, value, group.seen_by(self.causal)))[0]
+        return attend(self._call(query, key, value, group.seen_by(self.is_causal)))[0]
 
     def _weights(self, key, tokens: Tokens):
         if tokens.packing is None:

@@ -191,7 +191,7 @@ class SynthesizerMixer(Mixer):
     def __init__(self, config: SynthesizerConfig, layer_idx: int = 0, causal: bool = True):
         super().__init__()
         self.layer_idx = layer_idx
-        self.causal = causal
+        self.is_causal = causal
         self.heads = config.num_attention_heads
         self.limit = config.max_position_embeddings if config.has_position_table else None
         self.names = list(config.components)
@@ -264,7 +264,7 @@ class SynthesizerMixer(Mixer):
 
     def _mix_documents(self, mixture, output_attentions, group, projected):
         if not output_attentions:
-            return self._fused(mixture, projected, group.seen_by(self.causal))
+            return self._fused(mixture, projected, group.seen_by(self.is_causal))
         query, key, value = self._split(projected)
         state = advance(None, NewTokens(key, value, group.tokens))
         return self._explicit(mixture, query, state, group.tokens)[1]
@@ -278,7 +278,7 @@ class SynthesizerMixer(Mixer):
             if position_ids is not None:
                 position_ids = compact(position_ids[..., None], slot, -1).squeeze(-1)[:, : self.limit]
         query, key, value = self._split(projected)
-        out = attend_fused(self._parts(mixture, query, key, position_ids), value, self.causal, tokens.count)
+        out = attend_fused(self._parts(mixture, query, key, position_ids), value, self.is_causal, tokens.count)
         out = out.transpose(1, 2).flatten(2)
         return out if slot is None else expand(out, slot)
 
@@ -310,7 +310,7 @@ class SynthesizerMixer(Mixer):
             else:
                 visible = visible & (pairs > torch.finfo(pairs.dtype).min)
                 logits = logits + pairs.masked_fill(~visible, 0)
-        elif self.causal:
+        elif self.is_causal:
             places = torch.arange(state.key_position.shape[1], device=query.device)
             visible = visible & (places <= places[-length:, None])
         out, weights = attend(logits, state.value, visible.expand(-1, -1, length, -1))

@@ -93,6 +93,7 @@ KERNELS = (
         "reference", "calls outside of graphs and transforms", lambda call: not is_static(), aft_attention_reference
     ),
 )
+TABLES = {"auto": KERNELS, "torch": tuple(kernel for kernel in KERNELS if kernel.name != "triton")}
 
 
 def aft_attention(
@@ -206,11 +207,8 @@ def attend(call: Call, backend: str = "auto") -> tuple[Tensor, AFTState | None]:
     Raises:
         ValueError: for a `backend` that does not exist, or does not support the call.
     """
-    kernels = KERNELS
-    if backend == "torch":
-        kernels, backend = [kernel for kernel in KERNELS if kernel.name != "triton"], "auto"
     with without_autocast(call.value):
-        out, state = choose(kernels, call, backend).run(call)
+        out, state = choose(TABLES, call, backend).run(call)
     if call.tokens.keep is not None:
         out = out.masked_fill(~call.tokens.keep[..., None], 0)
     return out, state

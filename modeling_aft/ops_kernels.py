@@ -31,18 +31,25 @@ class Kernel(NamedTuple):
     pays: Callable[[Any], bool] = lambda call: True
 
 
-def choose(kernels: Sequence[Kernel], call, backend: str = "auto") -> Kernel:
+def choose(tables: dict[str, Sequence[Kernel]], call, backend: str = "auto") -> Kernel:
     """
-    The kernel of that name, or for "auto" the first that supports the call and pays.
+    The first kernel of a table that supports the call and pays, or the kernel of that name.
+
+    Args:
+        tables: by their names, of which "auto" holds all kernels.
+        call: what is asked.
+        backend: the name of a table or of a kernel.
 
     Raises:
         ValueError: there is none of that name, or it does not support the call.
     """
-    for kernel in kernels:
-        if backend == kernel.name if backend != "auto" else kernel.supports(call) and kernel.pays(call):
+    for kernel in tables.get(backend, ()):
+        if kernel.supports(call) and kernel.pays(call):
+            return kernel
+    for kernel in tables["auto"]:
+        if kernel.name == backend:
             if not kernel.supports(call):
                 raise ValueError(f"`backend` must be one that supports the call: {backend!r} is for {kernel.scope}.")
             return kernel
-    raise ValueError(
-        f"`backend` must be auto or one of {', '.join(kernel.name for kernel in kernels)}, got {backend!r}."
-    )
+    names = ", ".join([*tables, *(kernel.name for kernel in tables["auto"])])
+    raise ValueError(f"`backend` must be one of {names}, got {backend!r}.")

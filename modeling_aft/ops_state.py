@@ -61,9 +61,9 @@ class Call(NamedTuple):
     query: Tensor
     key: Tensor
     value: Tensor
-    position_bias: Tensor | None
-    window_bias: Tensor | None
-    causal: bool
+    position_bias: Tensor | None = None
+    window_bias: Tensor | None = None
+    causal: bool = True
     state: AFTState | None = None
     return_state: bool = False
     query_activation: str = "sigmoid"

@@ -160,7 +160,7 @@ def attend_fused(
     elif count is not None:
         count = count.clamp_min(1)  # a row without any token sees its first place, so that no softmax is over nothing
     call = Call(logits, value, causal, count)
-    return choose(KERNELS, call, backend).run(call)
+    return choose({"auto": KERNELS}, call, backend).run(call)
 
 
 def _visible(rows: slice, value: Tensor, causal: bool, count: Tensor | None) -> Tensor | None:

@@ -286,7 +286,7 @@ def test_kernels_agree_or_say_what_they_are_for(kind, causal, count):
         if kernel.name not in names:
             with pytest.raises(ValueError, match=f"'{kernel.name}' is for"):
                 attend_fused(Logits(**parts), value, causal, count, backend=kernel.name)
-    with pytest.raises(ValueError, match="`backend` must be auto or one of factors, .*got 'flash'"):
+    with pytest.raises(ValueError, match="`backend` must be one of auto, factors, .*got 'flash'"):
         attend_fused(Logits(**parts), value, causal, count, backend="flash")
 
 
