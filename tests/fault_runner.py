@@ -12,7 +12,9 @@ import inspect
 import io
 import multiprocessing
 import os
+import random
 import sys
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
@@ -166,11 +168,22 @@ def check(fault: Fault) -> None:
 
 
 class Recorder:
-    """A plugin of pytest that remembers the first failure."""
+    """A plugin of pytest that remembers the first failure, which is to come soon: each test function has its turn
+    before one of them comes with other parameters."""
 
     def __init__(self):
         self.failure: Failure | None = None
         self.inside = False  # of the fault itself
+
+    def pytest_collection_modifyitems(self, items):
+        random.Random(0).shuffle(items)  # else the first parameters of all of them would be much the same
+        turns = Counter()
+        order = {}
+        for item in items:
+            function = item.nodeid.partition("[")[0]
+            order[item] = turns[function]
+            turns[function] += 1
+        items.sort(key=order.get)
 
     def pytest_exception_interact(self, node, call, report):
         last = call.excinfo.traceback[-1] if call.excinfo.traceback else None

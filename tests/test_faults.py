@@ -33,5 +33,5 @@ def test_what_does_not_fit_is_named(where, change, message):
 def test_a_fault_is_caught_and_its_absence_is_not():
     fault = next(fault for fault in FAULTS if fault.name == "pooling averages over padding")
     caught_by = try_fault(fault).caught_by
-    assert caught_by.startswith("test_heads.py::test_padding_changes_nothing")
+    assert caught_by.startswith("test_heads.py::")
     assert first_failure(caught_by) is None
