@@ -44,7 +44,7 @@ faults: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python scripts/benchmark.py ceiling
 	$(BIN)/python scripts/benchmark.py operator
-	$(BIN)/python scripts/benchmark_account.py
+	$(BIN)/python scripts/roofline.py
 	$(BIN)/python scripts/benchmark.py dense
 	$(BIN)/python scripts/benchmark.py train
 	$(BIN)/python scripts/benchmark.py decode --compile

@@ -410,5 +410,6 @@ def windowed_cpu(window: Window) -> Tensor:
     if left > 0:  # queries whose results nobody reads stand before those keys
         query = F.pad(query, (0, 0, left, 0))
         key, value = torch.cat([past[0].to(key.dtype), key], 1), torch.cat([past[1].to(value.dtype), value], 1)
-        rows = F.pad(rows, (0, 0, left, 0)) if rows.shape[2] > 1 else rows
+        if rows.shape[1] > 1 or rows.shape[2] > 1:  # a row for each query
+            rows = F.pad(rows, (0, 0, left, 0))
     return windowed(query, key, value, rows, *initial, activation)[0][:, left:]

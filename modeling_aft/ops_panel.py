@@ -72,11 +72,11 @@ def exact_weights(index, key, maximum, normalizer, bias):
     """Normalised weights [R, Z+S, K] of the rows `index`; all zero where a row sees nothing."""
     g, c, p = index
     logits = torch.cat([maximum[g, :, p], key[g, :, p]], 1) + bias[g, c][..., None]
-    weights = (logits - finite(logits.amax(1, keepdim=True))).exp_()
+    weights = (logits - finite(logits.amax(1, keepdim=True))).exp()
     sums = maximum.shape[1]
-    weights[:, :sums] *= normalizer[g, :, p]
+    weights = torch.cat([weights[:, :sums] * normalizer[g, :, p], weights[:, sums:]], 1)
     total = weights.sum(1, keepdim=True)
-    return weights.div_(torch.where(total == 0, torch.ones_like(total), total))
+    return weights / torch.where(total == 0, torch.ones_like(total), total)
 
 
 def _is_moderate(grad: Tensor, out: Tensor, total: Tensor, value: Tensor, average: Tensor) -> bool:
@@ -217,6 +217,7 @@ def panel_composed(
     in the bias already."""
     count = torch.cat([normalizer, torch.ones_like(key)], 1)[:, None]  # [G, 1, Z + S, P, K]
     logits, values = torch.cat([maximum, key], 1), torch.cat([average, value], 1)[:, None]
+    logits = logits - finite(logits.detach().amax(1, keepdim=True))  # or what is added to a large key is lost
     logits = logits[:, None] + bias[..., None, None]  # [G, C, Z + S, P, K]
     weights = (logits - finite(logits.detach().amax(2, keepdim=True))).exp() * count
     total = weights.sum(2)

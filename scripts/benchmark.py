@@ -27,10 +27,6 @@ width; the others stay.
 """
 
 import argparse
-import csv
-import ctypes
-import gc
-import platform
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -43,7 +39,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from benchmark_contestants import (
+
+import modeling_aft
+from shared.benchmark_contestants import (
     WARM_UPS,
     Contestant,
     ceiling_contestants,
@@ -53,10 +51,9 @@ from benchmark_contestants import (
     operator_contestants,
     train_contestants,
 )
-from console import any_text, is_out_of_memory, run_program
-from whole_files import write_rows
-
-import modeling_aft
+from shared.benchmark_rows import add_rows, read_rows
+from shared.console import any_text, is_out_of_memory, run_program
+from shared.machine import peak_bytes, processor_name
 
 
 SUITES = {
@@ -84,12 +81,6 @@ LONGEST = {
     "rwkv": 1024,
     "rwkv-compiled": 64,
 }
-KEY = ("contestant", "length", "batch_size", "dtype", "layers", "width")
-COLUMNS = (
-    *("suite", "contestant", "length", "turns", "p20", "p50", "p80", "rate", "unit", "peak_bytes"),
-    *("layers", "width", "parameters", "device", "processor", "threads", "dtype", "batch_size"),
-    *("modeling_aft", "torch", "transformers", "date"),
-)
 
 
 def take_turn(contestant: Contestant, device: str) -> float:
@@ -118,36 +109,6 @@ def settle_allocator() -> None:
     """Makes glibc keep what it has, instead of fetching it from the system again in every call: it does so by itself
     once a process has freed a block of nearly 32 MiB, as any training run of some size has."""
     torch.empty(31 * 2**20, dtype=torch.uint8)
-
-
-def peak_bytes(run: Callable, device: str) -> int | None:
-    """The most memory that a call holds beyond what is there before it; None where the system does not tell."""
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    if not Path("/proc/self/clear_refs").exists():
-        return None
-    ctypes.CDLL(None).malloc_trim(0)  # else a call would find memory that an earlier one left
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark is now what is resident
-    before = resident_kib("VmHWM")
-    run()
-    return (resident_kib("VmHWM") - before) * 1024
-
-
-def resident_kib(field: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field))
-
-
-def processor_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def training_peak(args, name: str, batch: int, length: int) -> tuple[int | None, dict]:
@@ -256,32 +217,6 @@ def print_row(row: dict) -> None:
     print(f"T={row['length']:6d}  {row['contestant']:28s} {time:36s} {(row['peak_bytes'] or 0) / 2**20:9.1f} MiB")
 
 
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a file, none if there is no such file.
-
-    Raises:
-        ValueError: if it has other columns than those that are written now.
-    """
-    if not path.exists():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise ValueError(f"{path} must have the columns {', '.join(COLUMNS)}, got {reader.fieldnames}: remove it.")
-        return list(reader)
-
-
-def add_rows(path: Path, rows: list[dict]) -> None:
-    """Puts rows in the place of those of the same key, by length; the file is replaced when all of it is there."""
-
-    def key(row):
-        return tuple(str(row.get(column, "")) for column in KEY)
-
-    new = {key(row) for row in rows}
-    rows = sorted([row for row in read_rows(path) if key(row) not in new] + rows, key=lambda row: int(row["length"]))
-    write_rows(path, COLUMNS, rows)
-
-
 def length_of_name(text: str) -> tuple[str, int]:
     """NAME=LENGTH, the value of --longest."""
     name, _, length = text.rpartition("=")
@@ -360,7 +295,7 @@ def main(argv: list[str] | None = None) -> list[Path]:
     """Runs a suite, or draws; returns the files that were written."""
     args = parse_arguments(argv)
     if args.suite == "pictures":
-        from benchmark_pictures import draw_pictures  # matplotlib comes with the extra `train`
+        from shared.benchmark_pictures import draw_pictures  # matplotlib comes with the extra `train`
 
         return draw_pictures(args.output_dir)
     path = args.output_dir / f"{args.suite}-{args.device}.csv"

@@ -48,28 +48,28 @@ from pathlib import Path
 
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
-from benchmark import peak_bytes, processor_name
-from compare_table import RESULT, write_table
-from console import any_text, run_program
-from pretrain_enwik8 import load_data
-from pretrain_enwik8 import main as pretrain
-from pretraining_arguments import GROUPS, PATHS, build_config, check_arguments, parse_arguments
-from run_log import read_log
-from settings_files import read_json, read_yaml
-from whole_files import write_whole
 
 import modeling_aft
+from shared.atomic_files import write_whole
+from shared.compare_table import RESULT, write_table
+from shared.console import any_text, run_program
+from shared.machine import peak_bytes, processor_name
+from shared.pretraining import load_data, pretrain
+from shared.pretraining_arguments import GROUPS, PATHS, build_config, check_arguments, parse_arguments
+from shared.run_log import read_log
+from shared.settings_files import read_json, read_yaml
 
 
 ENTRY = "entry.json"
 # Flags that change neither the weights nor the scores, so that an unfinished comparison may go on with others.
-FREE = {
+MAY_DIFFER_WHEN_CONTINUED = {
     *("training_preset", "model_preset", "model_override", "dataset", "dataset_path", "dataset_url", "cache_dir"),
     *("output_dir", "resume", "overwrite", "tensorboard", "save_every", "keep_checkpoints"),
     *("sample_every", "sample_bytes", "sample_prompt"),
 }
-SET_HERE = {"training_preset", "model_preset", "model_override", "seed", "output_dir", "resume", "overwrite"}
-OF_ALL_RUNS = {"dataset", "dataset_path", "dataset_url", "cache_dir"}
+# Flags that this program sets itself for each run, which neither the plan's training nor the command line may set.
+SET_BY_COMPARE = {"training_preset", "model_preset", "model_override", "seed", "output_dir", "resume", "overwrite"}
+SAME_IN_ALL_RUNS = {"dataset", "dataset_path", "dataset_url", "cache_dir"}  # no run of a plan has data of its own
 
 
 class FailedRuns(RuntimeError, ChildProcessError):
@@ -144,7 +144,7 @@ def read_plan(path: Path) -> Plan:
             for key, value in found.items()
         }
 
-    of_training = {entry.name for group in GROUPS for entry in fields(group)} - SET_HERE
+    of_training = {entry.name for group in GROUPS for entry in fields(group)} - SET_BY_COMPARE
     content = check_keys(content, {entry.name for entry in fields(Plan)} - {"name"}, "the plan")
     training = check_keys(content.get("training", {}), of_training, "training")
     runs = {}
@@ -158,7 +158,7 @@ def read_plan(path: Path) -> Plan:
             problems.append(f"run {name} must have a model_preset")
         if not isinstance(override := run.setdefault("model_override", {}), dict):
             problems.append(f"run {name}: model_override must be a mapping, got {override!r}")
-        of_run = of_training - OF_ALL_RUNS
+        of_run = of_training - SAME_IN_ALL_RUNS
         run["training"] = check_keys(run.get("training", {}), of_run, f"run {name}: training")
         if not is_name(name) or str(name) in runs:
             problems.append(f"the name of a run must be that of a folder, and of one run, got {name!r}")
@@ -189,7 +189,7 @@ def plan_runs(plan: Plan, runs_dir: Path, seeds: list[int], more_flags: list[str
     """
     explicit = {item.partition("=")[0][2:].replace("-", "_") for item in more_flags if item.startswith("--")}
     for name, run in plan.runs.items():
-        if clash := sorted(explicit & {*run["training"], *SET_HERE}):
+        if clash := sorted(explicit & {*run["training"], *SET_BY_COMPARE}):
             raise ValueError(f"--{clash[0]} must be left out: run {name} of {plan.name} has its own")
     training = {key: value for key, value in plan.training.items() if key not in explicit}
     preset = [] if plan.training_preset is None else ["--training_preset", plan.training_preset]
@@ -226,7 +226,10 @@ def describe_entries(planned: list[PlannedRun], whole: bool = True) -> list[dict
         entry = {"model_config": model}
         if whole:
             data = data or load_data(args)[1].sha256  # no run of a plan has data of its own
-            entry |= {"data": data, **{key: value for key, value in vars(args).items() if key not in FREE}}
+            entry |= {
+                "data": data,
+                **{key: value for key, value in vars(args).items() if key not in MAY_DIFFER_WHEN_CONTINUED},
+            }
         entries.append(json.loads(json.dumps(entry)))  # as it will be read again: tuples become lists
     if problems:
         raise ValueError("\n".join(problems))

@@ -41,17 +41,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from bpb_evaluation import METRIC as BITS_PER_BYTE
-from bpb_evaluation import load_metric
-from byte_data import file_bytes
-from console import any_text, run_program
-from finetuning_arguments import FinetuningArguments, InputArguments, describe_run, parse_arguments
-from finetuning_checkpoints import check_identity, find_checkpoint
-from finetuning_trainer import FinetuningTrainer, RunIdentity
-from folder_lock import locked
-from labelled_tables import EncodedRows, describe_labels, encode_table, read_table
-from pretraining_arguments import has_length_limit
-from saved_models import load, load_model
 from torch.utils.data import Dataset, Subset
 from transformers import (
     AutoConfig,
@@ -64,13 +53,24 @@ from transformers import (
     set_seed,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from vocabulary import rows_needed
-from whole_files import write_whole
 
 from modeling_aft import ByteTokenizer
+from shared.atomic_files import write_whole
+from shared.bits_per_byte import METRIC as BITS_PER_BYTE
+from shared.bits_per_byte import load_metric
+from shared.byte_data import file_bytes
+from shared.console import any_text, run_program
+from shared.finetuning_arguments import FinetuningArguments, InputArguments, describe_run, parse_arguments
+from shared.finetuning_checkpoints import check_identity, find_checkpoint
+from shared.finetuning_trainer import FinetuningTrainer, RunIdentity
+from shared.folder_lock import locked
+from shared.labelled_tables import EncodedRows, describe_labels, encode_table, read_table
+from shared.pretraining_arguments import has_length_limit
+from shared.saved_models import load, load_model
+from shared.vocabulary import rows_needed
 
 
-CLASSIFICATION = Path(__file__).resolve().parent / "metrics" / "classification" / "classification.py"
+CLASSIFICATION = Path(__file__).resolve().parent / "shared" / "metrics" / "classification" / "classification.py"
 
 
 def load_config_and_tokenizer(inputs: InputArguments):

@@ -26,12 +26,13 @@ from typing import TextIO
 
 import torch
 import transformers
-from console import any_text, run_program
-from pretraining_arguments import has_length_limit
-from saved_models import TRUST_HELP, load, load_config, load_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.generation.streamers import BaseStreamer
-from whole_files import write_whole
+
+from shared.atomic_files import write_whole
+from shared.console import any_text, run_program
+from shared.pretraining_arguments import has_length_limit
+from shared.saved_models import TRUST_HELP, load, load_config, load_model
 
 
 class ByteStreamer(BaseStreamer):

@@ -12,27 +12,31 @@ Pushes a saved model to the Hub, in one commit: weights, configurations, code, t
     python scripts/push_to_hub.py runs/tiny me/aft-tiny --dry_run
     python scripts/push_to_hub.py runs/tiny me/aft-tiny --private
 
-The folder is one that pretrain_enwik8.py or `save_pretrained` of model and tokenizer wrote. Before anything is sent,
-its own code loads its weights; code that is not that of this repository runs only with --trust_remote_code. The card
-is made from the log of the run, run.jsonl; without one, or with --keep_card, README.md, if there is one, is pushed
-with the metadata that it lacks. The pictures that the log names go with it. Checkpoints, optimizer states and whatever
-else is in the folder stay there, and nothing outside of it is sent, where a link or the log leads there. Log in with
-`hf auth login`, or set HF_TOKEN.
+The folder is one that pretrain_enwik8.py, release.py or `save_pretrained` of model and tokenizer wrote. If it holds no
+code, as those of release.py, that of the installed package is pushed with it. Before anything is sent, the code beside
+the weights loads them; code that is not that of this repository runs only with --trust_remote_code. The card is made
+from the log of the run, run.jsonl; without one, or with --keep_card, README.md, if there is one, is pushed with the
+metadata that it lacks. The pictures that the log names go with it. Checkpoints, optimizer states and whatever else is
+in the folder stay there, and nothing outside of it is sent, where a link or the log leads there. Log in with `hf auth
+login`, or set HF_TOKEN.
 """
 
 import argparse
 import re
+import shutil
+import tempfile
 from pathlib import Path
 
 import transformers
-from console import any_text, one_line, run_program
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.utils import validate_repo_id
-from run_log import fill_model_card, read_log
-from settings_files import read_json
 from transformers import AutoTokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from vocabulary import rows_needed
+
+from shared.console import any_text, one_line, run_program
+from shared.run_log import fill_model_card, read_log
+from shared.settings_files import read_json
+from shared.vocabulary import rows_needed
 
 
 # What a model consists of; run.jsonl is where the numbers on its card come from.
@@ -112,8 +116,8 @@ def check_files(folder: Path) -> dict:
         problems.append("weights twice: model.safetensors and model.safetensors.index.json")
     if not config.get("architectures"):
         problems.append("config.json has no architectures")
-    if not config.get("auto_map"):
-        problems.append("config.json has no auto_map, so the code is not here (import modeling_aft before saving)")
+    if not config.get("auto_map") and (code := sorted(path.name for path in folder.glob("*.py"))):
+        problems.append(f"config.json has no auto_map, but here is code: {', '.join(code)}")
     if problems:
         raise ValueError(f"{folder}: " + "; ".join(problems))
     return config
@@ -187,30 +191,56 @@ def find_pictures(folder: Path, events: list[dict]) -> list[Path]:
     return pictures
 
 
-def check_model(folder: Path, config: dict) -> dict:
+def copy_with_code(folder: Path, into: Path) -> Path:
     """
-    What a model card says of the model in `folder`, after its own code, also where the package is installed, has
-    loaded its weights and its tokenizer.
+    A copy, in `into`, of what is pushed of a folder without code, and with it the code of the package.
+
+    Raises:
+        ValueError: the model does not load, or is not one of the package.
+    """
+    from shared.model_code import add_code  # which needs the package, as a folder with code does not
+
+    copy = into / folder.resolve().name
+    copy.mkdir()
+    for path in find_parts(folder):
+        shutil.copyfile(path, copy / path.name)
+    try:
+        add_code(copy)
+    except Exception as error:
+        raise ValueError(f"{folder}: has no code, and none can be added: {one_line(error)}") from error
+    return copy
+
+
+def find_parts(folder: Path) -> set[Path]:
+    """The files of `PARTS` in a folder."""
+    return {path for part in PARTS for path in folder.glob(part) if path.is_file()}
+
+
+def check_model(folder: Path, name: Path) -> dict:
+    """
+    What a model card says of the model in `folder`, after the code there, also where the package is installed, has
+    loaded its weights and its tokenizer. Errors begin with `name`.
 
     Raises:
         ValueError: they do not load, or do not belong together.
     """
+    config = read_json(folder / "config.json", f"{name}:")
     model_class = config["architectures"][0]
-    auto_classes = {reference.split(".")[-1]: name for name, reference in config["auto_map"].items()}
+    auto_classes = {reference.split(".")[-1]: key for key, reference in config["auto_map"].items()}
     if model_class not in auto_classes:
-        raise ValueError(f"{folder}: architectures is {model_class!r}; auto_map has {', '.join(sorted(auto_classes))}")
+        raise ValueError(f"{name}: architectures is {model_class!r}; auto_map has {', '.join(sorted(auto_classes))}")
     auto_class = auto_classes[model_class]
     try:
         loader = get_class_from_dynamic_module(config["auto_map"][auto_class], folder)
         model, report = loader.from_pretrained(folder, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        tokenizer = find_tokenizer(folder).from_pretrained(folder, trust_remote_code=True)
     except Exception as error:
-        raise ValueError(f"{folder} does not load: {type(error).__name__}: {error}") from error
-    problems = [f"{name.replace('_', ' ')}: {', '.join(map(str, found))}" for name, found in report.items() if found]
+        raise ValueError(f"{name} does not load: {type(error).__name__}: {error}") from error
+    problems = [f"{kind.replace('_', ' ')}: {', '.join(map(str, found))}" for kind, found in report.items() if found]
     if (needed := rows_needed(tokenizer, model.config)) > model.config.vocab_size:
         problems.append(f"{needed} tokens of the tokenizer, but vocab_size {model.config.vocab_size}")
     if problems:
-        raise ValueError(f"{folder}: " + "; ".join(problems))
+        raise ValueError(f"{name}: " + "; ".join(problems))
     return {
         "model_type": config["model_type"],
         "model_class": model_class,
@@ -219,12 +249,21 @@ def check_model(folder: Path, config: dict) -> dict:
     }
 
 
+def find_tokenizer(folder: Path):
+    """The class of the tokenizer in `folder`: that of the code there, if any, also where the package is imported."""
+    auto_map = read_json(folder / "tokenizer_config.json", f"{folder}:").get("auto_map") or {}
+    names = auto_map.get("AutoTokenizer") or [None]
+    found = [name for name in (names if isinstance(names, list) else [names]) if name is not None]
+    return get_class_from_dynamic_module(found[-1], folder) if found else AutoTokenizer
+
+
 def make_card(args: argparse.Namespace, events: list[dict], values: dict) -> str:
     """The README.md to push; `events` are those of the log, and `values` those of `check_model`."""
     results, readme = (args.folder / name for name in ("eval_results.json", "README.md"))
     metrics = read_json(results, f"{args.folder}:") if results.is_file() else {}
     metrics = {name.removeprefix("eval_"): value for name, value in metrics.items() if not TIMINGS.search(name)}
-    card = made = ModelCard(fill_model_card(events, name=args.repo_id, path=args.repo_id, metrics=metrics, **values))
+    where = {"name": args.repo_id, "path": args.repo_id, "has_code": True}
+    card = made = ModelCard(fill_model_card(events, **where, metrics=metrics, **values))
     if readme.is_file() and (args.keep_card or not events):
         card = ModelCard(readme.read_text(encoding="utf-8"))
         for name, value in vars(made.data).items():
@@ -256,6 +295,28 @@ def push(args: argparse.Namespace, files: list[Path], card: str, message: str) -
     return commit.pr_url or commit.commit_url
 
 
+def send(args: argparse.Namespace, files: list[Path], card: str, model_class: str) -> None:
+    """
+    Prints what is pushed, and pushes it if this is no dry run.
+
+    Raises:
+        OSError: it was not pushed.
+    """
+    for name, size in [*((path.name, path.stat().st_size) for path in files), ("README.md", len(card.encode()))]:
+        print(f"{size:>13,} {name}")
+    if args.dry_run:
+        print(f"\n{card}\nNothing was pushed: --dry_run.")
+        return
+    message = args.commit_message or f"Upload {model_class}"
+    try:
+        url = push(args, files, card, message)
+    except OSError:
+        raise
+    except Exception as error:  # of the client's HTTP library, whose errors are not all OSErrors
+        raise OSError(f"{args.repo_id} was not pushed: {type(error).__name__}: {one_line(error)}") from error
+    print(f"pushed: {url}")
+
+
 @any_text()
 def main(argv: list[str] | None = None) -> None:
     """
@@ -273,22 +334,12 @@ def main(argv: list[str] | None = None) -> None:
     log = args.folder / "run.jsonl"
     events = read_log(log) if log.is_file() else []
     pictures = find_pictures(args.folder, events)
-    values = check_model(args.folder, config)
-    card = make_card(args, events, values)
-    files = sorted({path for part in PARTS for path in args.folder.glob(part) if path.is_file()} | set(pictures))
-    for name, size in [*((path.name, path.stat().st_size) for path in files), ("README.md", len(card.encode()))]:
-        print(f"{size:>13,} {name}")
-    if args.dry_run:
-        print(f"\n{card}\nNothing was pushed: --dry_run.")
-        return
-    message = args.commit_message or f"Upload {values['model_class']}"
-    try:
-        url = push(args, files, card, message)
-    except OSError:
-        raise
-    except Exception as error:  # of the client's HTTP library, whose errors are not all OSErrors
-        raise OSError(f"{args.repo_id} was not pushed: {type(error).__name__}: {one_line(error)}") from error
-    print(f"pushed: {url}")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.folder if config.get("auto_map") else copy_with_code(args.folder, Path(temporary))
+        values = check_model(folder, args.folder)
+        card = make_card(args, events, values)
+        files = {path.name: path for path in (*pictures, *find_parts(folder))}
+        send(args, [files[name] for name in sorted(files)], card, values["model_class"])
 
 
 if __name__ == "__main__":

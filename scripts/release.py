@@ -16,7 +16,8 @@ The weights are stored in --dtype and computed with in float32, as config.json t
 with what was stored: by segments, sliding and, if the state of an AFT model does not grow, carried. A compressor,
 `xz -9e`, gets the same bytes: what the test split adds to the length of everything before it. The pictures are those
 of draw_model.py; --beside names runs for the picture of the receptive field. All of this goes into the folder's
-run.jsonl, from which the card is made.
+run.jsonl, from which the card is made. The folder holds no code: the model loads where the package is installed, and
+push_to_hub.py adds the code that it needs elsewhere.
 """
 
 import argparse
@@ -31,20 +32,21 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import Accelerator
-from bpb_evaluation import evaluate_split
-from byte_data import file_bytes, pydoc_bytes, split_ranges
-from console import any_text, one_line, run_program
-from draw_model import draw_model, draw_receptive_fields, load_models
-from drawing import save_figure
-from pretrain_enwik8 import sample_text
-from pretraining_arguments import has_length_limit
-from redaction import public_path, readable
-from run_log import OF_THE_MACHINE, fill_model_card, plot_training_curve, read_log, today
 from safetensors import SafetensorError
-from saved_models import load_model
 from transformers import AutoModelForCausalLM
 
 from modeling_aft import ByteTokenizer
+from shared.bits_per_byte import evaluate_split
+from shared.byte_data import file_bytes, pydoc_bytes, split_ranges
+from shared.console import any_text, one_line, run_program
+from shared.drawing import save_figure
+from shared.model_code import remove_code
+from shared.model_pictures import draw_model, draw_receptive_fields, load_models
+from shared.pretraining import sample_text
+from shared.pretraining_arguments import has_length_limit
+from shared.redaction import public_path, readable
+from shared.run_log import MEANINGLESS_ELSEWHERE, fill_model_card, plot_training_curve, read_log, today
+from shared.saved_models import load_model
 
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -85,7 +87,7 @@ def check_run(folder: Path, content: bytes) -> list[dict]:
 
 def save_weights(model, folder: Path, dtype: torch.dtype) -> None:
     """
-    Saves a model with its floating-point numbers in `dtype`; config.json keeps the dtype that the model has.
+    Saves a model without code, its floating-point numbers in `dtype`; config.json keeps the dtype that the model has.
 
     Raises:
         OSError: it cannot be written.
@@ -99,6 +101,7 @@ def save_weights(model, folder: Path, dtype: torch.dtype) -> None:
     except SafetensorError as error:  # what safetensors makes of a full disk
         raise OSError(f"the weights cannot be written to {folder.parent.parent}: {one_line(error)}") from error
     ByteTokenizer().save_pretrained(folder)  # after the model, of which it takes the limit of length
+    remove_code(folder)
 
 
 def draw(name: str, models: dict, folder: Path, dataset_path: Path | None) -> list[dict]:
@@ -127,7 +130,7 @@ def score(model, content: bytes, length: int, splits: tuple[str, ...], protocols
     The events of the scores of a model, split by split.
 
     Args:
-        protocols: for each of those of bpb_evaluation.py, its flags in addition.
+        protocols: for each of those of score.py, its flags in addition.
     """
     accelerator = Accelerator(mixed_precision="no")
     model = accelerator.prepare(model)
@@ -224,7 +227,7 @@ def main(argv: list[str] | None = None) -> Path:
         plot_training_curve(events, folder / "training_curve.png")
 
         scores = score(stored, content, length, ("test", "valid"), protocols)
-        program = ["python", "scripts/bpb_evaluation.py", str(args.folder)]
+        program = ["python", "scripts/score.py", str(args.folder)]
         program += [] if args.dataset_path is None else ["--dataset_path", str(args.dataset_path)]
         for event in scores:
             event |= {"step": final["step"], "command": f"{shlex.join(program)} {event['command']}"}
@@ -234,7 +237,7 @@ def main(argv: list[str] | None = None) -> Path:
         sampling = argparse.Namespace(**{**arguments, "sample_bytes": arguments["sample_bytes"] or 300})
         final = {**final, "model_name": name, "sample": sample_text(stored, sampling)}
         del final["model_path"]
-        config = {**config, "arguments": {k: v for k, v in arguments.items() if k not in OF_THE_MACHINE}}
+        config = {**config, "arguments": {k: v for k, v in arguments.items() if k not in MEANINGLESS_ELSEWHERE}}
         release = {
             "event": "release",
             "command": shlex.join(["python", "scripts/release.py", *map(public_argument, argv)]),

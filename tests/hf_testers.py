@@ -19,7 +19,7 @@ from families import make_config
 from transformers import DynamicCache
 
 import modeling_aft
-from modeling_aft.modeling_common import MixerPreTrainedModel
+from modeling_aft.modeling_stack import MixerPreTrainedModel
 
 
 hf = hf_sources.load()

@@ -5,14 +5,14 @@ import os
 from xml.etree import ElementTree
 
 import benchmark
-import benchmark_account
-import benchmark_contestants
 import pytest
+import roofline
 import torch
 from transformers import DynamicCache, StaticCache
 
 from modeling_aft.compatibility import CACHE_NAME
 from modeling_aft.ops import aft_attention
+from shared import benchmark_contestants, benchmark_rows
 
 
 TINY = ["--device=cpu", "--layers=2", "--width=16", "--heads=2", "--conv_heads=4", "--window=3", "--rank=2"]
@@ -38,7 +38,7 @@ def names(rows, length):
 
 def check_whole(rows, suite, unit):
     for row in rows:
-        assert set(row) == set(benchmark.COLUMNS) and row["suite"] == suite
+        assert set(row) == set(benchmark_rows.COLUMNS) and row["suite"] == suite
         assert 0 < float(row["p20"]) <= float(row["p50"]) <= float(row["p80"])
         assert row["turns"] == "2" and row["unit"] == unit and float(row["rate"]) > 0
         assert row["torch"] == torch.__version__ and row["dtype"] == "float32"
@@ -110,10 +110,10 @@ def test_ceiling_suite_measures_copies_exp_and_products(tmp_path):
     assert float(copy["rate"]) == pytest.approx(2 * 4 * 1e5 / 1e9 / float(copy["p50"]), rel=1e-2)
 
 
-def test_account_sets_the_floor_beside_what_was_measured(tmp_path):
+def test_roofline_sets_the_floor_beside_what_was_measured(tmp_path):
     rows_of(tmp_path, "ceiling", "--lengths", "4096")
     measured = rows_of(tmp_path, "operator", "--lengths", "32", "--batch_size", "2")
-    with benchmark_account.main(["--output_dir", str(tmp_path)]).open() as file:
+    with roofline.main(["--output_dir", str(tmp_path)]).open() as file:
         rows = list(csv.DictReader(file))
     assert [row["contestant"] for row in rows] == AFT
     times = {row["contestant"]: float(row["p50"]) for row in measured}
@@ -121,13 +121,13 @@ def test_account_sets_the_floor_beside_what_was_measured(tmp_path):
         floor = sum(float(row[f"{part}_ms"]) for part in ("products", "exponentials", "bytes"))
         assert float(row["floor_ms"]) == pytest.approx(floor, rel=1e-2) and floor > 0
         assert float(row["measured_ms"]) == pytest.approx(times[row["contestant"]] * 1e3, rel=1e-3)
-        assert sum(float(row[kind]) for kind in benchmark_account.SHARES) == pytest.approx(1, abs=0.01)
+        assert sum(float(row[kind]) for kind in roofline.SHARES) == pytest.approx(1, abs=0.01)
         assert float(row["products"]) > 0 and float(row["exponentials"]) > 0
 
 
 def test_operations_of_a_windowed_form_are_linear_in_length_and_those_of_full_are_not():
     for name, growth in {"aft-simple": 4, "aft-local-32": 4, "aft-conv-8-32": 4, "aft-full": 16}.items():
-        short, long = (benchmark_account.counts(name, 2, length, 64)[0] for length in (256, 1024))
+        short, long = (roofline.counts(name, 2, length, 64)[0] for length in (256, 1024))
         assert long == growth * short
 
 
@@ -157,7 +157,7 @@ def test_what_was_measured_survives_a_failure(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         rows_of(tmp_path, "operator", "--lengths", "4", "8")
     monkeypatch.undo()
-    assert len(benchmark.read_rows(tmp_path / "operator-cpu.csv")) == 6
+    assert len(benchmark_rows.read_rows(tmp_path / "operator-cpu.csv")) == 6
     assert not list(tmp_path.glob("*.tmp"))
 
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from bpb_evaluation import METRIC, batches, evaluate_bits_per_byte, load_batch, main, streams, windows
+from score import main
 
 from modeling_aft import AFTConfig, AFTForCausalLM
+from shared.bits_per_byte import METRIC, batches, evaluate_bits_per_byte, load_batch, streams, windows
 
 
 TEXT = np.random.default_rng(0).integers(256, size=1000, dtype=np.uint8)

@@ -14,7 +14,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import numpy as np
 import psutil
 import pytest
-from byte_data import (
+
+from shared.byte_data import (
     BLOCK_SIZE,
     ENWIK8,
     ByteData,
@@ -367,7 +368,7 @@ def test_several_writers_repair_a_copy(tmp_path):
 
 def test_copy_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     synced, rename = [], os.rename
-    monkeypatch.setattr("byte_data.sync", lambda path: synced.append(path.name))
+    monkeypatch.setattr("shared.byte_data.sync", lambda path: synced.append(path.name))
 
     def check(old, new):
         if old.name == "table":

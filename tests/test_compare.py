@@ -11,13 +11,13 @@ import compare
 import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
-from checkpointing import complete_checkpoints
-from compare_table import COLUMNS, RESULT, score_at, value_at
-from pretraining_arguments import build_config, check_arguments, parse_arguments
-from run_log import read_log
 
 from modeling_aft.configuration_aft import AFT_TYPES
 from modeling_aft.configuration_synthesizer import SYNTHESIZER_TYPES
+from shared.checkpointing import complete_checkpoints
+from shared.compare_table import COLUMNS, RESULT, score_at, value_at
+from shared.pretraining_arguments import build_config, check_arguments, parse_arguments
+from shared.run_log import read_log
 
 
 PLANS = sorted((Path(__file__).resolve().parent.parent / "configuration" / "compare").glob("*.yaml"))

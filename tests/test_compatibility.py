@@ -17,7 +17,6 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
-from bpb_evaluation import evaluate_bits_per_byte
 from families import VARIANTS, make_config, make_ids, make_model
 from test_remote_code import run_without_package
 from transformers import (
@@ -34,6 +33,7 @@ from transformers import (
 import modeling_aft
 from modeling_aft import ByteTokenizer, compatibility
 from modeling_aft.compatibility import CACHE_NAME, CACHE_NAMES, NEWEST, OLDEST
+from shared.bits_per_byte import evaluate_bits_per_byte
 
 
 ROOT = Path(__file__).parents[1]

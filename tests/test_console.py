@@ -1,4 +1,4 @@
-"""scripts/console.py: programs print any text anywhere, and end with one line where their users make a mistake."""
+"""scripts/shared/console.py: programs print any text anywhere, and end with one line on a mistake of their users."""
 
 import io
 import os
@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from console import any_text, one_line, run_program
+
+from shared.console import any_text, one_line, run_program
 
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
@@ -48,7 +49,7 @@ def test_message_is_one_line():
 
 def program(body: str, *, stdout=subprocess.PIPE, options: tuple = (), **environment) -> subprocess.CompletedProcess:
     """A process whose main is the function that `body` defines."""
-    code = f"import sys\nfrom console import run_program\n{body}\nrun_program(main)"
+    code = f"import sys\nfrom shared.console import run_program\n{body}\nrun_program(main)"
     return subprocess.run(
         [sys.executable, *options, "-c", code],
         env={**os.environ, "PYTHONPATH": str(SCRIPTS), "PYTHONUNBUFFERED": "", **environment},

@@ -3,12 +3,13 @@
 from xml.etree import ElementTree
 
 import draw_model
-import drawing
 import numpy as np
 import pytest
 import torch
 from families import AFT_VARIANTS, LIMIT, make_ids, make_model
 from matplotlib.figure import Figure
+
+from shared import drawing, model_pictures
 
 
 PICTURES = {
@@ -29,9 +30,9 @@ def test_biases_are_those_of_the_mixer(variant, causal):
     mixer, length = model.layers[1].mixer, 20
     hidden = torch.randn(1, length, 16)
     query, key, value = mixer.qkv_proj(hidden)[0].split(mixer.widths, -1)
-    found = draw_model.position_bias(mixer, length)
+    found = model_pictures.position_bias(mixer, length)
     assert (found is None) == (variant in ("simple", "simple-nopos", "local-0"))
-    pairs = np.zeros((1, length, length)) if found is None else draw_model.as_pairs(*found, length, causal)
+    pairs = np.zeros((1, length, length)) if found is None else model_pictures.as_pairs(*found, length, causal)
     logits = key.T[:, None] + torch.from_numpy(pairs).float()  # [D or H, T, T]
     if causal:
         logits = logits.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf)
@@ -43,9 +44,9 @@ def test_biases_are_those_of_the_mixer(variant, causal):
 @pytest.mark.parametrize("variant", ["full", "local", "conv"])
 def test_rows_over_the_offset(variant):
     mixer = make_model(variant, head=False, dtype=torch.float32).layers[0].mixer
-    kind, bias = draw_model.position_bias(mixer, 9)
-    pairs = draw_model.as_pairs(kind, bias, 9, causal=True)
-    offsets, rows = draw_model.by_offset(kind, bias, 9, causal=True)
+    kind, bias = model_pictures.position_bias(mixer, 9)
+    pairs = model_pictures.as_pairs(kind, bias, 9, causal=True)
+    offsets, rows = model_pictures.by_offset(kind, bias, 9, causal=True)
     assert offsets.tolist() == list(range(9 if variant == "full" else 5))
     for t in range(9):
         for index, offset in enumerate(offsets):
@@ -57,7 +58,7 @@ def test_rows_over_the_offset(variant):
 
 def test_static_logits_of_a_synthesizer_are_weighted():
     mixer = make_model("random+dot_product", head=False, dtype=torch.float32).layers[0].mixer
-    kind, bias = draw_model.position_bias(mixer, 7)
+    kind, bias = model_pictures.position_bias(mixer, 7)
     alpha = mixer.mixture_logits.softmax(1)[:, 0].detach()
     assert kind == "pairs" and alpha.std() > 0.01
     expected = alpha[:, None, None] * mixer.logits["random"].table[:, :7, :7].detach()
@@ -75,7 +76,7 @@ def test_receptive_field_of_equal_keys_is_uniform():
     with torch.no_grad():
         for layer in model.layers:
             layer.mixer.qkv_proj.weight[16:32] = 0
-    shares = draw_model.receptive_field(model, make_ids(12))
+    shares = model_pictures.receptive_field(model, make_ids(12))
     np.testing.assert_allclose(shares, np.tile(uniform_share(12), (2, 1)), rtol=1e-5)
 
 
@@ -86,16 +87,16 @@ def test_receptive_field_follows_the_bias():
         bias.weight.zero_()
         bias.weight[:, 3] = 1
         bias.gamma.fill_(50)  # only the offset 3 is left
-    shares = draw_model.receptive_field(model, make_ids(12))
+    shares = model_pictures.receptive_field(model, make_ids(12))
     np.testing.assert_allclose(shares.sum(1), 1, rtol=1e-5)
     assert shares[1, 3] > 0.999 > shares[0].max()
 
 
 def test_receptive_field_is_the_same_in_blocks(monkeypatch):
     model, ids = make_model("local", head=False, dtype=torch.float32), make_ids(40, batch=3)
-    whole = draw_model.receptive_field(model, ids)
-    monkeypatch.setattr(draw_model, "BLOCK", 1)
-    np.testing.assert_allclose(draw_model.receptive_field(model, ids), whole, rtol=1e-5)
+    whole = model_pictures.receptive_field(model, ids)
+    monkeypatch.setattr(model_pictures, "BLOCK", 1)
+    np.testing.assert_allclose(model_pictures.receptive_field(model, ids), whole, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +158,7 @@ def test_wrong_input_is_refused(folders, tmp_path, more, message):
 
 def test_two_models_of_one_name_are_told_apart(folders, tmp_path):
     make_model("local", dtype=torch.float32).save_pretrained(tmp_path / "other" / "local")
-    models = draw_model.load_models([draw_model.Path(folders["local"]), tmp_path / "other" / "local"])
+    models = model_pictures.load_models([model_pictures.Path(folders["local"]), tmp_path / "other" / "local"])
     assert len(models) == 2 and "other-local" in models
 
 
@@ -172,7 +173,7 @@ def test_large_picture_becomes_a_small_png(tmp_path, monkeypatch):
 
 def test_thinned_offsets_keep_the_near_ones():
     offsets = np.arange(-1023, 1024)
-    kept = offsets[draw_model.thinned(offsets)]
+    kept = offsets[model_pictures.thinned(offsets)]
     assert set(range(-16, 17)) <= set(kept.tolist()) and {-1023, 1023} <= set(kept.tolist()) and len(kept) < 150
 
 

@@ -21,7 +21,7 @@ from transformers.exporters.utils import decompose_for_generation
 
 import modeling_aft
 from modeling_aft.compatibility import CACHE_NAME
-from modeling_aft.ops_export import panel_for_export
+from modeling_aft.ops_panel import panel_for_export
 
 
 EVERYTHING = "dense+random+factorized_dense+dot_product"

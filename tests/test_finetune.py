@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from byte_data import pydoc_bytes
 from families import LIMIT, make_config, model_classes
 from finetune import CLASSIFICATION, TokenWindows, main, split_text
 from launching import run_on_two_processes
@@ -32,6 +31,7 @@ from transformers import trainer as trainer_module
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from modeling_aft import ByteTokenizer
+from shared.byte_data import pydoc_bytes
 
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,16 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-import finetuning_arguments
 import pytest
 import torch
-from finetuning_trainer import FinetuningTrainer
-from folder_lock import locked
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_finetune import finetune, interrupted, leave_no_state, save_model, state, weights, write_table  # noqa: F401
 from transformers import Trainer
 from transformers.trainer_callback import TrainerState
+
+from shared import finetuning_arguments
+from shared.finetuning_trainer import FinetuningTrainer
+from shared.folder_lock import locked
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -221,7 +222,7 @@ def test_what_changes_no_weights_may_change(base, stopped, tmp_path):
 def test_flags_that_may_change_exist():
     known = set(vars(finetuning_arguments.parse_arguments(["--model", "m", "--text_file", __file__])[1]))
     known |= {entry for entry in finetuning_arguments.InputArguments.__dataclass_fields__}
-    assert finetuning_arguments.RESUMABLE_CHANGES <= known
+    assert finetuning_arguments.MAY_DIFFER_ON_RESUME <= known
 
 
 def without_identity(text: str) -> str:
@@ -296,7 +297,7 @@ def test_the_best_checkpoint_is_not_loaded_if_it_is_damaged(base, text, tmp_path
     interrupted(tmp_path / "run", 5, **values)
     assert best == 6 or (tmp_path / "run" / f"checkpoint-{best}").is_dir()
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="best checkpoint cannot be loaded: "):
-        patch.setattr("finetuning_trainer.find_damage", lambda path: f"{path} is damaged")
+        patch.setattr("shared.finetuning_trainer.find_damage", lambda path: f"{path} is damaged")
         finetune(tmp_path / "run", **values, resume_from_checkpoint="auto")
 
 

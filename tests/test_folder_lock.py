@@ -1,4 +1,4 @@
-"""scripts/folder_lock.py: one run per folder, and no lock outlives its process."""
+"""scripts/shared/folder_lock.py: one run per folder, and no lock outlives its process."""
 
 import json
 import os
@@ -10,13 +10,14 @@ from pathlib import Path
 from threading import Barrier
 
 import pytest
-from folder_lock import HOLDER, locked
+
+from shared.folder_lock import HOLDER, locked
 
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 HOLD = """
 import pathlib, sys, time
-from folder_lock import locked
+from shared.folder_lock import locked
 with locked(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -98,7 +99,7 @@ def test_full_disk_leaves_no_folder(tmp_path, monkeypatch):
     def full(path, content):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("folder_lock.write_whole", full)
+    monkeypatch.setattr("shared.folder_lock.write_whole", full)
     with pytest.raises(OSError, match="No space"), locked(tmp_path / "run"):
         pass
     assert list(tmp_path.iterdir()) == []

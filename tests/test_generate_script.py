@@ -181,14 +181,14 @@ def test_only_a_file_is_written(folder, tmp_path, target):
         main(["--model", folder, "--prompt", "a", "--output_file", target])
 
 
-@pytest.mark.parametrize(("program", "trusted"), [("generate", False), ("generate", True), ("bpb_evaluation", False)])
+@pytest.mark.parametrize(("program", "trusted"), [("generate", False), ("generate", True), ("score", False)])
 def test_code_beside_the_weights_runs_only_when_asked_for(program, trusted, folder, tmp_path):
     """Where modeling_aft cannot be imported."""
     blocked = tmp_path / "modeling_aft"
     blocked.mkdir()
     (blocked / "__init__.py").write_text("raise ImportError('not installed')")
     flags = ["--model", folder, "--prompt", "The ", "--max_new_tokens", "5", "--device", "cpu"]
-    if program == "bpb_evaluation":
+    if program == "score":
         (tmp_path / "data").write_bytes(bytes(range(256)))
         flags = [folder, "--dataset_path", str(tmp_path / "data")]
     result = subprocess.run(

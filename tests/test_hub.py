@@ -33,7 +33,8 @@ from hub_clients import (
 )
 from hub_server import TOKEN, HubServer, Repository
 from huggingface_hub import ModelCard
-from run_log import read_log
+
+from shared.run_log import read_log
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -257,7 +258,7 @@ def test_a_download_that_breaks_off_fails_and_can_be_repeated(hub, reader, publi
         ("config.json", load_config),
         ("model.safetensors", load),
         ("modeling_attention_free.py", load),
-        ("ops_torch.py", load),
+        ("ops_state.py", load),
         ("tokenization_bytes.py", load_tokenizer),
     ],
     ids=["config", "weights", "code", "imported-code", "code-of-the-tokenizer"],
@@ -399,7 +400,7 @@ def without_a_tensor(content: bytes) -> bytes:
         pytest.param("tokenizer_config.json", None, "no tokenizer_config.json", id="no-tokenizer"),
         pytest.param("modeling_attention_free.py", None, "no modeling_attention_free.py", id="no-code"),
         pytest.param("modeling_attention_free.py", lambda content: b"(" + content, "SyntaxError", id="broken-code"),
-        pytest.param("ops_torch.py", None, "FileNotFoundError", id="no-imported-code"),
+        pytest.param("ops_state.py", None, "FileNotFoundError", id="no-imported-code"),
     ],
 )
 def test_script_refuses_a_folder_that_would_not_load(hub, author, saved, tmp_path, name, change, message):

@@ -1,4 +1,4 @@
-"""scripts/labelled_tables.py: the file that was named, all of it, as it stands there, and what is wrong in it."""
+"""scripts/shared/labelled_tables.py: the file that was named, all of it, as it stands there, and what is wrong."""
 
 import csv
 import json
@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
-from labelled_tables import EncodedRows, describe_labels, encode_table, read_table
 
 from modeling_aft import ByteTokenizer
+from shared.labelled_tables import EncodedRows, describe_labels, encode_table, read_table
 
 
 ODD_TEXTS = [

@@ -1,4 +1,4 @@
-"""The checkpoints in model_cards/: they load without the package, have learned, and say what they are."""
+"""The checkpoints in model_cards/: they hold no code, have learned, say what they are, and are pushed with code."""
 
 import hashlib
 import math
@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from push_to_hub import copy_with_code
 from push_to_hub import main as push
-from run_log import fill_model_card, final_scores, read_log
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from test_remote_code import run_without_package
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import modeling_aft  # noqa: F401  (registers the model types)
+from modeling_aft import ByteTokenizer
+from shared.run_log import fill_model_card, final_scores, read_log
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,17 +39,32 @@ def test_it_has_learned_english(folder):
 
 
 @pytest.mark.parametrize("folder", **BY_NAME)
-def test_code_is_that_of_the_package(folder):
-    package = ROOT / "modeling_aft"
-    different = [path.name for path in folder.glob("*.py") if path.read_text() != (package / path.name).read_text()]
-    advice = 'for f in model_cards/*/*.py; do cp "modeling_aft/${f##*/}" "$f"; done'
-    assert not different, f"{different} in {folder}: when the package has changed, {advice}"
+def test_it_holds_no_code_and_names_none(folder):
+    assert not list(folder.glob("*.py"))
+    assert not [path.name for path in folder.glob("*config.json") if "auto_map" in path.read_text()]
+    assert type(AutoTokenizer.from_pretrained(folder)) is ByteTokenizer
+
+
+@pytest.mark.parametrize("folder", **BY_NAME)
+def test_what_is_pushed_loads_without_the_package(folder, tmp_path):
+    copy = copy_with_code(folder, tmp_path)
+    script = """
+from transformers import AutoModelForCausalLM, AutoTokenizer
+for loader in (AutoModelForCausalLM, AutoTokenizer):
+    loaded = loader.from_pretrained(sys.argv[1], trust_remote_code=True)
+    assert "transformers_modules" in type(loaded).__module__
+    print(type(loaded).__name__)
+"""
+    result = run_without_package(copy, tmp_path, script)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split()[1:] == ["ByteTokenizer"]
+    assert (copy / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("folder", **BY_NAME)
 def test_card_is_what_the_log_makes(folder):
     events = read_log(folder / "run.jsonl")
-    advice = "write fill_model_card(read_log(folder / 'run.jsonl')) of scripts/run_log.py into it"
+    advice = "write fill_model_card(read_log(folder / 'run.jsonl')) of scripts/shared/run_log.py into it"
     assert (folder / "README.md").read_text(encoding="utf-8") == fill_model_card(events), advice
     release = next(event for event in events if event["event"] == "release")
     assert abs(release["storage_cost"]) < 0.005
@@ -68,7 +85,11 @@ def test_aft_is_ahead_of_the_compressor():
 
 @pytest.mark.parametrize("folder", **BY_NAME)
 def test_it_is_ready_to_push(folder, capsys):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
     push([str(folder), f"me/{folder.name}", "--dry_run"])
     printed = capsys.readouterr().out
-    for name in ("model.safetensors", "config.json", "generation_config.json", "tokenizer_config.json", "README.md"):
+    code = ("modeling_common.py", "tokenization_bytes.py")
+    for name in ("model.safetensors", "config.json", "tokenizer_config.json", *code, "README.md", "run.jsonl"):
         assert f" {name}\n" in printed
+    assert f'name = "me/{folder.name}"' in printed and "from_pretrained(name, trust_remote_code=True)" in printed
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

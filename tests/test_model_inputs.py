@@ -16,6 +16,7 @@ from transformers import (
     StaticCache,
 )
 
+from modeling_aft.modeling_tokens import read_tokens
 from modeling_aft.ops import aft_attention_weights
 
 
@@ -279,7 +280,8 @@ def test_attentions_of_aft_are_the_weights_of_its_averages(variant, is_decoder):
     query, key, value = mixer.qkv_proj(block.mixer_norm(output.hidden_states[0])).split(mixer.widths, -1)
     weights = output.attentions[0].repeat_interleave(16 // channels, 1)
     mixed = mixer.o_proj(query.sigmoid() * torch.einsum("bdts,bsd->btd", weights, value))
-    expected, _ = mixer(block.mixer_norm(output.hidden_states[0]), attention_mask=mask)
+    hidden = block.mixer_norm(output.hidden_states[0])
+    expected, _ = mixer(hidden, read_tokens(hidden, mask))
     torch.testing.assert_close(mixed[mask.bool()], expected[mask.bool()])
     assert model(ids).attentions is None
 

@@ -94,11 +94,17 @@ def assert_agree(actual, expected, rtol=1e-9, atol=1e-9):
         torch.testing.assert_close(a.to(e.dtype), e, rtol=rtol, atol=atol)
 
 
-@pytest.fixture(params=["cpu", "chunks"])
-def way(request, monkeypatch):
-    """Both ways of the causal windowed forms, each by itself: that of the CPU, and that of all devices."""
-    if request.param == "chunks":
-        monkeypatch.setattr(ops, "windowed_cpu", ops_chunks.windowed_chunks)
+def kernels_of(form, causal=True):
+    """All that are for several queries, each of which the table may choose, here or elsewhere."""
+    if form == "full":
+        return ["full", "full_export", "full_composed"]
+    names = ["chunks", "chunks_export", "chunks_composed"]
+    return ["cpu", *names] if causal else ["bidirectional", *names]
+
+
+forms_and_kernels = pytest.mark.parametrize(
+    ("form", "kernel"), [(form, kernel) for form in FORMS for kernel in kernels_of(form)]
+)
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
@@ -111,14 +117,38 @@ def test_matches_the_formula_of_the_paper(backend, form, causal):
     )
 
 
-@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("length", [1, 2, 7, 63, 150])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize("form", FORMS)
-def test_torch_matches_reference(form, causal, length):
+def test_every_kernel_matches_the_reference(form, causal, length):
     inputs, bias = make_inputs(form, length), make_bias(form, length + 3, causal)
     options = {"causal": causal, "return_state": causal}
-    assert_agree(run("torch", inputs, bias, **options), run("reference", inputs, bias, **options))
+    expected = run("reference", inputs, bias, **options)
+    for kernel in ("auto", *kernels_of(form, causal)):
+        assert_agree(run(kernel, inputs, bias, **options), expected)
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_kernel_answers_what_it_supports_and_refuses_the_rest(form, causal):
+    inputs, bias = make_inputs(form, 9), make_bias(form, 9, causal)
+    supported = {"reference", *kernels_of(form, causal)}
+    for kernel in ops.KERNELS:
+        if kernel.name in supported:
+            aft_attention(*inputs, **bias, causal=causal, backend=kernel.name)
+        else:
+            with pytest.raises(ValueError, match=f"`backend` .* '{kernel.name}' is for"):
+                aft_attention(*inputs, **bias, causal=causal, backend=kernel.name)
+
+
+@pytest.mark.parametrize("form", WINDOWED)
+def test_a_step_agrees_with_kernels_for_several_queries(form):
+    inputs, bias = make_inputs(form, 9), make_bias(form, 20)
+    _, state = aft_attention(*inputs, **bias, return_state=True)
+    step = run("step", [t[:, :1] for t in inputs], bias, initial_state=state, return_state=True)
+    for kernel in ("auto", "cpu", "chunks", "reference"):
+        other = run(kernel, [t[:, :1] for t in inputs], bias, initial_state=state, return_state=True)
+        assert_agree(other, step)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -144,7 +174,7 @@ def test_blocks_of_time_and_batch_fit_together(form, rows, heads, monkeypatch):
 def test_ordinary_inputs_go_the_fast_way_and_others_the_exact_one(monkeypatch):
     taken = []
     monkeypatch.setattr(
-        ops_cpu, "windowed_chunks", lambda *inputs: taken.append(1) or ops_chunks.windowed_chunks(*inputs)
+        ops_cpu, "windowed_chunks", lambda window: taken.append(1) or ops_chunks.windowed_chunks(window)
     )
     query, key, value = make_inputs("local", 100)
     for scale in (1, 5):
@@ -158,12 +188,13 @@ def test_ordinary_inputs_go_the_fast_way_and_others_the_exact_one(monkeypatch):
         assert len(taken) == 2  # forward and backward
 
 
-@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("window", [1, 2, 64, 65, 100, 200])
 @pytest.mark.parametrize("form", ["local", "conv"])
 def test_any_window(form, window):
     inputs, bias = make_inputs(form, 150), make_bias(form, 150, window=window)
-    torch.testing.assert_close(aft_attention(*inputs, **bias), formula(*inputs, **bias))
+    expected = formula(*inputs, **bias)
+    for kernel in ("cpu", "chunks"):
+        torch.testing.assert_close(aft_attention(*inputs, **bias, backend=kernel), expected)
     bias = make_bias(form, 150, causal=False, window=window)
     torch.testing.assert_close(
         aft_attention(*inputs, **bias, causal=False), formula(*inputs, **bias, causal=False), rtol=1e-6, atol=1e-9
@@ -205,13 +236,14 @@ def _cut(bias, length):
     return {name: t[:length, :length] if name == "position_bias" else t for name, t in bias.items()}
 
 
-@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("kind", ["left", "right", "interior", "everything"])
 @pytest.mark.parametrize("form", FORMS)
 def test_padded_gradients_and_states_match_reference(form, kind):
     inputs, bias, mask = make_inputs(form, 19), make_bias(form, 25), make_mask(kind, 19)
     options = {"attention_mask": mask, "return_state": True}
-    assert_agree(run("torch", inputs, bias, **options), run("reference", inputs, bias, **options))
+    expected = run("reference", inputs, bias, **options)
+    for kernel in kernels_of(form):
+        assert_agree(run(kernel, inputs, bias, **options), expected)
 
 
 @pytest.mark.parametrize("splits", [[1], [20], [39], [3, 4, 5], [1] * 39, [7, 1, 20]], ids=str)
@@ -237,10 +269,9 @@ def test_continuing_from_a_state_equals_one_call(form, splits):
             assert_agree([t for t in state if t is not None], [t for t in whole_state if t is not None])
 
 
-@pytest.mark.usefixtures("way")
+@forms_and_kernels
 @pytest.mark.parametrize("length", [1, 30])
-@pytest.mark.parametrize("form", FORMS)
-def test_gradients_through_the_initial_state(form, length):
+def test_gradients_through_the_initial_state(form, kernel, length):
     (query, key, value), bias = make_inputs(form, 70 + length), make_bias(form, 70 + length)
 
     def two_calls(backend, *inputs):
@@ -251,7 +282,7 @@ def test_gradients_through_the_initial_state(form, length):
     weight = torch.randn(BATCH, length, WIDTH, dtype=torch.float64)
     grads = []
     for call in (
-        lambda *i: two_calls("torch", *i),
+        lambda *i: two_calls(kernel, *i),
         lambda *i: two_calls("reference", *i),
         lambda *i: formula(*i, **bias),
     ):
@@ -316,7 +347,6 @@ def hard_keys(kind, length, width):
 HARD_KEYS = ["scaled-1e4", "jumps-200", "rising-jump", "falling-jump", "all-equal", "all-very-low"]
 
 
-@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("bias_kind", ["small", "low-1e4", "high-1e4", "mixed-200"])
 @pytest.mark.parametrize("key_kind", [*HARD_KEYS, "plain"])
 @pytest.mark.parametrize("form", FORMS)
@@ -333,13 +363,13 @@ def test_exact_for_any_finite_input(form, key_kind, bias_kind):
             bias[name] = tensor + (-1e4 if bias_kind == "low-1e4" else 1e4)
     single = [t.float() for t in (query, key, value)], {name: t.float() for name, t in bias.items()}
     expected = run("reference", [t.double() for t in single[0]], {n: t.double() for n, t in single[1].items()})
-    actual = run("torch", *single)
     # k + w itself is rounded where both are large: at 2e4 a float32 has steps of 2e-3.
     large = key.abs().max() > 1e3 and bias_kind != "small" or bias_kind.endswith("1e4")
     tolerance = 1e-2 if large else 2e-4
-    for a, e in zip(actual, expected, strict=True):
-        assert torch.isfinite(a).all()
-        torch.testing.assert_close(a.double(), e, rtol=tolerance, atol=tolerance * max(1.0, float(e.abs().max())))
+    for kernel in kernels_of(form):
+        for a, e in zip(run(kernel, *single), expected, strict=True):
+            assert torch.isfinite(a).all()
+            torch.testing.assert_close(a.double(), e, rtol=tolerance, atol=tolerance * max(1.0, float(e.abs().max())))
 
 
 @pytest.mark.parametrize("key_kind", HARD_KEYS)
@@ -513,15 +543,18 @@ def test_operators_pass_opcheck():
 class PlainPanel(torch.autograd.Function):
     """The panel without its registration as an operator, whose inside no dispatch mode sees."""
 
+    operator = ops_panel.panel
+
     @staticmethod
     def forward(ctx, *inputs):
-        ctx.output, ctx.inputs = ops_panel.panel.plain(*inputs), inputs
+        ctx.output, ctx.inputs = PlainPanel.operator.plain(*inputs), inputs
         return ctx.output
 
     @staticmethod
     def backward(ctx, grad, _):
-        saved = (grad.contiguous(), *ctx.output, *ctx.inputs, ctx.needs_input_grad[5])
-        grads = ops_panel.panel_backward.plain(*saved)
+        *inputs, visible = ctx.inputs
+        needs_bias = ctx.needs_input_grad[5]
+        grads = ops_panel.panel_backward.plain(grad.contiguous(), *ctx.output, inputs, visible, needs_bias)
         return (*grads[:5], grads[5] if ctx.needs_input_grad[5] else None, None)
 
 
@@ -537,12 +570,13 @@ class PlainWindowed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, *_):
-        return *ops_cpu.windowed_backward.plain(grad, *ctx.output[1:], *ctx.inputs, True), None
+        *inputs, activation = ctx.inputs
+        return *ops_cpu.windowed_backward.plain(grad, *ctx.output[1:], inputs, activation, True), None
 
 
 @pytest.fixture
-def largest_tensor(monkeypatch, way):
-    monkeypatch.setattr(ops_chunks, "panel", PlainPanel.apply)
+def largest_tensor(monkeypatch):
+    monkeypatch.setattr(ops_panel, "panel", PlainPanel.apply)
     monkeypatch.setattr(ops_cpu, "windowed", PlainWindowed.apply)
 
     def measure(function):
@@ -557,14 +591,15 @@ def largest_tensor(monkeypatch, way):
 def test_memory_is_linear_in_length(form, largest_tensor):
     """No tensor of the fast path, forward or backward, grows faster than T."""
 
-    def largest(length):
+    def largest(kernel, length):
         inputs, bias = (
             make_inputs(form, length, torch.float32),
             make_bias(form, length, dtype=torch.float32, window=32),
         )
-        return largest_tensor(lambda: run("torch", inputs, bias))
+        return largest_tensor(lambda: run(kernel, inputs, bias))
 
-    assert largest(4096) <= 4.2 * largest(1024)
+    for kernel in ("cpu", "chunks"):
+        assert largest(kernel, 4096) <= 4.2 * largest(kernel, 1024)
 
 
 @pytest.mark.parametrize("aft_type", ["local", "simple", "conv"])

@@ -11,10 +11,10 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
-from pretraining_arguments import check_arguments, parse_arguments
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from modeling_aft import AFTConfig, AFTForCausalLM, SynthesizerConfig, SynthesizerForCausalLM
+from shared.pretraining_arguments import build_config, check_arguments, parse_arguments
 
 
 CLASSES = {"aft": (AFTConfig, AFTForCausalLM), "synthesizer": (SynthesizerConfig, SynthesizerForCausalLM)}
@@ -31,15 +31,18 @@ def stem(path: Path) -> str:
 
 
 def table_rows() -> dict[str, list[str]]:
-    """The cells of each table row in configuration/README.md that starts with the name of a file."""
+    """The cells of each table row in configuration/README.md that starts with the name of a file or an override."""
     text = (CONFIGURATION / "README.md").read_text(encoding="utf-8")
     rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|")
-    return {match[1]: cells for cells in rows if (match := re.fullmatch(r"`(\S+)`", cells[0]))}
+    return {match[1]: cells for cells in rows if (match := re.fullmatch(r"`(\S+[.=]\S+)`", cells[0]))}
+
+
+OVERRIDES = {name: cells for name, cells in table_rows().items() if "=" in name}
 
 
 def test_readme_names_every_file():
     presets = {*MODELS, *TRAINING, *ACCELERATE, *COMPARE}
-    assert set(table_rows()) == {str(path.relative_to(CONFIGURATION)) for path in presets}
+    assert set(table_rows()) - set(OVERRIDES) == {str(path.relative_to(CONFIGURATION)) for path in presets}
     others = {path for path in CONFIGURATION.rglob("*") if path.is_file()} - presets
     assert others == {CONFIGURATION / "README.md"}
 
@@ -59,6 +62,21 @@ def test_model_preset(path):
     assert table_rows()[f"models/{path.name}"][1] == f"{model.num_parameters():,}"
     if path.stem.endswith("-small"):  # the models that are compared with each other; matrices per head are larger
         assert 1.9e6 < model.num_parameters() < (4.7e6 if "random" in config.to_json_string() else 2.9e6)
+
+
+@pytest.mark.parametrize("override", OVERRIDES)
+def test_override_of_the_paper(override):
+    preset = CONFIGURATION / "models" / "aft-local-32-24x256.json"
+    config = build_config(parse_arguments(["--model_preset", str(preset), "--model_override", override]))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    _, parameters, row = OVERRIDES[override]
+    assert parameters == f"{model.num_parameters():,}"
+    assert row.split(":")[0] == f"s = {'T' if config.window_size == 1024 else config.window_size}"
+
+
+def test_overrides_are_the_windows_of_the_paper():
+    assert list(OVERRIDES) == [f"window_size={size}" for size in (0, 1, 2, 4, 8, 64, 128, 256, 512, 1024)]
 
 
 @pytest.mark.parametrize("path", SMALL_ENOUGH_TO_RUN, ids=stem)

@@ -15,18 +15,19 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
-from checkpointing import complete_checkpoints
 from families import VARIANTS, make_model
 from generate import main as generate
 from launching import run_on_two_processes
-from optimization import create_optimizers, learning_rate, parameter_groups, set_learning_rate
-from pretrain_enwik8 import main, seed_step
-from pretraining_arguments import check_arguments, parse_arguments
-from run_log import read_log
+from pretrain_enwik8 import main
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from modeling_aft import ByteTokenizer
+from shared.checkpointing import complete_checkpoints
+from shared.optimization import create_optimizers, learning_rate, parameter_groups, set_learning_rate
+from shared.pretraining import seed_step
+from shared.pretraining_arguments import check_arguments, parse_arguments
+from shared.run_log import read_log
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -391,7 +392,7 @@ def test_muon_refuses_models_without_linear_layers():
 
 
 def test_muon_refuses_one_loss_scale(inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr("pretrain_enwik8.Accelerator.mixed_precision", "fp16")  # which wants a GPU
+    monkeypatch.setattr("shared.pretraining.Accelerator.mixed_precision", "fp16")  # which wants a GPU
     with pytest.raises(ValueError, match="--optimizer must be adamw with fp16.*got 'muon'"):
         main(flags(inputs, tmp_path / "run", optimizer="muon"))
     assert not (tmp_path / "run").exists()
@@ -631,7 +632,7 @@ def test_two_processes_equal_one(inputs, without_dropout, tmp_path):
 
 @pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "ascii"])
 def test_sample_is_printed_in_every_encoding(inputs, tmp_path, monkeypatch, encoding):
-    monkeypatch.setattr("pretrain_enwik8.sample_text", lambda model, args: "\u4e2d \ufffd")
+    monkeypatch.setattr("shared.pretraining.sample_text", lambda model, args: "\u4e2d \ufffd")
     stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict")
     monkeypatch.setattr(sys, "stdout", stdout)
     main(flags(inputs, tmp_path / "run", max_steps=2, sample_every=1))

@@ -11,22 +11,22 @@ import subprocess
 import sys
 from pathlib import Path
 
-import bpb_evaluation
-import checkpointing
 import evaluate
-import pretrain_enwik8
 import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
-from byte_data import KnownFile
-from checkpointing import STATE_FILE, find_checkpoint
-from console import run_program
-from optimization import all_finite
 from pretrain_enwik8 import main
-from pretraining import ROOT, SCRIPT, STEPS, checkpoints, flags, history, make_inputs, run_script
-from run_log import read_log
 from safetensors import SafetensorError
+from small_runs import ROOT, SCRIPT, STEPS, checkpoints, flags, history, make_inputs, run_script
+
+from shared import checkpointing, pretraining
+from shared.bits_per_byte import load_metric
+from shared.byte_data import KnownFile
+from shared.checkpointing import STATE_FILE, find_checkpoint
+from shared.console import run_program
+from shared.optimization import all_finite
+from shared.run_log import read_log
 
 
 @pytest.fixture(autouse=True)
@@ -72,14 +72,14 @@ class Killed(BaseException):
 
 def kill_at(monkeypatch, step: int):
     """Ends runs when they begin this step, counted from 0."""
-    train_step = pretrain_enwik8.train_step
+    train_step = pretraining.train_step
 
     def train(*args):
         if args[4] == step:
             raise Killed
         return train_step(*args)
 
-    monkeypatch.setattr("pretrain_enwik8.train_step", train)
+    monkeypatch.setattr(pretraining, "train_step", train)
 
 
 # Resuming
@@ -213,8 +213,8 @@ def test_log_is_on_the_disk_before_the_checkpoint_that_counts_on_it(inputs, tmp_
         calls.append(state["log_lines"])
         checkpointing.save_checkpoint(accelerator, folder, state)
 
-    monkeypatch.setattr("run_log.sync", lambda path: calls.append((path.name, len(read_log(path)))))
-    monkeypatch.setattr("pretrain_enwik8.save_checkpoint", save)
+    monkeypatch.setattr("shared.run_log.sync", lambda path: calls.append((path.name, len(read_log(path)))))
+    monkeypatch.setattr(pretraining, "save_checkpoint", save)
     main(flags(inputs, tmp_path / "run"))
     saves = [index for index, call in enumerate(calls) if isinstance(call, int)]
     assert len(saves) == 4 and all(calls[index - 1] == ("run.jsonl", calls[index]) for index in saves)
@@ -253,7 +253,7 @@ def fail_at(call: int, error: BaseException, function):
 )
 def test_fault_after_a_step_does_not_lose_it(inputs, whole, tmp_path, monkeypatch, name, call, step):
     with monkeypatch.context() as patch, pytest.raises(PermissionError):
-        patch.setattr(f"pretrain_enwik8.{name}", fail_at(call, PermissionError("no"), getattr(pretrain_enwik8, name)))
+        patch.setattr(pretraining, name, fail_at(call, PermissionError("no"), getattr(pretraining, name)))
         main(flags(inputs, tmp_path / "run"))
     assert checkpoints(tmp_path / "run")[-1] == f"step-{step}"
     assert not (tmp_path / "run" / "README.md").exists()
@@ -262,16 +262,16 @@ def test_fault_after_a_step_does_not_lose_it(inputs, whole, tmp_path, monkeypatc
 
 
 def test_old_checkpoints_stay_until_the_new_one_is_measured(inputs, tmp_path, monkeypatch):
-    function = fail_at(3, MemoryError(), pretrain_enwik8.evaluate_bits_per_byte)
-    monkeypatch.setattr("pretrain_enwik8.evaluate_bits_per_byte", function)
+    function = fail_at(3, MemoryError(), pretraining.evaluate_bits_per_byte)
+    monkeypatch.setattr(pretraining, "evaluate_bits_per_byte", function)
     with pytest.raises(MemoryError):
         main(flags(inputs, tmp_path / "run", keep_checkpoints=1))
     assert checkpoints(tmp_path / "run") == ["step-4", "step-6"]
 
 
 def test_metric_is_loaded_before_the_training(inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr("pretrain_enwik8.train_step", lambda *args: pytest.fail("trained"))
-    bpb_evaluation.load_metric.cache_clear()
+    monkeypatch.setattr(pretraining, "train_step", lambda *args: pytest.fail("trained"))
+    load_metric.cache_clear()
     monkeypatch.setattr(evaluate, "load", fail_at(1, PermissionError("no such folder"), evaluate.load))
     with pytest.raises(PermissionError, match="no such folder"):
         main(flags(inputs, tmp_path / "run"))
@@ -303,8 +303,8 @@ def test_rate_without_measure_ends_with_an_error(inputs, tmp_path, changes):
 @pytest.mark.parametrize("eval_every", [2, 0], ids=["evaluated", "not-evaluated"])
 @pytest.mark.parametrize("step", [4, 5], ids=["checkpoint", "next"])
 def test_last_good_checkpoint_stays(inputs, tmp_path, monkeypatch, eval_every, step):
-    rate = pretrain_enwik8.learning_rate
-    monkeypatch.setattr("pretrain_enwik8.learning_rate", lambda at, args: 1e20 if at == step - 1 else rate(at, args))
+    rate = pretraining.learning_rate
+    monkeypatch.setattr(pretraining, "learning_rate", lambda at, args: 1e20 if at == step - 1 else rate(at, args))
     with pytest.raises(FloatingPointError, match="(is|not) .*step-[24]$"):
         main(flags(inputs, tmp_path / "run", keep_checkpoints=1, eval_every=eval_every, log_every=100))
     assert checkpoints(tmp_path / "run") == (["step-2"] if step == 4 else ["step-4"])
@@ -314,14 +314,14 @@ def test_last_good_checkpoint_stays(inputs, tmp_path, monkeypatch, eval_every, s
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
 @pytest.mark.parametrize("call, split, step", [(2, "valid", 4), (4, "valid", 8), (5, "test", 8)])
 def test_score_that_is_no_number_ends_the_run(inputs, whole, tmp_path, monkeypatch, value, call, split, step):
-    evaluate_bits_per_byte, calls = pretrain_enwik8.evaluate_bits_per_byte, iter(range(1, 100))
+    evaluate_bits_per_byte, calls = pretraining.evaluate_bits_per_byte, iter(range(1, 100))
 
     def score(*args, **kwargs):
         result = evaluate_bits_per_byte(*args, **kwargs)
         return result | ({"bits_per_byte": value} if next(calls) == call else {})
 
     with monkeypatch.context() as patch:
-        patch.setattr("pretrain_enwik8.evaluate_bits_per_byte", score)
+        patch.setattr(pretraining, "evaluate_bits_per_byte", score)
         with pytest.raises(
             FloatingPointError, match=f"score is {value} bits per byte on {split} at step {step}.*step-{step - 2}$"
         ):
@@ -355,7 +355,7 @@ def test_diverged_program_ends_with_one_line(inputs, tmp_path, capsys):
 
 HOLD = """
 import pathlib, sys, time
-from folder_lock import locked
+from shared.folder_lock import locked
 with locked(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
@@ -391,7 +391,7 @@ def test_what_a_killed_process_left_is_removed(inputs, run):
 
 def test_failed_start_leaves_an_earlier_run_alone(inputs, run, monkeypatch):
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name[0] != "."}
-    monkeypatch.setattr("pretrain_enwik8.create_optimizers", fail_at(1, MemoryError(), None))
+    monkeypatch.setattr(pretraining, "create_optimizers", fail_at(1, MemoryError(), None))
     with pytest.raises(MemoryError):
         main([*flags(inputs, run), "--overwrite"])
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name[0] != "."} == before
@@ -406,7 +406,7 @@ def enwik8(inputs, monkeypatch) -> Path:
     content = (inputs / "text.bin").read_bytes()
     sums = hashlib.md5(content).hexdigest(), hashlib.sha1(content).hexdigest()
     known = KnownFile("enwik8", "http://127.0.0.1:9/dc/enwik8", len(content), *sums)
-    monkeypatch.setattr("pretrain_enwik8.ENWIK8", known)
+    monkeypatch.setattr(pretraining, "ENWIK8", known)
     return inputs / "text.bin"
 
 
@@ -503,7 +503,7 @@ def test_reader_that_goes_away_costs_no_checkpoint(inputs, whole, tmp_path, monk
     os.close(read)
     with open(write, "w") as nobody_reads, monkeypatch.context() as patch, pytest.raises(SystemExit) as ending:
         patch.setattr(sys, "stdout", nobody_reads)
-        patch.setattr("pretrain_enwik8.Accelerator.print", lambda *args: None)  # so that the sample is what breaks it
+        patch.setattr(pretraining.Accelerator, "print", lambda *args: None)  # so that the sample is what breaks it
         run_program(lambda: main(flags(inputs, tmp_path / "run")))
     assert ending.value.code == 1
     assert capsys.readouterr().err.splitlines()[-1] == "error: [Errno 32] Broken pipe"

@@ -1,5 +1,6 @@
 """Every program of scripts/ from its command line: any text on any terminal, and one line where its user is wrong."""
 
+import ast
 import io
 import runpy
 import sys
@@ -13,8 +14,8 @@ NOWHERE = "nowhere/\u043c\u043e\u0434\u0435\u043b\u044c-\u4e2d-\udcff"  # the la
 ESCAPED = NOWHERE.encode("ascii", "backslashreplace").decode()
 WRONG = {  # flags that are refused at once, and with what
     "benchmark.py": (["train", "--models", NOWHERE], "--models must be files or of aft-simple,"),
-    "benchmark_account.py": (["--output_dir", NOWHERE], "--output_dir must hold operator-cpu.csv"),
-    "bpb_evaluation.py": ([NOWHERE, "--dtype", NOWHERE], "--dtype must be one of auto, float32, bfloat16, float16"),
+    "roofline.py": (["--output_dir", NOWHERE], "--output_dir must hold operator-cpu.csv"),
+    "score.py": ([NOWHERE, "--dtype", NOWHERE], "--dtype must be one of auto, float32, bfloat16, float16"),
     "compare.py": ([NOWHERE], "plan: no such file: "),
     "draw_model.py": ([NOWHERE, "--output_dir", NOWHERE], "models: nowhere/"),
     "finetune.py": (["--model", "m", "--text_file", NOWHERE], "finetune.py: --text_file must be a file, got "),
@@ -24,9 +25,26 @@ WRONG = {  # flags that are refused at once, and with what
 }
 
 
-def test_all_programs_are_here():
-    programs = {path.name for path in SCRIPTS.glob("*.py") if "__main__" in path.read_text(encoding="utf-8")}
-    assert programs - {"pretrain_enwik8.py"} == WRONG.keys()
+def imported_modules(path: Path) -> set[str]:
+    """The names of all modules that a file imports, anywhere in it, up to their first dot."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module or "")
+    return {name.partition(".")[0] for name in found}
+
+
+def test_scripts_holds_programs_and_what_they_share():
+    assert {path.name for path in SCRIPTS.iterdir()} - {"__pycache__"} == {*WRONG, "pretrain_enwik8.py", "shared"}
+    assert not [path for path in SCRIPTS.glob("shared/**/*.py") if "__main__" in path.read_text(encoding="utf-8")]
+
+
+def test_nothing_imports_a_program():
+    programs = {path.stem for path in SCRIPTS.glob("*.py")}
+    arrows = {path.name: imported_modules(path) & programs for path in SCRIPTS.rglob("*.py")}
+    assert {name: found for name, found in arrows.items() if found} == {}
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1"])

@@ -8,6 +8,7 @@ import pytest
 from push_to_hub import find_pictures, main
 
 from modeling_aft import AFTConfig, AFTForCausalLM, ByteTokenizer
+from shared.model_code import remove_code
 
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "max_position_embeddings": 32, "position_bias_rank": 2}
@@ -157,3 +158,12 @@ def test_no_connection_is_one_error(folder, monkeypatch):
     monkeypatch.setattr("push_to_hub.HfApi.create_repo", create_repo)
     with pytest.raises(OSError, match="^me/model was not pushed: Unreachable: connection refused$"):
         main([str(folder), "me/model"])
+
+
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "SynthesizerModel"])
+def test_no_code_is_added_to_other_models(folder, name):
+    remove_code(folder)
+    push(folder)
+    edit(folder / "config.json", lambda text: text.replace("AFTForCausalLM", name))
+    with pytest.raises(ValueError, match=f"^{folder}: has no code, and none can be added: "):
+        push(folder)

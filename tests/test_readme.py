@@ -1,7 +1,11 @@
-"""The commands and imports in the documents exist: scripts, flags, presets, make targets, names. The first runs."""
+"""What the documents say: commands, links and names exist, Python runs, and the README stays short."""
 
 import ast
+import contextlib
+import io
+import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -9,26 +13,40 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.commands.launch import launch_command_parser
-from test_remote_code import run_without_package
+
+from modeling_aft import AFTConfig, AFTForCausalLM, ByteTokenizer
 
 
 ROOT = Path(__file__).resolve().parent.parent
 CARDS = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("model_cards/*/README.md"))]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "configuration/README.md", *CARDS)
+PAGES = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("docs/*.md"))]
+GUIDES = ("README.md", *PAGES)  # their Python blocks run, page by page
+DOCUMENTS = (*GUIDES, "CONTRIBUTING.md", "benchmarks/README.md", "configuration/README.md", *CARDS)
+LINKED = (*GUIDES, "CONTRIBUTING.md", "benchmarks/README.md", "benchmarks/claims.md", "configuration/README.md")
+FOLDERS = ("benchmarks", "configuration", "docs", "model_cards", "modeling_aft", "scripts", "tests")
 SEPARATORS = {"&&", "||", "|", ";", "&"}
+MOST_WORDS = 1250  # of the README, as `wc -w` counts
+
+
+def read(document: str) -> str:
+    return (ROOT / document).read_text(encoding="utf-8")
+
+
+def find_blocks(document: str, *languages: str) -> list[tuple[int, str]]:
+    """Line and text of each fenced block of a document in one of the languages."""
+    text, blocks = read(document), []
+    for match in re.finditer(r"^```(\w+)[^\n]*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
+        if match[1] in languages:
+            blocks.append((text[: match.start()].count("\n") + 1, match[2]))
+    return blocks
 
 
 def code_blocks(*languages: str) -> list:
     """A pytest parameter for each fenced block in one of the languages, named by document and line."""
-    blocks = []
-    for document in DOCUMENTS:
-        text = (ROOT / document).read_text(encoding="utf-8")
-        for match in re.finditer(r"^```(\w+)[^\n]*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
-            if match[1] in languages:
-                line = text[: match.start()].count("\n") + 1
-                blocks.append(pytest.param(match[2], id=f"{document}:{line}"))
-    return blocks
+    found = ((document, *block) for document in DOCUMENTS for block in find_blocks(document, *languages))
+    return [pytest.param(text, id=f"{document}:{line}") for document, line, text in found]
 
 
 def commands(block: str):
@@ -53,9 +71,18 @@ def flags(words: list[str]) -> set[str]:
 
 @cache
 def flags_of_script(script: str) -> set[str]:
-    result = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    return set(re.findall(r"--[\w-]+", result.stdout))
+    """Those that its --help names. It runs in this process, which has imported most of what it needs."""
+    before = sys.argv, sys.path[:]
+    sys.argv, sys.path[:] = [script, "--help"], [str(ROOT / "scripts"), *sys.path]
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as ending:
+        assert not ending.code, f"{script} --help ended with {ending.code}"
+    finally:
+        sys.argv, sys.path[:] = before
+    return set(re.findall(r"--[\w-]+", printed.getvalue()))
 
 
 @cache
@@ -65,7 +92,7 @@ def flags_of_accelerate_launch() -> set[str]:
 
 @cache
 def make_targets() -> set[str]:
-    return set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    return set(re.findall(r"^([a-z][\w-]*):", read("Makefile"), flags=re.MULTILINE))
 
 
 @pytest.mark.parametrize("block", code_blocks("bash", "sh"))
@@ -93,24 +120,96 @@ def test_python_compiles_and_imports_exist(block):
             assert all(hasattr(module, name) for name in names), f"from {node.module} import {names}"
 
 
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory):
+    """The folder of a model as small as it gets, in place of runs/tiny, which takes minutes to train."""
+    folder = tmp_path_factory.mktemp("documents") / "tiny"
+    torch.manual_seed(0)
+    config = AFTConfig(hidden_size=16, num_hidden_layers=1, position_bias_rank=4, max_position_embeddings=256)
+    AFTForCausalLM(config).save_pretrained(folder)
+    ByteTokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("document", [name for name in GUIDES if find_blocks(name, "python")])
+def test_python_runs(document, stand_in, tmp_path, monkeypatch):
+    """The blocks of a page, one after the other, in a folder that has what the root of the repository has."""
+    for name in ("configuration", "model_cards", "README.md"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "runs" / "tiny").mkdir(parents=True)
+    for file in stand_in.iterdir():
+        (tmp_path / "runs" / "tiny" / file.name).write_bytes(file.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "__main__"}
+    for line, block in find_blocks(document, "python"):
+        # As many lines before it as the document has, so that a traceback names its line.
+        exec(compile("\n" * line + block, str(ROOT / document), "exec"), namespace)
+
+
 def first_examples() -> list:
     """The first Python block of each document that begins with text out of a checkpoint."""
-    blocks = code_blocks("python")
-    return [next(block for block in blocks if block.id.startswith(f"{name}:")) for name in ("README.md", *CARDS)]
+    return [pytest.param(find_blocks(name, "python")[0][1], id=name) for name in ("README.md", *CARDS)]
 
 
 @pytest.mark.parametrize("example", first_examples())
 def test_first_example_writes_text(example, tmp_path):
+    """In a process of its own, which has imported nothing yet."""
     assert "model_cards/" in example
-    start = f"import os, torch; os.chdir({str(ROOT)!r}); torch.manual_seed(0)\n"
-    done = run_without_package(ROOT, tmp_path, start + example)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_MODULES_CACHE": str(tmp_path)}
+    command = [sys.executable, "-c", "import torch; torch.manual_seed(0)\n" + example]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     words = re.findall(r"[a-z]+", done.stdout)  # a model that has learned nothing writes few letters in a row
     assert len(words) > 10 and sum(map(len, words)) > 0.5 * len(done.stdout)
 
 
+def anchors(text: str) -> set[str]:
+    """Those that GitHub makes of the headings of a page."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    headings = [re.sub(r"\[(.*?)\]\(.*?\)", r"\1", heading).lower() for heading in headings]
+    return {re.sub(r"[^\w\- ]", "", heading).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", LINKED)
+def test_links_lead_somewhere(document):
+    for link in re.findall(r"\]\(([^)\s]+)\)", read(document)):
+        if not link.startswith(("http://", "https://")):
+            name, _, anchor = link.partition("#")
+            target = (ROOT / document).parent / name if name else ROOT / document
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+@pytest.mark.parametrize("document", LINKED)
+def test_named_files_exist(document):
+    text = read(document)
+    paths = re.findall(rf"(?<![\w.~/-])(?:{'|'.join(FOLDERS)})/[\w./-]*\w", text)
+    paths += [f"tests/{name}" for name in re.findall(r"`(test_\w+\.py)`", text)]
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_the_readme_is_short_and_leads_to_every_page():
+    text = read("README.md")
+    assert len(text.split()) <= MOST_WORDS
+    assert [page for page in PAGES if f"]({page})" not in text] == []
+
+
+def table_rows(document: str) -> list[list[str]]:
+    lines = re.findall(r"^\|(.+)\|$", read(document), flags=re.MULTILINE)
+    return [[cell.strip() for cell in line.split("|")] for line in lines]
+
+
+def test_figures_of_the_readme_are_those_of_the_benchmarks():
+    measured = table_rows("benchmarks/README.md")
+    figures = [row for row in table_rows("README.md") if re.fullmatch(r"[\d.,]+", row[1])]
+    assert len(figures) > 10
+    for row in figures:
+        assert any(row[0] == other[0] and set(row) <= {*other, ""} for other in measured), row
+
+
 def test_makefile_calls_what_exists():
-    recipes = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
+    recipes = read("Makefile").replace("\\\n", " ")
     for line in recipes.splitlines():
         if "scripts/" in line:
             words = shlex.split(line)

@@ -1,7 +1,8 @@
-"""scripts/redaction.py: no secret of an address and no folder of the machine reaches a log or a card."""
+"""scripts/shared/redaction.py: no secret of an address and no folder of the machine reaches a log or a card."""
 
 import pytest
-from redaction import ROOT, public_address, public_path, readable
+
+from shared.redaction import ROOT, public_address, public_path, readable
 
 
 @pytest.mark.parametrize(

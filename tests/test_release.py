@@ -10,15 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from bpb_evaluation import main as evaluate
 from huggingface_hub import ModelCard
 from pretrain_enwik8 import main as pretrain
 from push_to_hub import main as push
 from release import main, public_argument, xz_bits_per_byte
-from run_log import read_log
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from score import main as evaluate
 from transformers import AutoModelForCausalLM
+
+from shared.run_log import read_log
 
 
 MODELS = {
@@ -79,6 +80,7 @@ def test_weights_are_the_rounded_ones_of_the_run(runs, released, name):
     model = AutoModelForCausalLM.from_pretrained(released / f"my-{name}")
     assert model.dtype == torch.float32
     assert {path.name for path in released.iterdir()} == {"my-conv", "my-mixture"}
+    assert not list(released.glob("*/*.py")) and "auto_map" not in (released / f"my-{name}/config.json").read_text()
 
 
 @pytest.mark.parametrize("name", ["conv", "mixture"])
@@ -91,7 +93,7 @@ def test_every_score_is_what_its_command_prints(released, name, monkeypatch):
     for event in scores:
         assert event["command"] in card.content
         program, script, *flags = shlex.split(event["command"])
-        assert (program, script) == ("python", "scripts/bpb_evaluation.py")
+        assert (program, script) == ("python", "scripts/score.py")
         assert evaluate(flags)["bits_per_byte"] == pytest.approx(event["bits_per_byte"], rel=1e-6)
         assert f"| {event['split']} | {event['bits_per_byte']:.4f} | {event['protocol']}, T = 16" in card.content
     results = card.data.eval_results
@@ -138,6 +140,7 @@ def test_what_is_pushed_has_the_pictures(released, capsys):
     printed = capsys.readouterr().out
     assert "my-conv-bias-map.png" in printed and "my-conv-receptive-field.svg" in printed
     assert "what the split adds to the length of" in printed
+    assert " modeling_common.py\n" in printed
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,19 @@
-"""scripts/saved_models.py: a saved model is loaded whole or not at all, and every program says what is wrong."""
+"""scripts/shared/saved_models.py: a saved model is loaded whole or not at all, and programs say what is wrong."""
 
 import json
 import shutil
 from pathlib import Path
 
-import bpb_evaluation
 import draw_model
 import generate
 import pytest
+import score
 import torch
 from safetensors.torch import load_file, save_file
-from saved_models import load_config, load_model
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from modeling_aft import AFTConfig, AFTForCausalLM, AFTForSequenceClassification, AFTModel, ByteTokenizer
+from shared.saved_models import load_config, load_model
 
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "max_position_embeddings": 32, "position_bias_rank": 2}
@@ -22,7 +22,7 @@ INFINITE_CONFIG = json.dumps({"model_type": "aft", **SIZES, "layer_norm_eps": fl
 NAN_CONFIG = json.dumps({"model_type": "aft", **SIZES, "layer_norm_eps": float("nan")})
 PROGRAMS = {
     "generate": lambda folder: generate.main(["--model", str(folder), "--prompt", "a"]),
-    "bpb_evaluation": lambda folder: bpb_evaluation.main([str(folder)]),
+    "score": lambda folder: score.main([str(folder)]),
     "draw_model": lambda folder: draw_model.main([str(folder), "--output_dir", str(folder / "out")]),
 }
 every_program = pytest.mark.parametrize("program", PROGRAMS)

@@ -9,6 +9,7 @@ from memory import LargestTensor
 
 from modeling_aft import SynthesizerConfig, SynthesizerForCausalLM
 from modeling_aft.modeling_synthesizer import SynthesizerMixer
+from modeling_aft.modeling_tokens import read_tokens
 
 
 variants = pytest.mark.parametrize("variant", SYNTHESIZER_VARIANTS)
@@ -87,7 +88,8 @@ def test_fast_path_has_the_gradients_of_the_explicit_path(variant, padding, is_d
         hidden = torch.randn(
             3, 20, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(4)
         ).requires_grad_()
-        out, _ = mixer(hidden, attention_mask=mask if padding else None, output_attentions=output_attentions)
+        tokens = read_tokens(hidden, mask if padding else None)
+        out, _ = mixer(hidden, tokens, output_attentions=output_attentions)
         (out * weight)[keep].sum().backward()
         grads.append([out[keep], hidden.grad, *(p.grad for p in mixer.parameters())])
     for a, b in zip(*grads, strict=True):

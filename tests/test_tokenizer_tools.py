@@ -22,9 +22,9 @@ from transformers import (
     configuration_utils,
     pipeline,
 )
-from vocabulary import rows_needed
 
 from modeling_aft import ByteTokenizer
+from shared.vocabulary import rows_needed
 
 
 SOME = pytest.mark.parametrize("variant", ["local", "conv-nopos", "dense", "random+dot_product"])

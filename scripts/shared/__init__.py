@@ -1,0 +1,1 @@
+"""What the programs of `scripts/` share. None of these modules is a program, and none imports one."""
