@@ -197,7 +197,7 @@ def _(original):
     return lambda self: None
 
 
-@fault("the number of tokens that may be known stays at none", "cache_state.StateLayer._count", INPUTS)
+@fault("the number of tokens that may be known stays at none", "cache_state.StateLayer._count", MODELING)
 def _(original):
     def _count(self, length):
         known = self.known_length
