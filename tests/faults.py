@@ -614,20 +614,26 @@ def _(original):
 @fault("a cache of another kind of model is taken", "modeling_text.MixerModel._seen_tokens", CACHE)
 def _(original):
     def _seen_tokens(self, cache, batch):
-        for layer in getattr(cache, "layers", []):
+        layers = getattr(cache, "layers", [])
+        kinds = [getattr(layer, "kind", None) for layer in layers]
+        for layer in layers:
             layer.kind = None
-        return original(self, cache, batch)
+        try:
+            return original(self, cache, batch)
+        finally:
+            for layer, kind in zip(layers, kinds, strict=True):
+                layer.kind = kind
 
     return _seen_tokens
 
 
-@fault(
-    "checkpointing where nothing is recorded loses the cache",
-    "modeling_stack.MixerBlock.gradient_checkpointing",
-    CACHE,
-)
+@fault("checkpointing where nothing is recorded loses the cache", "modeling_text.MixerModel._prepare_cache", CACHE)
 def _(original):
-    return lambda self: self._checkpoints
+    def _prepare_cache(self, cache, use_cache, tokens):
+        with torch.enable_grad():
+            return original(self, cache, use_cache, tokens)
+
+    return _prepare_cache
 
 
 @fault("unknown keywords are swallowed", "compatibility.refuse_unknown", COMPATIBILITY)
