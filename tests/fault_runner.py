@@ -2,7 +2,8 @@
 
 A fault is bound to a function by its name. The function keeps its identity and gets another body, so that every
 reference to it has the fault, be it imported by name, in a table of kernels, in a closure or in a class. That happens
-as soon as its module has been executed, before any other module can have called it.
+as soon as its module has been executed, before any other module can have called it, and also where a test loads a copy
+of the package as remote code; not in programs that a test starts.
 
 Each run of tests is a process of its own, forked from one that has imported the libraries, but not the package.
 """
@@ -19,7 +20,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
-from importlib.machinery import PathFinder
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "modeling_aft"
 # What importing the package takes its time for.
 LIBRARIES = ["pytest", "torch._dynamo", "transformers.generation", "transformers.modeling_layers"]
+REMOTE_CODE = "transformers_modules"  # the package of it
 # The module that has the list `FAULTS`, and the name of the function that calls the one with the fault.
 LIST, REPLACED = "faults", "<replaced by a fault>"
 
@@ -132,24 +134,17 @@ def install(fault: Fault, module: ModuleType) -> None:
         setattr(owner, name, changed(fault, original))
 
 
-class Installer:
-    """Finds modules as Python does, and puts a fault into its module once that has been executed."""
+def install_on_import(fault: Fault) -> None:
+    """Puts a fault into its module once that has been executed, and into every copy that is loaded as remote code."""
+    wanted, execute = fault.where.partition(".")[0], SourceFileLoader.exec_module
 
-    def __init__(self, fault: Fault):
-        self.fault, self.module = fault, f"{PACKAGE}.{fault.where.partition('.')[0]}"
+    def exec_module(loader, module):
+        execute(loader, module)
+        parts = module.__name__.split(".")
+        if parts[0] in (PACKAGE, REMOTE_CODE) and parts[-1] == wanted:
+            install(fault, module)
 
-    def find_spec(self, name, path=None, target=None):
-        if name != self.module:
-            return None
-        spec = PathFinder.find_spec(name, path)
-        execute = spec.loader.exec_module
-
-        def exec_module(module):
-            execute(module)
-            install(self.fault, module)
-
-        spec.loader.exec_module = exec_module
-        return spec
+    SourceFileLoader.exec_module = exec_module
 
 
 def check(fault: Fault) -> None:
@@ -210,7 +205,7 @@ def run_tests(tests: str, fault_name: str | None, without: list[str]) -> Failure
         raise BrokenFault(f"{PACKAGE} has been imported before the fault.")
     if fault_name is not None:
         faults = importlib.import_module(LIST).FAULTS
-        sys.meta_path.insert(0, Installer(next(fault for fault in faults if fault.name == fault_name)))
+        install_on_import(next(fault for fault in faults if fault.name == fault_name))
     recorder, output = Recorder(), io.StringIO()
     options = ["-q", "-x", "-p", "no:cacheprovider", *(f"--deselect=tests/{test}" for test in without)]
     with redirect_stdout(output), redirect_stderr(output):
