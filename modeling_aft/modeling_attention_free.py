@@ -18,7 +18,7 @@ from .compatibility import list_in_library
 from .configuration_aft import AFTConfig
 from .modeling_causal_lm import MixerForCausalLM, StateGenerationMixin
 from .modeling_heads import MixerForMaskedLM, MixerForSequenceClassification, MixerForTokenClassification
-from .modeling_stack import MixerBlock, MixerPreTrainedModel
+from .modeling_stack import Mixer, MixerBlock, MixerPreTrainedModel
 from .modeling_text import MixerModel
 from .modeling_tokens import read_tokens
 from .ops import attend, weights
@@ -42,6 +42,13 @@ class TablePositionBias(nn.Module):
         self.table = nn.Parameter(torch.empty(length, columns)) if rank is None else None
         self.query_factors = nn.Parameter(torch.empty(length, rank)) if rank is not None else None
         self.key_factors = nn.Parameter(torch.empty(length, rank)) if rank is not None else None
+
+    def draw_weights(self, std: float):
+        if self.table is not None:
+            initialization.zeros_(self.table)
+        else:
+            initialization.normal_(self.query_factors, mean=0.0, std=FACTOR_STD)
+            initialization.normal_(self.key_factors, mean=0.0, std=FACTOR_STD)
 
 
 class FullPositionBias(TablePositionBias):
@@ -119,6 +126,12 @@ class ConvPositionBias(nn.Module):
         self.gamma = nn.Parameter(torch.empty(heads))
         self.beta = nn.Parameter(torch.empty(heads))
 
+    def draw_weights(self, std: float):
+        # gamma = beta = 0: the layer starts as AFT-simple; the weight must not be constant.
+        initialization.normal_(self.weight, mean=0.0, std=1.0)
+        initialization.zeros_(self.gamma)
+        initialization.zeros_(self.beta)
+
     def forward(self, positions: torch.Tensor) -> torch.Tensor:
         """[H, 1, taps] for any positions."""
         dtype = compute_dtype(self.weight)
@@ -167,7 +180,7 @@ class AFTFullStateLayer(GrowingStateLayer):
         return {"position": (batch,), "key": size, "value": size, "key_position": (batch, length)}
 
 
-class AFTMixer(nn.Module):
+class AFTMixer(Mixer):
     """
     y_t = W_o (sigmoid(q_t) * weighted average of the values), the weights being exp(k + w) (eq. 2 and 4 to 6).
 
@@ -200,6 +213,7 @@ class AFTMixer(nn.Module):
         self.limit = None
         if isinstance(self.position_bias, TablePositionBias):
             self.limit = config.max_position_embeddings
+        self.init_alone(config.initializer_range)
 
     def forward(
         self, hidden_states: torch.Tensor, tokens: Tokens | None = None, cache=None, output_attentions: bool = False
@@ -273,21 +287,6 @@ class AFTPreTrainedModel(MixerPreTrainedModel):
     config_class = AFTConfig
     _no_split_modules = ["AFTBlock"]
     _can_record_outputs = {"hidden_states": AFTBlock, "attentions": AFTMixer}
-
-    @torch.no_grad()
-    def _init_weights(self, module):
-        super()._init_weights(module)
-        if isinstance(module, ConvPositionBias):
-            # gamma = beta = 0: the layer starts as AFT-simple; the weight must not be constant.
-            initialization.normal_(module.weight, mean=0.0, std=1.0)
-            initialization.zeros_(module.gamma)
-            initialization.zeros_(module.beta)
-        elif isinstance(module, TablePositionBias):
-            if module.table is not None:
-                initialization.zeros_(module.table)
-            else:
-                initialization.normal_(module.query_factors, mean=0.0, std=FACTOR_STD)
-                initialization.normal_(module.key_factors, mean=0.0, std=FACTOR_STD)
 
 
 class AFTModel(AFTPreTrainedModel, MixerModel):

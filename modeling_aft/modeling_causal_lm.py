@@ -48,6 +48,7 @@ class MixerForCausalLM(MixerWithHead):
     """A mixer model with a language-model head. Subclasses name the model, and add `StateGenerationMixin`."""
 
     auto_class = "AutoModelForCausalLM"
+    pipeline_tag = "text-generation"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     loss_keywords = frozenset(["num_items_in_batch", "shift_labels", "ignore_index"])
 

@@ -20,6 +20,7 @@ class MixerForMaskedLM(MixerWithHead):
     """A bidirectional mixer model with a language-model head. Subclasses name the model."""
 
     auto_class = "AutoModelForMaskedLM"
+    pipeline_tag = "fill-mask"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     loss_keywords = frozenset(["num_items_in_batch", "ignore_index"])
 
@@ -82,6 +83,7 @@ class MixerForSequenceClassification(MixerClassifier):
     """A mixer model with a linear layer on the mean over the kept tokens. Subclasses name the model."""
 
     auto_class = "AutoModelForSequenceClassification"
+    pipeline_tag = "text-classification"
 
     @can_return_tuple
     def forward(
@@ -135,6 +137,7 @@ class MixerForTokenClassification(MixerClassifier):
     """A mixer model with a linear layer on every token. Subclasses name the model."""
 
     auto_class = "AutoModelForTokenClassification"
+    pipeline_tag = "token-classification"
 
     @can_return_tuple
     def forward(

@@ -19,6 +19,33 @@ from .compatibility import CACHE_NAMES
 from .ops_tokens import Tokens
 
 
+def draw_weights(module: nn.Module, std: float) -> None:
+    """The weights that a module begins with, without those of its parts; its own `draw_weights(std)` if it has one."""
+    if isinstance(module, nn.Linear):
+        initialization.normal_(module.weight, mean=0.0, std=std)
+        if module.bias is not None:
+            initialization.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        initialization.normal_(module.weight, mean=0.0, std=std)
+    elif isinstance(module, nn.LayerNorm):
+        initialization.ones_(module.weight)
+        initialization.zeros_(module.bias)
+    elif hasattr(module, "draw_weights"):
+        module.draw_weights(std)
+
+
+class Mixer(nn.Module):
+    """What stands where attention stood. Subclasses say how tokens are mixed."""
+
+    def init_alone(self, std: float) -> None:
+        """The weights that a mixer has in a model of one's own. One of this package, which draws all weights in its
+        turn, draws the same as if this had not been."""
+        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            for module in self.modules():
+                draw_weights(module, std)
+
+
 class FeedForward(nn.Module):
     """Two linear layers with an activation between them, `intermediate_size` wide."""
 
@@ -43,7 +70,7 @@ class MixerBlock(GradientCheckpointingLayer):
         causal (`bool`): whether a token sees only itself and earlier ones.
     """
 
-    mixer_class: type[nn.Module]
+    mixer_class: type[Mixer]
 
     def __init__(self, config, layer_idx: int = 0, causal: bool = True):
         super().__init__()
@@ -78,8 +105,10 @@ class MixerPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = list(CACHE_NAMES)
     _supports_context_parallel = False
     _can_compile_fullgraph = True
-    # The name of the Auto class that loads a class, which is so declared to be one of the heads of its family.
+    # The name of the Auto class that loads a class, which is so declared to be one of the heads of its family; and the
+    # task that the Hub lists it under.
     auto_class: str | None = None
+    pipeline_tag: str | None = None
     # Of a family: its classes, by the names of their Auto classes.
     heads: dict[str, type] = {}
 
@@ -101,16 +130,7 @@ class MixerPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        std = self.config.initializer_range
-        if isinstance(module, nn.Linear):
-            initialization.normal_(module.weight, mean=0.0, std=std)
-            if module.bias is not None:
-                initialization.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            initialization.normal_(module.weight, mean=0.0, std=std)
-        elif isinstance(module, nn.LayerNorm):
-            initialization.ones_(module.weight)
-            initialization.zeros_(module.bias)
+        draw_weights(module, self.config.initializer_range)
 
 
 class MixerStack(MixerPreTrainedModel):

@@ -20,7 +20,7 @@ from .compatibility import list_in_library
 from .configuration_synthesizer import SynthesizerConfig
 from .modeling_causal_lm import MixerForCausalLM, StateGenerationMixin
 from .modeling_heads import MixerForMaskedLM, MixerForSequenceClassification, MixerForTokenClassification
-from .modeling_stack import MixerBlock, MixerPreTrainedModel
+from .modeling_stack import Mixer, MixerBlock, MixerPreTrainedModel
 from .modeling_text import MixerModel
 from .modeling_tokens import read_tokens
 from .ops_modes import leading
@@ -55,7 +55,7 @@ class DenseLogits(ComponentLogits):
         self.weight = nn.Parameter(torch.empty(heads, config.hidden_size // heads, length))
         self.bias = nn.Parameter(torch.empty(heads, length))
 
-    def init_weights(self, std: float):
+    def draw_weights(self, std: float):
         initialization.normal_(self.weight, mean=0.0, std=std)
         initialization.zeros_(self.bias)
 
@@ -82,7 +82,7 @@ class RandomLogits(ComponentLogits):
         else:
             self.register_buffer("table", table)
 
-    def init_weights(self, std: float):
+    def draw_weights(self, std: float):
         initialization.normal_(self.table, mean=0.0, std=std)
 
     def whole(self, query: Tensor, positions: Tensor | None) -> Tensor:
@@ -107,7 +107,7 @@ class FactorizedRandomLogits(ComponentLogits):
         self.query_factors = nn.Parameter(torch.empty(size))
         self.key_factors = nn.Parameter(torch.empty(size))
 
-    def init_weights(self, std: float):
+    def draw_weights(self, std: float):
         # The product, a sum of k terms, then has the deviation `std`.
         factor_std = math.sqrt(std / math.sqrt(self.key_factors.shape[-1]))
         initialization.normal_(self.query_factors, mean=0.0, std=factor_std)
@@ -133,7 +133,7 @@ class FactorizedDenseLogits(ComponentLogits):
         self.weight_a, self.weight_b = (nn.Parameter(torch.empty(heads, size, n)) for n in self.sizes)
         self.bias_a, self.bias_b = (nn.Parameter(torch.empty(heads, n)) for n in self.sizes)
 
-    def init_weights(self, std: float):
+    def draw_weights(self, std: float):
         initialization.normal_(self.weight_a, mean=0.0, std=std)
         initialization.normal_(self.weight_b, mean=0.0, std=std)
         # Around 1, where the product of two values learns as fast as each of them.
@@ -176,7 +176,7 @@ class SynthesizerStateLayer(GrowingStateLayer):
         return {"position": (batch,), **keys, "value": size, "key_position": (batch, length)}
 
 
-class SynthesizerMixer(nn.Module):
+class SynthesizerMixer(Mixer):
     """
     softmax(sum_i alpha_i S_i(X)) X W_v W_o: one or several kinds of logits, mixed before the softmax.
 
@@ -206,6 +206,11 @@ class SynthesizerMixer(nn.Module):
         self.mixture_logits = None
         if len(self.names) > 1:
             self.mixture_logits = nn.Parameter(torch.empty(self.heads, len(self.names)))
+        self.init_alone(config.initializer_range)
+
+    def draw_weights(self, std: float):
+        if self.mixture_logits is not None:
+            initialization.zeros_(self.mixture_logits)
 
     def mixture_weights(self) -> dict[str, Tensor | None]:
         """alpha of each component, [H, 1, 1]; they sum to 1 for each head."""
@@ -347,14 +352,6 @@ class SynthesizerPreTrainedModel(MixerPreTrainedModel):
     config_class = SynthesizerConfig
     _no_split_modules = ["SynthesizerBlock"]
     _can_record_outputs = {"hidden_states": SynthesizerBlock, "attentions": SynthesizerMixer}
-
-    @torch.no_grad()
-    def _init_weights(self, module):
-        super()._init_weights(module)
-        if isinstance(module, tuple(LOGITS.values())):
-            module.init_weights(self.config.initializer_range)
-        elif isinstance(module, SynthesizerMixer) and module.mixture_logits is not None:
-            initialization.zeros_(module.mixture_logits)
 
 
 class SynthesizerModel(SynthesizerPreTrainedModel, MixerModel):

@@ -38,6 +38,7 @@ class MixerModel(MixerStack):
     """Token (and position) embeddings, blocks, final norm. Subclasses name their block."""
 
     auto_class = "AutoModel"
+    pipeline_tag = "feature-extraction"
 
     def __init__(self, config):
         super().__init__(config)

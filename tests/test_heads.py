@@ -1,7 +1,10 @@
 """Masked language modelling and classification: losses, padding, saving, pipelines."""
 
+import json
+
 import pytest
 import torch
+import transformers
 from families import VARIANTS, make_config, make_ids
 from transformers import (
     AutoModelForMaskedLM,
@@ -10,7 +13,8 @@ from transformers import (
     pipeline,
 )
 
-from modeling_aft import AFTForMaskedLM, ByteTokenizer
+import modeling_aft
+from modeling_aft import AFTForMaskedLM, AFTPreTrainedModel, ByteTokenizer, SynthesizerPreTrainedModel
 
 
 HEADS = {
@@ -26,6 +30,37 @@ def make_model(variant, auto_class, **changes):
     torch.manual_seed(0)
     config = make_config(variant, **{"is_decoder": False, "num_labels": 3, "initializer_range": 0.4, **changes})
     return auto_class.from_config(config).double().eval()
+
+
+@pytest.mark.parametrize("family", [AFTPreTrainedModel, SynthesizerPreTrainedModel])
+def test_a_head_is_declared_once(family, tmp_path):
+    """What follows from its Auto class: the registrations, the map in a saved config, the names of the package."""
+    tasks = {
+        "AutoModel": "feature-extraction",
+        "AutoModelForCausalLM": "text-generation",
+        "AutoModelForMaskedLM": "fill-mask",
+        "AutoModelForSequenceClassification": "text-classification",
+        "AutoModelForTokenClassification": "token-classification",
+    }
+    assert {name: head.pipeline_tag for name, head in family.heads.items()} == tasks
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "max_position_embeddings": 32}
+    for name, head in family.heads.items():
+        config = family.config_class(**small, is_decoder=name == "AutoModelForCausalLM")
+        model = getattr(transformers, name).from_config(config)
+        assert type(model) is head
+        assert getattr(modeling_aft, head.__name__) is head and head.__name__ in modeling_aft.__all__
+        model.save_pretrained(tmp_path / name)
+        served = json.loads((tmp_path / name / "config.json").read_text())["auto_map"]
+        assert {auto: path.split(".")[1] for auto, path in served.items() if auto != "AutoConfig"} == {
+            auto: other.__name__ for auto, other in family.heads.items()
+        }
+
+
+def test_what_a_user_derives_from_a_head_does_not_take_its_place():
+    class Mine(AFTForMaskedLM):
+        pass
+
+    assert AFTPreTrainedModel.heads["AutoModelForMaskedLM"] is AFTForMaskedLM is Mine.heads["AutoModelForMaskedLM"]
 
 
 @heads

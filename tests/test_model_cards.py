@@ -88,7 +88,7 @@ def test_it_is_ready_to_push(folder, capsys):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     push([str(folder), f"me/{folder.name}", "--dry_run"])
     printed = capsys.readouterr().out
-    code = ("modeling_common.py", "tokenization_bytes.py")
+    code = ("modeling_stack.py", "tokenization_bytes.py")
     for name in ("model.safetensors", "config.json", "tokenizer_config.json", *code, "README.md", "run.jsonl"):
         assert f" {name}\n" in printed
     assert f'name = "me/{folder.name}"' in printed and "from_pretrained(name, trust_remote_code=True)" in printed

@@ -140,7 +140,7 @@ def test_what_is_pushed_has_the_pictures(released, capsys):
     printed = capsys.readouterr().out
     assert "my-conv-bias-map.png" in printed and "my-conv-receptive-field.svg" in printed
     assert "what the split adds to the length of" in printed
-    assert " modeling_common.py\n" in printed
+    assert " modeling_stack.py\n" in printed
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,20 @@ torch.save(dict(logits=model.eval()(ids).logits, hidden=base(ids).last_hidden_st
 """
 
 
+# What the models of both families carry, and those of one.
+SHARED = """cache_files cache_state compatibility configuration_common modeling_causal_lm modeling_heads modeling_stack
+modeling_text modeling_tokens ops_kernels ops_modes ops_operators ops_packing ops_tokens"""
+AFT = """configuration_aft modeling_attention_free ops ops_chunks ops_cpu ops_full ops_panel ops_reference ops_state
+ops_step ops_triton ops_windows"""
+SYNTHESIZER = "configuration_synthesizer modeling_synthesizer ops_synthesizer"
+
+
+@pytest.mark.parametrize(("variant", "own"), [("conv", AFT), ("dense", SYNTHESIZER)], ids=["aft", "synthesizer"])
+def test_a_model_carries_the_code_of_its_family_alone(variant, own, tmp_path):
+    make_model(variant, dtype=torch.float32).save_pretrained(tmp_path)
+    assert {path.stem for path in tmp_path.glob("*.py")} == {*SHARED.split(), *own.split()}
+
+
 def run_without_package(folder, out, script=LOAD):
     environment = {**os.environ, "HF_HOME": str(out / "home"), "HF_MODULES_CACHE": str(out / "modules")}
     return subprocess.run(

@@ -10,6 +10,7 @@ from memory import LargestTensor
 from modeling_aft import SynthesizerConfig, SynthesizerForCausalLM
 from modeling_aft.modeling_synthesizer import SynthesizerMixer
 from modeling_aft.modeling_tokens import read_tokens
+from modeling_aft.ops_synthesizer import KERNELS, Logits, attend_fused
 
 
 variants = pytest.mark.parametrize("variant", SYNTHESIZER_VARIANTS)
@@ -250,3 +251,52 @@ def test_config_errors():
 def test_mixture_needs_different_known_components(components):
     with pytest.raises(ValueError, match="mixture_components.*dot_product"):
         SynthesizerConfig(synthesizer_type="mixture", mixture_components=components)
+
+
+def make_logits(kind):
+    """Parts of logits of 2 rows, 3 heads and 150 tokens, of which one kernel or several can take care."""
+    query, key = torch.randn(2, 2, 3, 150, 4, dtype=torch.float64)
+    parts = {
+        "factors": {"query": query, "key": key[:1]},
+        "one-bias": {"bias": torch.randn(1, 3, 150, 150, dtype=torch.float64)},
+        "product": {"product": tuple(torch.randn(2, 2, 3, 150, 13, dtype=torch.float64))},
+    }
+    if kind in parts:
+        return parts[kind]
+    return {**parts["factors"], **parts["one-bias"], **parts["product"]}
+
+
+@pytest.mark.parametrize("count", [None, torch.tensor([150, 70])], ids=["", "padded"])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("kind", ["factors", "one-bias", "product", "everything"])
+def test_kernels_agree_or_say_what_they_are_for(kind, causal, count):
+    value, parts = torch.randn(2, 3, 150, 5, dtype=torch.float64), make_logits(kind)
+    names = {"factors": ["factors"], "one-bias": ["shared"] if causal or count is None else []}.get(kind, [])
+    names += ["blocks", "whole"]
+    results = []
+    for name in ("auto", *names):
+        leaves = [t.clone().requires_grad_() for t in (value, *flattened(parts))]
+        out = attend_fused(Logits(**rebuilt(parts, leaves[1:])), leaves[0], causal, count, backend=name)
+        kept = out if count is None else out[1, :, :70]
+        results.append([kept, *torch.autograd.grad(kept.square().sum(), leaves)])
+    for result in results:
+        for found, expected in zip(result, results[-1], strict=True):
+            torch.testing.assert_close(found, expected)
+    for kernel in KERNELS:
+        if kernel.name not in names:
+            with pytest.raises(ValueError, match=f"'{kernel.name}' is for"):
+                attend_fused(Logits(**parts), value, causal, count, backend=kernel.name)
+    with pytest.raises(ValueError, match="`backend` must be auto or one of factors, .*got 'flash'"):
+        attend_fused(Logits(**parts), value, causal, count, backend="flash")
+
+
+def flattened(parts):
+    return [t for part in parts.values() for t in (part if isinstance(part, tuple) else (part,))]
+
+
+def rebuilt(parts, leaves):
+    leaves = iter(leaves)
+    return {
+        name: tuple(next(leaves) for _ in part) if isinstance(part, tuple) else next(leaves)
+        for name, part in parts.items()
+    }

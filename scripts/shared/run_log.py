@@ -16,6 +16,7 @@ from pathlib import Path
 import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
+from modeling_aft import AFTPreTrainedModel
 from shared.atomic_files import naming, replacing, sync, write_whole
 from shared.pretraining_arguments import PATHS, public_flags, public_value
 from shared.redaction import public_path
@@ -28,13 +29,7 @@ PAPERS = {
     "aft": "an [Attention Free Transformer](https://arxiv.org/abs/2105.14103)",
     "synthesizer": "a [Synthesizer](https://arxiv.org/abs/2005.00743)",
 }
-PIPELINE_TAGS = {
-    "AutoModel": "feature-extraction",
-    "AutoModelForCausalLM": "text-generation",
-    "AutoModelForMaskedLM": "fill-mask",
-    "AutoModelForSequenceClassification": "text-classification",
-    "AutoModelForTokenClassification": "token-classification",
-}
+PIPELINE_TAGS = {name: head.pipeline_tag for name, head in AFTPreTrainedModel.heads.items()}
 
 
 class RunLog:
