@@ -23,11 +23,13 @@ comes from one more carried sum. No float atomics: results are the same in every
 Where batch x channels cannot fill the chip, time is cut into chunks: one kernel sums up each chunk, a second adds the
 sums up, and the main kernel runs all chunks at once.
 
-Names of the kernels' sizes: K key channels, D = K x SHARED value channels (SHARED of them share a key channel), n taps
-(0 for simple). Channels are cut into blocks of BLOCK_K x BLOCK_R, BLOCK_R value channels for each of BLOCK_K keys.
+Kernels take records: the `inputs`, the `sizes`, and C, what the code is compiled for. Names of sizes: K key channels,
+D = K x SHARED value channels (SHARED of them share a key channel), n taps (0 for simple). Channels are cut into blocks
+of BLOCK_K x BLOCK_R, BLOCK_R value channels for each of BLOCK_K keys: the columns of a program's tiles.
 """
 
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,7 +55,6 @@ _BLOCK_T = 64  # queries of a tile, and keys of a block
 # less, and leave too few programs on a processor to hide the latency of memory).
 _FORWARD = ({"channels": 32, "num_warps": 4, "maxnreg": 128}, {"channels": 32, "num_warps": 8, "maxnreg": 128})
 _BACKWARD = ({"channels": 32, "num_warps": 8, "maxnreg": 128}, {"channels": 32, "num_warps": 8, "maxnreg": 255})
-_OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 def triton_can_run(device: torch.device) -> bool:
@@ -63,6 +64,161 @@ def triton_can_run(device: torch.device) -> bool:
 
 def _jit(function):
     return function if triton is None else triton.jit(function)
+
+
+# ---------------------------------------------------------------------------------------------------------- records
+
+
+class _Matrix(NamedTuple):
+    """
+    A tensor [batches, rows, channels], its channels side by side: what a kernel needs to know of it.
+
+    Attributes:
+        start: the tensor; in a kernel, the address of its first element.
+        batch, row: how many elements lie between two batches, and between two rows.
+    """
+
+    start: Any
+    batch: int
+    row: int
+
+
+class _Inputs(NamedTuple):
+    """query [B, T, D], key [B, L+T, K], value [B, L+T, D], bias of the window [heads x B, T, n] (unread without)."""
+
+    query: _Matrix
+    key: _Matrix
+    value: _Matrix
+    rows: _Matrix
+    head: int  # how many elements lie between two heads of the bias
+
+
+class _Sums(NamedTuple):
+    """Buffers of triples: states [B, tiles, 3, D] at the tiles, and carry [B, chunks, 3, D] at the chunks."""
+
+    states: Any
+    carry: Any
+
+
+class _Gradients(NamedTuple):
+    """
+    Where they go: contiguous tensors.
+
+    Attributes:
+        query, value: [B, T, D] and [B, L+T, D].
+        key: [share blocks, B, L+T, K]. Each block of value channels adds its part.
+        rows: with a row per query [blocks, B, T, n], else [blocks, B, chunks, BLOCK_T, n], added up over the tiles of
+            the chunk.
+        older: [B, 2, D], what all queries send back to the sum of the keys before the first one.
+    """
+
+    query: Any
+    key: Any
+    value: Any
+    rows: Any
+    older: Any
+
+
+class _Sizes(NamedTuple):
+    """
+    Numbers that the code is not compiled for.
+
+    Attributes:
+        batches, length, left, taps: B, T, L and n.
+        width, head_keys: D, and the key channels of a head of the bias.
+        blocks: of channels, in a sequence.
+        tiles, chunk_tiles, chunks: of time: in a sequence, in a chunk, and chunks of a sequence.
+    """
+
+    batches: int
+    length: int
+    left: int
+    taps: int
+    width: int
+    head_keys: int
+    blocks: int
+    tiles: int
+    chunk_tiles: int
+    chunks: int
+
+
+class _Constants(NamedTuple):
+    """
+    What a kernel is compiled for. Triton 3.6 takes no field of it in a shape, and no string as an argument of another
+    function: hence constants BLOCK_T and COLUMNS of functions, and C whole as an argument.
+
+    Attributes:
+        SHARED, BLOCK_K, BLOCK_R, BLOCK_T: see above; the last is the number of queries of a tile.
+        PAST: the keys of a panel before its own, 0 without a window.
+        DTYPE, TINY, LARGEST: of the computation, and the bounds beyond which it is done in log space.
+        PRECISION: of matrix products.
+        STAGES: how many tiles are in flight in the main kernels.
+        CHUNKED: whether there are several chunks.
+        ROWS: the gradient of the bias: "none", "each" (a row per query) or "sum" (one row for all).
+    """
+
+    SHARED: int
+    BLOCK_K: int
+    BLOCK_R: int
+    BLOCK_T: int
+    PAST: int
+    DTYPE: Any
+    TINY: float
+    LARGEST: float
+    PRECISION: str
+    ACTIVATION: str
+    STAGES: int
+    CHUNKED: bool
+    ROWS: str
+
+
+# Records that kernels make.
+
+
+class _Columns(NamedTuple):
+    """The channel of each column of a tile, and whether there is one."""
+
+    channel: Any
+    exists: Any
+
+
+class _Part(NamedTuple):
+    """What a program works on: the inputs from its sequence and head on, and its columns of them.
+
+    (A field must not be called `values` or `type`: Triton's tuples have these.)
+    """
+
+    query: _Matrix
+    key: _Matrix
+    value: _Matrix
+    rows: _Matrix
+    key_columns: _Columns
+    value_columns: _Columns
+
+
+class _Sum(NamedTuple):
+    """Of keys: their maximum, the sum of exp(k - maximum), the same weighted with the values."""
+
+    maximum: Any
+    normalizer: Any
+    total: Any
+
+
+class _Panel(NamedTuple):
+    """Denominators and numerators relative to exp(row_maximum + column_maximum): [BLOCK_T, columns]."""
+
+    row_maximum: Any
+    column_maximum: Any
+    denominator: Any
+    numerator: Any
+
+
+class _Sent(NamedTuple):
+    """What queries send back to the older keys, whose gradients it gives if multiplied with exp(k - maximum)."""
+
+    maximum: Any
+    g: Any
+    c: Any
 
 
 # ---------------------------------------------------------------------------------------------------------- helpers
@@ -82,163 +238,202 @@ def _program(blocks, chunks):
 
 
 @_jit
-def _channels(block, head_keys, SHARED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):
-    """Head of the bias; then for each column of a block its key channel, value channel, and whether they exist."""
-    share_blocks: tl.constexpr = (SHARED + BLOCK_R - 1) // BLOCK_R
-    key_blocks = (head_keys + BLOCK_K - 1) // BLOCK_K
+def _block(block, sizes, C: tl.constexpr):
+    """Head of the bias, first key channel in it, and which block of the value channels of each key."""
+    share_blocks: tl.constexpr = (C.SHARED + C.BLOCK_R - 1) // C.BLOCK_R
+    key_blocks = (sizes.head_keys + C.BLOCK_K - 1) // C.BLOCK_K
     head = block // (key_blocks * share_blocks)
-    # 4 channels per thread, not the 8 of the widest load: each thread holds a copy of the sums of its channels.
-    column = tl.max_contiguous(tl.arange(0, BLOCK_K * BLOCK_R), [4])
-    key = (block // share_blocks) % key_blocks * BLOCK_K + column // BLOCK_R
-    share = block % share_blocks * BLOCK_R + column % BLOCK_R
-    inside = (key < head_keys) & (share < SHARED)
-    key += head * head_keys
-    return head, key, key * SHARED + share, inside
+    return head, (block // share_blocks) % key_blocks * C.BLOCK_K, block % share_blocks
 
 
 @_jit
-def _load(pointer, stride, start, stop, columns, inside, other, SIZE: tl.constexpr, DTYPE: tl.constexpr):
-    """Rows start to start + SIZE - 1 of a matrix [stop, .], `other` where they do not exist: [SIZE, columns]."""
+def _columns(block, sizes, C: tl.constexpr):
+    """The key and the value channels of a block, as many of each."""
+    head, first, share_block = _block(block, sizes, C)
+    # 4 channels per thread, not the 8 of the widest load: each thread holds a copy of the sums of its channels.
+    column = tl.max_contiguous(tl.arange(0, C.BLOCK_K * C.BLOCK_R), [4])
+    key = first + column // C.BLOCK_R
+    share = share_block * C.BLOCK_R + column % C.BLOCK_R
+    exists = (key < sizes.head_keys) & (share < C.SHARED)
+    key += head * sizes.head_keys
+    return _Columns(key, exists), _Columns(key * C.SHARED + share, exists)
+
+
+@_jit
+def _at(matrix, batch):
+    """The matrix from this batch on."""
+    return _Matrix(matrix.start + batch * matrix.batch, matrix.batch, matrix.row)
+
+
+@_jit
+def _contiguous(pointer, batch, rows, width):
+    """A contiguous tensor [., rows, width] from this batch on."""
+    return _Matrix(pointer + batch * rows * width, rows * width, width)
+
+
+@_jit
+def _part(inputs, sizes, block, batch, C: tl.constexpr):
+    """What the program of this block and row of the batch works on."""
+    keys, values = _columns(block, sizes, C)
+    head, _, _ = _block(block, sizes, C)
+    rows = _at(inputs.rows, batch)
+    rows = _Matrix(rows.start + head.to(tl.int64) * inputs.head, rows.batch, rows.row)
+    return _Part(_at(inputs.query, batch), _at(inputs.key, batch), _at(inputs.value, batch), rows, keys, values)
+
+
+@_jit
+def _load(matrix, columns, start, stop, other, SIZE: tl.constexpr, DTYPE: tl.constexpr):
+    """Rows start to start + SIZE - 1 of those before `stop`, `other` where they do not exist: [SIZE, columns]."""
     row = tl.arange(0, SIZE)
     mask = (start + row >= 0) & (start + row < stop)
-    pointers = pointer + start.to(tl.int64) * stride + (row[:, None] * stride + columns[None, :])
-    return tl.load(pointers, mask=mask[:, None] & inside[None, :], other=other).to(DTYPE)
+    offsets = row[:, None] * matrix.row + columns.channel[None, :]
+    pointers = matrix.start + start.to(tl.int64) * matrix.row + offsets
+    return tl.load(pointers, mask=mask[:, None] & columns.exists[None, :], other=other).to(DTYPE)
 
 
 @_jit
-def _store(pointer, stride, start, stop, columns, inside, tile, SIZE: tl.constexpr):
+def _store(matrix, columns, start, stop, tile, SIZE: tl.constexpr):
     """Writes what `_load` would read."""
     row = tl.arange(0, SIZE)
     mask = (start + row >= 0) & (start + row < stop)
-    pointers = pointer + start.to(tl.int64) * stride + (row[:, None] * stride + columns[None, :])
-    tl.store(pointers, tile.to(pointer.dtype.element_ty), mask=mask[:, None] & inside[None, :])
+    offsets = row[:, None] * matrix.row + columns.channel[None, :]
+    pointers = matrix.start + start.to(tl.int64) * matrix.row + offsets
+    tl.store(pointers, tile.to(matrix.start.dtype.element_ty), mask=mask[:, None] & columns.exists[None, :])
 
 
 @_jit
-def _load_sum(pointer, index, width, columns, inside, DTYPE: tl.constexpr):
+def _load_keys(part, sizes, start, SIZE: tl.constexpr, C: tl.constexpr):
+    """The keys and values of the queries start to start + SIZE - 1."""
+    row, stop = start + sizes.left, sizes.length + sizes.left
+    k = _load(part.key, part.key_columns, row, stop, float("-inf"), SIZE, C.DTYPE)
+    return k, _load(part.value, part.value_columns, row, stop, 0.0, SIZE, C.DTYPE)
+
+
+@_jit
+def _load_sum(pointer, index, width, columns, DTYPE: tl.constexpr):
     """Triple `index` of a buffer [., 3, width]."""
-    pointers = pointer + index.to(tl.int64) * (3 * width) + columns
-    maximum = tl.load(pointers, mask=inside, other=float("-inf")).to(DTYPE)
-    normalizer = tl.load(pointers + width, mask=inside, other=0.0).to(DTYPE)
-    return maximum, normalizer, tl.load(pointers + 2 * width, mask=inside, other=0.0).to(DTYPE)
+    pointers = pointer + index.to(tl.int64) * (3 * width) + columns.channel
+    maximum = tl.load(pointers, mask=columns.exists, other=float("-inf")).to(DTYPE)
+    normalizer = tl.load(pointers + width, mask=columns.exists, other=0.0).to(DTYPE)
+    return _Sum(maximum, normalizer, tl.load(pointers + 2 * width, mask=columns.exists, other=0.0).to(DTYPE))
 
 
 @_jit
-def _store_sum(pointer, index, width, columns, inside, maximum, normalizer, total):
-    pointers = pointer + index.to(tl.int64) * (3 * width) + columns
-    tl.store(pointers, maximum, mask=inside)
-    tl.store(pointers + width, normalizer, mask=inside)
-    tl.store(pointers + 2 * width, total, mask=inside)
+def _store_sum(pointer, index, width, columns, triple):
+    first, second, third = triple
+    pointers = pointer + index.to(tl.int64) * (3 * width) + columns.channel
+    tl.store(pointers, first, mask=columns.exists)
+    tl.store(pointers + width, second, mask=columns.exists)
+    tl.store(pointers + 2 * width, third, mask=columns.exists)
 
 
 @_jit
-def _merge(maximum, normalizer, total, more_maximum, more_normalizer, more_total):
+def _merge(one, other):
     """Adds up two sums over disjoint keys."""
-    new = tl.maximum(maximum, more_maximum)
-    scale, more_scale = tl.exp(maximum - _finite(new)), tl.exp(more_maximum - _finite(new))
-    return new, normalizer * scale + more_normalizer * more_scale, total * scale + more_total * more_scale
+    maximum = tl.maximum(one.maximum, other.maximum)
+    scale, other_scale = tl.exp(one.maximum - _finite(maximum)), tl.exp(other.maximum - _finite(maximum))
+    normalizer = one.normalizer * scale + other.normalizer * other_scale
+    return _Sum(maximum, normalizer, one.total * scale + other.total * other_scale)
 
 
 @_jit
-def _log_weights(
-    rows, row_stride, taps, t0, shift, length,
-    SIZE: tl.constexpr, KEYS: tl.constexpr, PAST: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """w [SIZE, KEYS] of queries t0, ... and keys t0 - shift, ...: minus infinity for keys that come later."""
-    query = tl.arange(0, SIZE)[:, None]
+def _merge_sent(later, sent):
+    """Adds what the queries of a tile send back to what all later ones do."""
+    # Without later queries the maximum is plus infinity, and there is nothing to scale.
+    scale = tl.exp(sent.maximum - _finite(later.maximum))
+    scale = tl.where(later.maximum == float("inf"), 0.0, scale)
+    return _Sent(sent.maximum, later.g * scale + sent.g, later.c * scale + sent.c)
+
+
+@_jit
+def _log_weights(part, sizes, t0, shift, KEYS: tl.constexpr, C: tl.constexpr):
+    """w [BLOCK_T, KEYS] of queries t0, ... and keys t0 - shift, ...: minus infinity for keys that come later."""
+    query = tl.arange(0, C.BLOCK_T)[:, None]
     tap = query + shift - tl.arange(0, KEYS)[None, :]
-    weights = tl.where(tap >= 0, 0.0, float("-inf")).to(DTYPE)
-    if PAST > 0:
-        inside = (tap >= 0) & (tap < taps) & (t0 + query >= 0) & (t0 + query < length)
-        pointers = rows + t0.to(tl.int64) * row_stride + (query * row_stride + tap)
-        weights += tl.load(pointers, mask=inside, other=0.0).to(DTYPE)
+    weights = tl.where(tap >= 0, 0.0, float("-inf")).to(C.DTYPE)
+    if C.PAST > 0:
+        inside = (tap >= 0) & (tap < sizes.taps) & (t0 + query >= 0) & (t0 + query < sizes.length)
+        pointers = part.rows.start + t0.to(tl.int64) * part.rows.row + (query * part.rows.row + tap)
+        weights += tl.load(pointers, mask=inside, other=0.0).to(C.DTYPE)
     return weights
 
 
 @_jit
-def _panel(
-    key, key_row, value, value_row, rows, row_stride, taps, t0, length, left, keys, channels, inside,
-    maximum, normalizer, total,
-    BLOCK_T: tl.constexpr, PAST: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Denominators and numerators [BLOCK_T, columns] of the queries t0, ..., given the sum of all older keys.
+def _dot(a, b, C: tl.constexpr):
+    return tl.dot(a, b, input_precision=C.PRECISION, out_dtype=C.DTYPE)
 
-    They are relative to exp(row maximum + column maximum), returned before them; after them comes the sum of all keys
-    older than the next panel.
-    """
-    denominator = tl.zeros((BLOCK_T, normalizer.shape[0]), DTYPE) + normalizer[None, :]
-    numerator = tl.zeros((BLOCK_T, total.shape[0]), DTYPE) + total[None, :]
-    row_maximum = tl.zeros((BLOCK_T,), DTYPE)  # older keys have bias 0
-    column_maximum = maximum
-    for block in range(PAST // BLOCK_T + 1):
-        start = t0 - PAST + block * BLOCK_T
-        k = _load(key, key_row, start + left, length + left, keys, inside, float("-inf"), BLOCK_T, DTYPE)
-        v = _load(value, value_row, start + left, length + left, channels, inside, 0.0, BLOCK_T, DTYPE)
+
+@_jit
+def _panel(part, sizes, older, t0, C: tl.constexpr):
+    """The panel of the queries t0, ..., given the sum of all older keys; and that of all older than the next panel."""
+    BLOCK_T: tl.constexpr = C.BLOCK_T
+    COLUMNS: tl.constexpr = C.BLOCK_K * C.BLOCK_R
+    denominator = tl.zeros((BLOCK_T, COLUMNS), C.DTYPE) + older.normalizer[None, :]
+    numerator = tl.zeros((BLOCK_T, COLUMNS), C.DTYPE) + older.total[None, :]
+    row_maximum = tl.zeros((BLOCK_T,), C.DTYPE)  # older keys have bias 0
+    column_maximum = older.maximum
+    for block in range(C.PAST // BLOCK_T + 1):
+        start = t0 - C.PAST + block * BLOCK_T
+        k, v = _load_keys(part, sizes, start, BLOCK_T, C)
         block_maximum = tl.max(k, 0)
         e = tl.exp(k - _finite(block_maximum)[None, :])
         # The first block of this panel is older than the next. The sum of those has a maximum of its own: a later key
         # that is far larger must not wipe them out, for its bias may be as far below 0.
         leaving = tl.where(block == 0, block_maximum, float("-inf"))
-        maximum, normalizer, total = _merge(
-            maximum, normalizer, total, leaving, tl.sum(e, 0), tl.sum(e * v, 0)
-        )  # fmt: skip
+        older = _merge(older, _Sum(leaving, tl.sum(e, 0), tl.sum(e * v, 0)))
 
         new_column_maximum = tl.maximum(column_maximum, block_maximum)
         e *= tl.exp(block_maximum - _finite(new_column_maximum))[None, :]
         scale = tl.exp(column_maximum - _finite(new_column_maximum))[None, :]
         column_maximum = new_column_maximum
-        if PAST > 0:
-            w = _log_weights(rows, row_stride, taps, t0, t0 - start, length, BLOCK_T, BLOCK_T, PAST, DTYPE)
+        if C.PAST > 0:
+            w = _log_weights(part, sizes, t0, t0 - start, BLOCK_T, C)
             new_row_maximum = tl.maximum(row_maximum, tl.max(w, 1))
             scale = scale * tl.exp(row_maximum - new_row_maximum)[:, None]
             row_maximum = new_row_maximum
             w = tl.exp(w - row_maximum[:, None])
-            denominator = denominator * scale + tl.dot(w, e, input_precision=PRECISION, out_dtype=DTYPE)
-            numerator = numerator * scale + tl.dot(w, e * v, input_precision=PRECISION, out_dtype=DTYPE)
+            denominator = denominator * scale + _dot(w, e, C)
+            numerator = numerator * scale + _dot(w, e * v, C)
         else:
             denominator = denominator * scale + tl.cumsum(e, 0)
             numerator = numerator * scale + tl.cumsum(e * v, 0)
-    return row_maximum, column_maximum, denominator, numerator, maximum, normalizer, total
+    return _Panel(row_maximum, column_maximum, denominator, numerator), older
 
 
 @_jit
-def _exact_panel(
-    key, key_row, value, value_row, rows, row_stride, taps, t0, length, left, keys, channels, inside,
-    maximum, normalizer, total,
-    BLOCK_T: tl.constexpr, PAST: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
+def _exact_panel(part, sizes, older, t0, C: tl.constexpr):
     """The same in log space, key by key: largest k + w, denominator and numerator, all [BLOCK_T, columns]."""
-    denominator = tl.zeros((BLOCK_T, normalizer.shape[0]), DTYPE) + normalizer[None, :]
-    numerator = tl.zeros((BLOCK_T, total.shape[0]), DTYPE) + total[None, :]
-    reference = tl.zeros((BLOCK_T, maximum.shape[0]), DTYPE) + maximum[None, :]
-    for index in range(PAST + BLOCK_T):
-        start = t0 - PAST + index
-        k = _load(key, key_row, start + left, length + left, keys, inside, float("-inf"), 1, DTYPE)
-        v = _load(value, value_row, start + left, length + left, channels, inside, 0.0, 1, DTYPE)
-        logits = k + _log_weights(rows, row_stride, taps, t0, t0 - start, length, BLOCK_T, 1, PAST, DTYPE)
-        e = tl.zeros((BLOCK_T, maximum.shape[0]), DTYPE) + 1.0
-        reference, denominator, numerator = _merge(reference, denominator, numerator, logits, e, e * v)
-    return reference, denominator, numerator
+    BLOCK_T: tl.constexpr = C.BLOCK_T
+    COLUMNS: tl.constexpr = C.BLOCK_K * C.BLOCK_R
+    zero = tl.zeros((BLOCK_T, COLUMNS), C.DTYPE)
+    total = _Sum(zero + older.maximum[None, :], zero + older.normalizer[None, :], zero + older.total[None, :])
+    for index in range(C.PAST + BLOCK_T):
+        start = t0 - C.PAST + index
+        k, v = _load_keys(part, sizes, start, 1, C)
+        logits = k + _log_weights(part, sizes, t0, t0 - start, 1, C)
+        e = zero + 1.0
+        total = _merge(total, _Sum(logits, e, e * v))
+    return total
 
 
 @_jit
-def _underflows(denominator, column_maximum, t0, length, TINY: tl.constexpr, BLOCK_T: tl.constexpr):
+def _underflows(panel, sizes, t0, C: tl.constexpr):
     """Whether some query of the tile needs log space. Columns without any key, or beyond the channels, do not."""
-    query = t0 + tl.arange(0, BLOCK_T)
-    counts = ((query >= 0) & (query < length))[:, None] & (column_maximum > float("-inf"))[None, :]
-    return tl.max(tl.max((counts & (denominator < TINY)).to(tl.int32), 1), 0) > 0
+    query = t0 + tl.arange(0, C.BLOCK_T)
+    counts = ((query >= 0) & (query < sizes.length))[:, None] & (panel.column_maximum > float("-inf"))[None, :]
+    return tl.max(tl.max((counts & (panel.denominator < C.TINY)).to(tl.int32), 1), 0) > 0
 
 
 @_jit
-def _gate(query, ACTIVATION: tl.constexpr):
+def _gate(query, C: tl.constexpr):
     """The activation of the query and its derivative."""
-    if ACTIVATION == "sigmoid":
+    if C.ACTIVATION == "sigmoid":
         gate = 1 / (1 + tl.exp(-query))
         slope = gate * (1 - gate)
-    elif ACTIVATION == "tanh":
+    elif C.ACTIVATION == "tanh":
         gate = 2 / (1 + tl.exp(-2 * query)) - 1
         slope = 1 - gate * gate
-    elif ACTIVATION == "relu":
+    elif C.ACTIVATION == "relu":
         gate = tl.maximum(query, 0.0)
         slope = tl.where(query > 0, 1.0, 0.0).to(query.dtype)
     else:
@@ -248,312 +443,220 @@ def _gate(query, ACTIVATION: tl.constexpr):
 
 
 @_jit
-def _query_gradients(
-    grad, query, query_row, key, key_row, value, value_row, rows, row_stride, taps, states, t0, tile, length, left,
-    width, keys, channels, inside,
-    ACTIVATION: tl.constexpr, BLOCK_T: tl.constexpr, PAST: tl.constexpr, DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr, TINY: tl.constexpr, LARGEST: tl.constexpr,
-):  # fmt: skip
-    """What a tile of queries sends back: its own gradient, and to its keys.
+def _query_gradients(grad, part, sizes, older, t0, C: tl.constexpr):
+    """What the queries t0, ... send back: to themselves, to the keys of their panel, and to the older ones.
 
-    With weights e_tj = exp(k_j + w_tj) relative to the maxima returned, the gradient of v_j is sum_t e_tj g_t and that
-    of k_j is sum_t e_tj (g_t v_j - c_t), with g = d(average) / denominator and c = g x average. For the older keys
-    these two sums are the last two returned, relative to the maximum of those keys.
+    With weights e_tj = exp(k_j + w_tj) relative to the maxima of the panel, or in log space, the gradient of v_j is
+    sum_t e_tj g_t and that of k_j is sum_t e_tj (g_t v_j - c_t), with g = d(average) / denominator and c = g x
+    average. Returned are the panel, whether log space is needed, the gradient of the queries, g, c, and their sums for
+    the older keys.
     """
-    maximum, normalizer, total = _load_sum(states, tl.maximum(tile, 0), width, channels, inside, DTYPE)
-    row_maximum, column_maximum, denominator, numerator, _, _, _ = _panel(
-        key, key_row, value, value_row, rows, row_stride, taps, t0, length, left, keys, channels, inside,
-        maximum, normalizer, total, BLOCK_T, PAST, DTYPE, PRECISION,
-    )  # fmt: skip
-    older = tl.exp(maximum - _finite(column_maximum))[None, :] * tl.exp(-row_maximum)[:, None]
-    q = _load(query, query_row, t0, length, channels, inside, 0.0, BLOCK_T, DTYPE)
-    dy = _load(grad, width, t0, length, channels, inside, 0.0, BLOCK_T, DTYPE)
-    gate, slope = _gate(q, ACTIVATION)
-    inverse = tl.where(denominator < TINY, 0.0, 1 / denominator)
+    panel, _ = _panel(part, sizes, older, t0, C)
+    denominator, numerator = panel.denominator, panel.numerator
+    weight = tl.exp(older.maximum - _finite(panel.column_maximum))[None, :] * tl.exp(-panel.row_maximum)[:, None]
+    q = _load(part.query, part.value_columns, t0, sizes.length, 0.0, C.BLOCK_T, C.DTYPE)
+    dy = _load(grad, part.value_columns, t0, sizes.length, 0.0, C.BLOCK_T, C.DTYPE)
+    gate, slope = _gate(q, C)
+    inverse = tl.where(denominator < C.TINY, 0.0, 1 / denominator)
     average = numerator * inverse
     g = dy * gate * inverse
     c = g * average
     # Weights in log space are at most 1: there no sum is larger than what it is a gradient of.
     size = tl.max(tl.max(tl.maximum(tl.abs(g), tl.abs(c)), 1), 0)
-    underflow = _underflows(denominator, column_maximum, t0, length, TINY, BLOCK_T) | (size > LARGEST)
+    underflow = _underflows(panel, sizes, t0, C) | (size > C.LARGEST)
     if underflow:
-        reference, denominator, numerator = _exact_panel(
-            key, key_row, value, value_row, rows, row_stride, taps, t0, length, left, keys, channels, inside,
-            maximum, normalizer, total, BLOCK_T, PAST, DTYPE,
-        )  # fmt: skip
-        older = tl.exp(maximum[None, :] - _finite(reference))
-        inverse = tl.where(denominator < TINY, 0.0, 1 / denominator)
+        reference, denominator, numerator = _exact_panel(part, sizes, older, t0, C)
+        weight = tl.exp(older.maximum[None, :] - _finite(reference))
+        inverse = tl.where(denominator < C.TINY, 0.0, 1 / denominator)
         average = numerator * inverse
         g = dy * gate * inverse
         c = g * average
     d_query = dy * slope * average
-    return maximum, row_maximum, column_maximum, underflow, d_query, g, c, tl.sum(older * g, 0), tl.sum(older * c, 0)
+    return panel, underflow, d_query, g, c, _Sent(older.maximum, tl.sum(weight * g, 0), tl.sum(weight * c, 0))
 
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 
 
 @_jit
-def _forward_sums(
-    key, value, carry, length, left, tiles, chunk_tiles, chunks, blocks, head_keys, width,
-    key_batch, key_row, value_batch, value_row,
-    SHARED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, PAST: tl.constexpr,
-    DTYPE: tl.constexpr,
-):  # fmt: skip
+def _forward_sums(inputs, carry, sizes, C: tl.constexpr):
     """Sum of the keys that leave the window during each chunk, into carry [B, chunks, 3, D]. Reads key and value."""
-    block, chunk, batch = _program(blocks, chunks)
-    _, keys, channels, inside = _channels(block, head_keys, SHARED, BLOCK_K, BLOCK_R)
-    key += batch * key_batch
-    value += batch * value_batch
-    total = tl.zeros((BLOCK_K * BLOCK_R,), DTYPE)
-    normalizer, maximum = total, total + float("-inf")
-    for tile in range(chunk * chunk_tiles, tl.minimum((chunk + 1) * chunk_tiles, tiles)):
-        start = tile * BLOCK_T - PAST + left
-        k = _load(key, key_row, start, length + left, keys, inside, float("-inf"), BLOCK_T, DTYPE)
-        v = _load(value, value_row, start, length + left, channels, inside, 0.0, BLOCK_T, DTYPE)
-        block_maximum = tl.max(k, 0)
-        e = tl.exp(k - _finite(block_maximum)[None, :])
-        maximum, normalizer, total = _merge(
-            maximum, normalizer, total, block_maximum, tl.sum(e, 0), tl.sum(e * v, 0)
-        )  # fmt: skip
-    _store_sum(carry, batch * chunks + chunk, width, channels, inside, maximum, normalizer, total)
+    block, chunk, batch = _program(sizes.blocks, sizes.chunks)
+    part = _part(inputs, sizes, block, batch, C)
+    zero = tl.zeros((C.BLOCK_K * C.BLOCK_R,), C.DTYPE)
+    older = _Sum(zero + float("-inf"), zero, zero)
+    for tile in range(chunk * sizes.chunk_tiles, tl.minimum((chunk + 1) * sizes.chunk_tiles, sizes.tiles)):
+        k, v = _load_keys(part, sizes, tile * C.BLOCK_T - C.PAST, C.BLOCK_T, C)
+        maximum = tl.max(k, 0)
+        e = tl.exp(k - _finite(maximum)[None, :])
+        older = _merge(older, _Sum(maximum, tl.sum(e, 0), tl.sum(e * v, 0)))
+    _store_sum(carry, batch * sizes.chunks + chunk, sizes.width, part.value_columns, older)
 
 
 @_jit
-def _forward_scan(
-    carry, initial, chunks, width, blocks, HAS_INITIAL: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr
-):
+def _forward_scan(carry, initial, sizes, C: tl.constexpr):
     """Replaces the sum of each chunk in carry [B, chunks, 3, D] by that of everything before; initial [B, 3, D]."""
-    block, _, batch = _program(blocks, 1)
-    channels = block * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = channels < width
-    total = tl.zeros((BLOCK_D,), DTYPE)
-    normalizer, maximum = total, total + float("-inf")
-    if HAS_INITIAL:
-        maximum, normalizer, total = _load_sum(initial, batch, width, channels, inside, DTYPE)
-    for chunk in range(chunks):
-        index = batch * chunks + chunk
-        more_maximum, more_normalizer, more_total = _load_sum(carry, index, width, channels, inside, DTYPE)
-        _store_sum(carry, index, width, channels, inside, maximum, normalizer, total)
-        maximum, normalizer, total = _merge(
-            maximum, normalizer, total, more_maximum, more_normalizer, more_total
-        )  # fmt: skip
+    block, _, batch = _program(sizes.blocks, 1)
+    _, columns = _columns(block, sizes, C)
+    older = _load_sum(initial, batch, sizes.width, columns, C.DTYPE)
+    for chunk in range(sizes.chunks):
+        index = batch * sizes.chunks + chunk
+        leaving = _load_sum(carry, index, sizes.width, columns, C.DTYPE)
+        _store_sum(carry, index, sizes.width, columns, older)
+        older = _merge(older, leaving)
 
 
 @_jit
-def _forward(
-    query, key, value, rows, carry, out, states,
-    length, left, taps, tiles, chunk_tiles, chunks, blocks, head_keys, width,
-    query_batch, query_row, key_batch, key_row, value_batch, value_row, rows_head, rows_batch, rows_row,
-    HAS_CARRY: tl.constexpr, ACTIVATION: tl.constexpr, SHARED: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, PAST: tl.constexpr, DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr, TINY: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Reads query, key, value, rows, carry [B, chunks, 3, D]; writes out [B, T, D] and states [B, tiles, 3, D].
+def _forward(inputs, sums, out, sizes, C: tl.constexpr):
+    """Reads the inputs and carry; writes out [B, T, D] and the states, the sums of the keys older than each panel.
 
-    The states are the sums of the keys older than each panel. Half precision and SHARED = 1: 8 bytes per element of
-    the output, and 0.2 for the states; the keys of the window before a tile come from the cache.
+    Half precision and SHARED = 1: 8 bytes per element of the output, and 0.2 for the states; the keys of the window
+    before a tile come from the cache.
     """
-    block, chunk, batch = _program(blocks, chunks)
-    head, keys, channels, inside = _channels(block, head_keys, SHARED, BLOCK_K, BLOCK_R)
-    query += batch * query_batch
-    key += batch * key_batch
-    value += batch * value_batch
-    rows += head.to(tl.int64) * rows_head + batch * rows_batch
-    out += batch * length * width
-    total = tl.zeros((BLOCK_K * BLOCK_R,), DTYPE)
-    normalizer, maximum = total, total + float("-inf")
-    if HAS_CARRY:
-        maximum, normalizer, total = _load_sum(carry, batch * chunks + chunk, width, channels, inside, DTYPE)
-    first = chunk * chunk_tiles
-    for tile in tl.range(first, tl.minimum(first + chunk_tiles, tiles), num_stages=STAGES):
-        t0 = tile * BLOCK_T
-        _store_sum(states, batch * tiles + tile, width, channels, inside, maximum, normalizer, total)
-        q = _load(query, query_row, t0, length, channels, inside, 0.0, BLOCK_T, DTYPE)
-        _, column_maximum, denominator, numerator, new_maximum, new_normalizer, new_total = _panel(
-            key, key_row, value, value_row, rows, rows_row, taps, t0, length, left, keys, channels, inside,
-            maximum, normalizer, total, BLOCK_T, PAST, DTYPE, PRECISION,
-        )  # fmt: skip
-        if _underflows(denominator, column_maximum, t0, length, TINY, BLOCK_T):
-            reference, denominator, numerator = _exact_panel(
-                key, key_row, value, value_row, rows, rows_row, taps, t0, length, left, keys, channels, inside,
-                maximum, normalizer, total, BLOCK_T, PAST, DTYPE,
-            )  # fmt: skip
-        maximum, normalizer, total = new_maximum, new_normalizer, new_total
-        gate, _ = _gate(q, ACTIVATION)
-        y = gate * tl.where(denominator < TINY, 0.0, numerator / denominator)
-        _store(out, width, t0, length, channels, inside, y, BLOCK_T)
+    block, chunk, batch = _program(sizes.blocks, sizes.chunks)
+    part, out = _part(inputs, sizes, block, batch, C), _contiguous(out, batch, sizes.length, sizes.width)
+    older = _load_sum(sums.carry, batch * sizes.chunks + chunk, sizes.width, part.value_columns, C.DTYPE)
+    first = chunk * sizes.chunk_tiles
+    for tile in tl.range(first, tl.minimum(first + sizes.chunk_tiles, sizes.tiles), num_stages=C.STAGES):
+        t0 = tile * C.BLOCK_T
+        _store_sum(sums.states, batch * sizes.tiles + tile, sizes.width, part.value_columns, older)
+        q = _load(part.query, part.value_columns, t0, sizes.length, 0.0, C.BLOCK_T, C.DTYPE)
+        panel, next_older = _panel(part, sizes, older, t0, C)
+        denominator, numerator = panel.denominator, panel.numerator
+        if _underflows(panel, sizes, t0, C):
+            _, denominator, numerator = _exact_panel(part, sizes, older, t0, C)
+        older = next_older
+        gate, _ = _gate(q, C)
+        y = gate * tl.where(denominator < C.TINY, 0.0, numerator / denominator)
+        _store(out, part.value_columns, t0, sizes.length, y, C.BLOCK_T)
 
 
 @_jit
-def _backward_sums(
-    grad, query, key, value, rows, states, carry,
-    length, left, taps, tiles, chunk_tiles, chunks, blocks, head_keys, width,
-    query_batch, query_row, key_batch, key_row, value_batch, value_row, rows_head, rows_batch, rows_row,
-    ACTIVATION: tl.constexpr, SHARED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_T: tl.constexpr, PAST: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    TINY: tl.constexpr, LARGEST: tl.constexpr,
-):  # fmt: skip
-    """What the queries of each chunk send back to the keys older than its first panel, into carry [B, chunks, 3, D].
+def _backward_sums(grad, inputs, sums, sizes, C: tl.constexpr):
+    """What the queries of each chunk send back to the keys older than its first panel, into carry.
 
-    A chunk of queries starts later than the chunk of keys by the tiles that a window reaches into. Reads all inputs.
+    A chunk of queries starts later than the chunk of keys by the tiles that a window reaches into. Reads grad
+    [B, T, D], all inputs and the states.
     """
-    block, chunk, batch = _program(blocks, chunks)
-    head, keys, channels, inside = _channels(block, head_keys, SHARED, BLOCK_K, BLOCK_R)
-    grad += batch * length * width
-    query += batch * query_batch
-    key += batch * key_batch
-    value += batch * value_batch
-    rows += head.to(tl.int64) * rows_head + batch * rows_batch
-    states += batch * tiles * 3 * width
-    reach: tl.constexpr = PAST // BLOCK_T
-    older_g = tl.zeros((BLOCK_K * BLOCK_R,), DTYPE)
-    older_c, maximum = older_g, older_g + float("inf")
-    first = chunk * chunk_tiles + reach
-    stop = tl.minimum(first + chunk_tiles, tiles)
+    block, chunk, batch = _program(sizes.blocks, sizes.chunks)
+    part, grad = _part(inputs, sizes, block, batch, C), _contiguous(grad, batch, sizes.length, sizes.width)
+    zero = tl.zeros((C.BLOCK_K * C.BLOCK_R,), C.DTYPE)
+    sent = _Sent(zero + float("inf"), zero, zero)
+    first = chunk * sizes.chunk_tiles + C.PAST // C.BLOCK_T
+    stop = tl.minimum(first + sizes.chunk_tiles, sizes.tiles)
     for step in range(stop - first):
         tile = stop - 1 - step
-        new_maximum, _, _, _, _, _, _, more_g, more_c = _query_gradients(
-            grad, query, query_row, key, key_row, value, value_row, rows, rows_row, taps, states, tile * BLOCK_T, tile,
-            length, left, width, keys, channels, inside,
-            ACTIVATION, BLOCK_T, PAST, DTYPE, PRECISION, TINY, LARGEST,
-        )  # fmt: skip
-        scale = tl.exp(new_maximum - _finite(maximum))
-        older_g, older_c, maximum = older_g * scale + more_g, older_c * scale + more_c, new_maximum
-    _store_sum(carry, batch * chunks + chunk, width, channels, inside, maximum, older_g, older_c)
+        older = _load_sum(sums.states, batch * sizes.tiles + tile, sizes.width, part.value_columns, C.DTYPE)
+        _, _, _, _, _, more = _query_gradients(grad, part, sizes, older, tile * C.BLOCK_T, C)
+        sent = _merge_sent(sent, more)
+    _store_sum(sums.carry, batch * sizes.chunks + chunk, sizes.width, part.value_columns, sent)
 
 
 @_jit
-def _backward_scan(carry, chunks, width, blocks, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr):
-    """Replaces the sum of each chunk in carry [B, chunks, 3, D] by that of everything after."""
-    block, _, batch = _program(blocks, 1)
-    channels = block * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = channels < width
-    older_g = tl.zeros((BLOCK_D,), DTYPE)
-    older_c, maximum = older_g, older_g + float("inf")
-    for step in range(chunks):
-        index = batch * chunks + chunks - 1 - step
-        new_maximum, more_g, more_c = _load_sum(carry, index, width, channels, inside, DTYPE)
-        _store_sum(carry, index, width, channels, inside, maximum, older_g, older_c)
-        # Without later queries the maximum is plus infinity, and there is nothing to scale.
-        scale = tl.where(maximum == float("inf"), 0.0, tl.exp(new_maximum - _finite(maximum)))
-        older_g, older_c, maximum = older_g * scale + more_g, older_c * scale + more_c, new_maximum
+def _backward_scan(carry, sizes, C: tl.constexpr):
+    """Replaces what each chunk sends back, in carry [B, chunks, 3, D], by what everything after it does."""
+    block, _, batch = _program(sizes.blocks, 1)
+    _, columns = _columns(block, sizes, C)
+    zero = tl.zeros((C.BLOCK_K * C.BLOCK_R,), C.DTYPE)
+    sent = _Sent(zero + float("inf"), zero, zero)
+    for step in range(sizes.chunks):
+        index = batch * sizes.chunks + sizes.chunks - 1 - step
+        more = _Sent(*_load_sum(carry, index, sizes.width, columns, C.DTYPE))
+        _store_sum(carry, index, sizes.width, columns, sent)
+        sent = _merge_sent(sent, more)
 
 
 @_jit
-def _backward(
-    grad, query, key, value, rows, states, carry, scratch, d_query, d_key, d_value, d_rows, d_older,
-    length, left, taps, tiles, chunk_tiles, chunks, blocks, head_keys, width, batches,
-    query_batch, query_row, key_batch, key_row, value_batch, value_row, rows_head, rows_batch, rows_row,
-    HAS_CARRY: tl.constexpr, NEEDS_ROWS: tl.constexpr, ROW_PER_QUERY: tl.constexpr, NEEDS_OLDER: tl.constexpr,
-    ACTIVATION: tl.constexpr, SHARED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_T: tl.constexpr, PAST: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    TINY: tl.constexpr, LARGEST: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Reads grad [B, T, D] and what `_forward` reads and its states; writes the gradients.
+def _backward(grad, inputs, sums, scratch, gradients, sizes, C: tl.constexpr):
+    """Reads grad [B, T, D], the inputs, the states and, of several chunks, carry; writes the gradients.
 
-    d_query [B, T, D], d_value [B, L+T, D], d_key [share blocks, B, L+T, K] (each block of value channels adds its
-    part), d_older [B, 2, D] (what all queries send back to the sum of keys before the first one), and d_rows: with a
-    row per query [blocks, B, T, n], else [blocks, B, chunks x BLOCK_T, n], added up over the tiles of the chunk.
     scratch [programs, 2, PAST, columns] is the program's own. Half precision and SHARED = 1: 14 bytes per element.
     """
-    block, chunk, batch = _program(blocks, chunks)
-    head, keys, channels, inside = _channels(block, head_keys, SHARED, BLOCK_K, BLOCK_R)
-    share_blocks: tl.constexpr = (SHARED + BLOCK_R - 1) // BLOCK_R
-    head_block = (block // share_blocks) % ((head_keys + BLOCK_K - 1) // BLOCK_K)
-    block_keys = head_block * BLOCK_K + tl.arange(0, BLOCK_K)  # the key channel of each group of columns
-    block_keys_inside = block_keys < head_keys
-    block_keys += head * head_keys
-    key_width = width // SHARED
-    COLUMNS: tl.constexpr = BLOCK_K * BLOCK_R
-    PAST_BLOCKS: tl.constexpr = PAST // BLOCK_T
-    grad += batch * length * width
-    query += batch * query_batch
-    key += batch * key_batch
-    value += batch * value_batch
-    rows += head.to(tl.int64) * rows_head + batch * rows_batch
-    states += batch * tiles * 3 * width
-    d_query += batch * length * width
-    d_value += batch * (left + length) * width
-    d_key += ((block % share_blocks) * batches + batch) * (left + length) * key_width
-    if ROW_PER_QUERY:
-        d_rows += (block * batches + batch) * length * taps
+    block, chunk, batch = _program(sizes.blocks, sizes.chunks)
+    part, grad = _part(inputs, sizes, block, batch, C), _contiguous(grad, batch, sizes.length, sizes.width)
+    BLOCK_T: tl.constexpr = C.BLOCK_T
+    COLUMNS: tl.constexpr = C.BLOCK_K * C.BLOCK_R
+    PAST_BLOCKS: tl.constexpr = C.PAST // BLOCK_T
+    head, key, share_block = _block(block, sizes, C)
+    key += tl.arange(0, C.BLOCK_K)  # the key channel of each group of columns
+    block_keys = _Columns(head * sizes.head_keys + key, key < sizes.head_keys)
+    keys = sizes.left + sizes.length
+    d_query = _contiguous(gradients.query, batch, sizes.length, sizes.width)
+    d_value = _contiguous(gradients.value, batch, keys, sizes.width)
+    d_key = _contiguous(gradients.key, share_block * sizes.batches + batch, keys, sizes.width // C.SHARED)
+    row_batch = block * sizes.batches + batch
+    if C.ROWS == "each":
+        d_rows = _contiguous(gradients.rows, row_batch, sizes.length, sizes.taps)
     else:
-        d_rows += ((block * batches + batch) * chunks + chunk) * BLOCK_T * taps
-    scratch += tl.program_id(0).to(tl.int64) * (2 * PAST * COLUMNS)
+        d_rows = _contiguous(gradients.rows, row_batch * sizes.chunks + chunk, BLOCK_T, sizes.taps)
+    scratch += tl.program_id(0).to(tl.int64) * (2 * C.PAST * COLUMNS)
 
-    older_g = tl.zeros((COLUMNS,), DTYPE)
-    older_c, older_maximum = older_g, older_g + float("inf")
-    if HAS_CARRY:
-        older_maximum, older_g, older_c = _load_sum(carry, batch * chunks + chunk, width, channels, inside, DTYPE)
+    zero = tl.zeros((COLUMNS,), C.DTYPE)
+    sent = _Sent(zero + float("inf"), zero, zero)
+    if C.CHUNKED:
+        sent = _Sent(*_load_sum(sums.carry, batch * sizes.chunks + chunk, sizes.width, part.value_columns, C.DTYPE))
     # The keys of a chunk are also seen by the first queries after it; the keys of the first chunk begin before it.
-    stop = tl.minimum((chunk + 1) * chunk_tiles, tiles)
-    last = tl.minimum(stop + PAST_BLOCKS, tiles) - 1
-    first = tl.where(chunk == 0, -((left + BLOCK_T - 1) // BLOCK_T), chunk * chunk_tiles)
-    for step in tl.range(0, last - first + 1, num_stages=STAGES):
+    stop = tl.minimum((chunk + 1) * sizes.chunk_tiles, sizes.tiles)
+    last = tl.minimum(stop + PAST_BLOCKS, sizes.tiles) - 1
+    first = tl.where(chunk == 0, -((sizes.left + BLOCK_T - 1) // BLOCK_T), chunk * sizes.chunk_tiles)
+    for step in tl.range(0, last - first + 1, num_stages=C.STAGES):
         tile = last - step
         t0 = tile * BLOCK_T
         own = tile < stop
-        maximum, row_maximum, column_maximum, underflow, dq, g, c, more_g, more_c = _query_gradients(
-            grad, query, query_row, key, key_row, value, value_row, rows, rows_row, taps, states, t0, tile, length,
-            left, width, keys, channels, inside, ACTIVATION, BLOCK_T, PAST, DTYPE, PRECISION, TINY, LARGEST,
-        )  # fmt: skip
-        _store(d_query, width, t0, tl.where(own, length, 0), channels, inside, dq, BLOCK_T)
+        state = batch * sizes.tiles + tl.maximum(tile, 0)
+        older = _load_sum(sums.states, state, sizes.width, part.value_columns, C.DTYPE)
+        panel, underflow, dq, g, c, more = _query_gradients(grad, part, sizes, older, t0, C)
+        _store(d_query, part.value_columns, t0, tl.where(own, sizes.length, 0), dq, BLOCK_T)
         for back in range(PAST_BLOCKS + 1):
             index = PAST_BLOCKS - back
-            start = t0 - PAST + index * BLOCK_T
-            k = _load(key, key_row, start + left, length + left, keys, inside, float("-inf"), BLOCK_T, DTYPE)
-            v = _load(value, value_row, start + left, length + left, channels, inside, 0.0, BLOCK_T, DTYPE)
+            start = t0 - C.PAST + index * BLOCK_T
+            k, v = _load_keys(part, sizes, start, BLOCK_T, C)
             if underflow:
-                dk = tl.zeros((BLOCK_T, COLUMNS), DTYPE)
-                dv = tl.zeros((BLOCK_T, COLUMNS), DTYPE)
-                dw = tl.zeros((BLOCK_T, BLOCK_T), DTYPE)
-                _, normalizer, total = _load_sum(states, tl.maximum(tile, 0), width, channels, inside, DTYPE)
-                reference, _, _ = _exact_panel(
-                    key, key_row, value, value_row, rows, rows_row, taps, t0, length, left, keys, channels, inside,
-                    maximum, normalizer, total, BLOCK_T, PAST, DTYPE,
-                )  # fmt: skip
+                dk = tl.zeros((BLOCK_T, COLUMNS), C.DTYPE)
+                dv = tl.zeros((BLOCK_T, COLUMNS), C.DTYPE)
+                dw = tl.zeros((BLOCK_T, BLOCK_T), C.DTYPE)
+                _, normalizer, total = _load_sum(sums.states, state, sizes.width, part.value_columns, C.DTYPE)
+                again = _Sum(older.maximum, normalizer, total)
+                reference, _, _ = _exact_panel(part, sizes, again, t0, C)
                 reference = _finite(reference)
                 for j in range(BLOCK_T):
                     this = tl.arange(0, BLOCK_T) == j
-                    row = start + left + j
-                    k_j = _load(key, key_row, row, length + left, keys, inside, float("-inf"), 1, DTYPE)
-                    v_j = _load(value, value_row, row, length + left, channels, inside, 0.0, 1, DTYPE)
-                    w_j = _log_weights(rows, rows_row, taps, t0, t0 - start - j, length, BLOCK_T, 1, PAST, DTYPE)
+                    k_j, v_j = _load_keys(part, sizes, start + j, 1, C)
+                    w_j = _log_weights(part, sizes, t0, t0 - start - j, 1, C)
                     e = tl.exp(k_j + w_j - reference)
                     d_logits = e * (g * v_j - c)
                     dv += tl.where(this[:, None], tl.sum(e * g, 0)[None, :], 0.0)
                     dk += tl.where(this[:, None], tl.sum(d_logits, 0)[None, :], 0.0)
                     dw += tl.where(this[None, :], tl.sum(d_logits, 1)[:, None], 0.0)
             else:
-                e = tl.exp(k - _finite(column_maximum)[None, :])
-                dw = tl.zeros((BLOCK_T, BLOCK_T), DTYPE)
-                if PAST > 0:
-                    w = _log_weights(rows, rows_row, taps, t0, t0 - start, length, BLOCK_T, BLOCK_T, PAST, DTYPE)
-                    w = tl.exp(w - row_maximum[:, None])
-                    dv = e * tl.dot(tl.trans(w), g, input_precision=PRECISION, out_dtype=DTYPE)
-                    dk = dv * v - e * tl.dot(tl.trans(w), c, input_precision=PRECISION, out_dtype=DTYPE)
+                e = tl.exp(k - _finite(panel.column_maximum)[None, :])
+                dw = tl.zeros((BLOCK_T, BLOCK_T), C.DTYPE)
+                if C.PAST > 0:
+                    w = _log_weights(part, sizes, t0, t0 - start, BLOCK_T, C)
+                    w = tl.exp(w - panel.row_maximum[:, None])
+                    dv = e * _dot(tl.trans(w), g, C)
+                    dk = dv * v - e * _dot(tl.trans(w), c, C)
                 else:
                     dv = e * tl.cumsum(g, 0, reverse=True)
                     dk = dv * v - e * tl.cumsum(c, 0, reverse=True)
-                if NEEDS_ROWS:
-                    dw = tl.dot(g, tl.trans(e * v), input_precision=PRECISION, out_dtype=DTYPE)
-                    dw = w * (dw - tl.dot(c, tl.trans(e), input_precision=PRECISION, out_dtype=DTYPE))
-            if NEEDS_ROWS:
-                tap = tl.arange(0, BLOCK_T)[:, None] + (t0 - start) - tl.arange(0, BLOCK_T)[None, :]
-                query_index = tl.arange(0, BLOCK_T)
-                exists = (t0 + query_index >= 0) & (t0 + query_index < tl.where(own, length, 0))
-                exists = exists[:, None] & (tap >= 0) & (tap < taps)
-                pointers = d_rows + (query_index[:, None] * taps + tap)
-                if ROW_PER_QUERY:
-                    tl.store(pointers + t0.to(tl.int64) * taps, dw, mask=exists)
+                if C.ROWS != "none":
+                    dw = _dot(g, tl.trans(e * v), C)
+                    dw = w * (dw - _dot(c, tl.trans(e), C))
+            if C.ROWS != "none":
+                query = tl.arange(0, BLOCK_T)[:, None]
+                tap = query + (t0 - start) - tl.arange(0, BLOCK_T)[None, :]
+                exists = (t0 + query >= 0) & (t0 + query < tl.where(own, sizes.length, 0))
+                exists = exists & (tap >= 0) & (tap < sizes.taps)
+                pointers = d_rows.start + (query * d_rows.row + tap)
+                if C.ROWS == "each":
+                    tl.store(pointers + t0.to(tl.int64) * d_rows.row, dw, mask=exists)
                 else:
                     tl.store(pointers, dw + tl.load(pointers, mask=exists, other=0.0), mask=exists)
             # Keys that enter: what the later queries, which see them with bias 0, send back.
-            older = tl.exp(tl.where(index == 0, k - _finite(older_maximum)[None, :], float("-inf")))
-            dv += older * older_g[None, :]
-            dk += older * (v * older_g[None, :] - older_c[None, :])
-            if PAST > 0:
+            entering = tl.exp(tl.where(index == 0, k - _finite(sent.maximum)[None, :], float("-inf")))
+            dv += entering * sent.g[None, :]
+            dk += entering * (v * sent.g[None, :] - sent.c[None, :])
+            if C.PAST > 0:
                 # Keys that entered before come from the scratch buffer, those that stay in the window go back.
                 slot = ((tile - first + index) % PAST_BLOCKS) * BLOCK_T + tl.arange(0, BLOCK_T)
                 slot = scratch + slot[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
@@ -561,58 +664,83 @@ def _backward(
                 waited = place > tl.where(tile < last, 0, PAST_BLOCKS)
                 waits = place < PAST_BLOCKS
                 dv += tl.load(slot, mask=waited, other=0.0)
-                dk += tl.load(slot + PAST * COLUMNS, mask=waited, other=0.0)
+                dk += tl.load(slot + C.PAST * COLUMNS, mask=waited, other=0.0)
                 tl.store(slot, dv, mask=waits)
-                tl.store(slot + PAST * COLUMNS, dk, mask=waits)
-            end = tl.where(own & (index == PAST_BLOCKS), length + left, 0)
-            _store(d_value, width, start + left, end, channels, inside, dv, BLOCK_T)
-            if BLOCK_R > 1:
-                dk = tl.sum(tl.reshape(dk, (BLOCK_T, BLOCK_K, BLOCK_R)), 2)
-            _store(d_key, key_width, start + left, end, block_keys, block_keys_inside, dk, BLOCK_T)
-        scale = tl.exp(maximum - _finite(older_maximum))
-        older_g, older_c, older_maximum = older_g * scale + more_g, older_c * scale + more_c, maximum
-        if PAST > 0:
+                tl.store(slot + C.PAST * COLUMNS, dk, mask=waits)
+            row, end = start + sizes.left, tl.where(own & (index == PAST_BLOCKS), sizes.length + sizes.left, 0)
+            _store(d_value, part.value_columns, row, end, dv, BLOCK_T)
+            if C.BLOCK_R > 1:
+                dk = tl.sum(tl.reshape(dk, (BLOCK_T, C.BLOCK_K, C.BLOCK_R)), 2)
+            _store(d_key, block_keys, row, end, dk, BLOCK_T)
+        sent = _merge_sent(sent, more)
+        if C.PAST > 0:
             tl.debug_barrier()  # what a thread left in a buffer, another may read for the next tile
-    if NEEDS_OLDER and chunk == 0:
-        d_older += batch * 2 * width
-        tl.store(d_older + channels, older_g, mask=inside)
-        tl.store(d_older + width + channels, older_c, mask=inside)
+    if chunk == 0:
+        d_older = gradients.older + batch * 2 * sizes.width + part.value_columns.channel
+        tl.store(d_older, sent.g, mask=part.value_columns.exists)
+        tl.store(d_older + sizes.width, sent.c, mask=part.value_columns.exists)
 
 
 # -------------------------------------------------------------------------------------------------------- operators
 
 
-def _plan(query, key, value, rows, layouts) -> dict:
-    """The arguments that all kernels of one direction share: sizes, strides, and how the work is cut."""
+def _matrix(tensor: Tensor) -> _Matrix:
+    return _Matrix(tensor, tensor.stride(0), tensor.stride(1))
+
+
+def _inputs(query, key, value, rows) -> _Inputs:
+    bias, head = _Matrix(query, 0, 0), 0  # some address: it is not read
+    if rows is not None:
+        sizes = zip(rows.shape, rows.stride(), strict=True)
+        head, batch, row, _ = (0 if size == 1 else step for size, step in sizes)
+        bias = _Matrix(rows, batch, row)
+    return _Inputs(_matrix(query), _matrix(key), _matrix(value), bias, head)
+
+
+def _plan(query, key, value, rows, activation, layouts) -> tuple[_Sizes, _Constants, dict]:
+    """How the work is cut: what all kernels of one direction share, and the options that they are compiled with."""
     batch, length, width = query.shape
     heads, taps = (1, 0) if rows is None else (rows.shape[0], rows.shape[3])
     head_keys, shared = key.shape[2] // heads, width // key.shape[2]
-    layout = layouts[rows is not None]
-    channels = layout["channels"]
+    options = dict(layouts[rows is not None])
+    channels = options.pop("channels")
     block_r = min(triton.next_power_of_2(shared), channels)
     block_k = min(triton.next_power_of_2(head_keys), channels // block_r)
     block_k = max(block_k, 16 // block_r)  # the smallest matrix product
-    dtype = compute_dtype(query, key, value)
-    half = all(t.dtype in (torch.float16, torch.bfloat16) for t in (query, key, value))
     blocks = heads * triton.cdiv(head_keys, block_k) * triton.cdiv(shared, block_r)
     tiles = triton.cdiv(length, _BLOCK_T)
     chunk_tiles = triton.cdiv(tiles, _chunks(blocks * batch, tiles, query.device))
-    strides = {}
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        strides |= {f"{name}_batch": tensor.stride(0), f"{name}_row": tensor.stride(1)}
-    for dim, name in enumerate(("rows_head", "rows_batch", "rows_row")):
-        strides[name] = 0 if rows is None or rows.shape[dim] == 1 else rows.stride(dim)
-    return {
-        **{"length": length, "left": key.shape[1] - length, "taps": taps, "tiles": tiles, "width": width},
-        **{"chunk_tiles": chunk_tiles, "chunks": triton.cdiv(tiles, chunk_tiles), "blocks": blocks},
-        **{"head_keys": head_keys, "SHARED": shared, "BLOCK_K": block_k, "BLOCK_R": block_r, "BLOCK_T": _BLOCK_T},
-        "PAST": triton.cdiv(max(taps - 1, 1), _BLOCK_T) * _BLOCK_T if taps else 0,
-        **{"DTYPE": tl.float64 if dtype == torch.float64 else tl.float32, "TINY": _TINY[dtype]},
-        "LARGEST": _LARGEST[dtype],
-        **{"PRECISION": "tf32" if half else "ieee" if dtype == torch.float64 else "tf32x3"},
-        **strides,
-        **{"num_warps": layout["num_warps"], "maxnreg": layout["maxnreg"]},
-    }
+    chunks = triton.cdiv(tiles, chunk_tiles)
+    dtype = compute_dtype(query, key, value)
+    half = all(t.dtype in (torch.float16, torch.bfloat16) for t in (query, key, value))
+    sizes = _Sizes(
+        batches=batch,
+        length=length,
+        left=key.shape[1] - length,
+        taps=taps,
+        width=width,
+        head_keys=head_keys,
+        blocks=blocks,
+        tiles=tiles,
+        chunk_tiles=chunk_tiles,
+        chunks=chunks,
+    )
+    constants = _Constants(
+        SHARED=shared,
+        BLOCK_K=block_k,
+        BLOCK_R=block_r,
+        BLOCK_T=_BLOCK_T,
+        PAST=triton.cdiv(max(taps - 1, 1), _BLOCK_T) * _BLOCK_T if taps else 0,
+        DTYPE=tl.float64 if dtype == torch.float64 else tl.float32,
+        TINY=_TINY[dtype],
+        LARGEST=_LARGEST[dtype],
+        PRECISION="tf32" if half else "ieee" if dtype == torch.float64 else "tf32x3",
+        ACTIVATION=activation,
+        STAGES=1,
+        CHUNKED=chunks > 1,
+        ROWS="none",
+    )
+    return sizes, constants, options
 
 
 def _chunks(programs: int, tiles: int, device: torch.device) -> int:
@@ -625,57 +753,37 @@ def _chunks(programs: int, tiles: int, device: torch.device) -> int:
     return min(triton.cdiv(4 * processors, programs), triton.cdiv(tiles, 4))
 
 
-def _launch(kernel, programs: int, plan: dict, *tensors, **options):
-    """Starts a kernel with those arguments of the plan that it takes."""
-    plan = {name: value for name, value in plan.items() if name in (*kernel.arg_names, *_OPTIONS)}
-    kernel[(programs,)](*tensors, **plan, **options)
-
-
-def _states_like(query, key, value, count):
+def _sums_like(query, key, value, count):
     dtype = compute_dtype(query, key, value)
     return query.new_empty(query.shape[0], count, 3, query.shape[2], dtype=dtype)
 
 
-def _scan_options(width: int) -> dict:
-    block = min(triton.next_power_of_2(width), 128)
-    return {"blocks": triton.cdiv(width, block), "BLOCK_D": block}
-
-
 @torch.library.custom_op(f"{_NAMESPACE}::windowed_triton", mutates_args=())
 def _windowed(
-    query: Tensor, key: Tensor, value: Tensor, rows: Tensor | None, initial: Tensor | None, query_activation: str
+    query: Tensor, key: Tensor, value: Tensor, rows: Tensor | None, initial: Tensor, query_activation: str
 ) -> tuple[Tensor, Tensor]:
     """Result [B, T, D] and the sums of the keys older than each panel [B, tiles, 3, D].
 
     query [B, T, D], key [B, L+T, K], value [B, L+T, D], rows [heads, 1 or B, 1 or T, n], initial [B, 3, D].
     """
-    plan = _plan(query, key, value, rows, _FORWARD)
-    programs = plan["blocks"] * plan["chunks"] * query.shape[0]
+    inputs = _inputs(query, key, value, rows)
+    sizes, constants, options = _plan(query, key, value, rows, query_activation, _FORWARD)
+    sequences = (sizes.blocks * sizes.batches,)
+    programs = (sizes.blocks * sizes.batches * sizes.chunks,)
     out = query.new_empty(query.shape)
-    states = _states_like(query, key, value, plan["tiles"])
-    carry = initial
-    if plan["chunks"] > 1:
-        carry = _states_like(query, key, value, plan["chunks"])
-        _launch(_forward_sums, programs, plan, key, value, carry)
-        scan = {**plan, **_scan_options(plan["width"])}
-        has_initial = {"HAS_INITIAL": initial is not None}
-        _launch(
-            _forward_scan,
-            scan["blocks"] * query.shape[0],
-            scan,
-            carry,
-            carry if initial is None else initial,
-            **has_initial,
-        )
-    options = {"HAS_CARRY": carry is not None, "ACTIVATION": query_activation, "STAGES": 1 if plan["PAST"] else 3}
-    tensors = (query, key, value, query if rows is None else rows, states if carry is None else carry, out, states)
-    _launch(_forward, programs, plan, *tensors, **options)
-    return out, states
+    sums = _Sums(_sums_like(query, key, value, sizes.tiles), initial)
+    if sizes.chunks > 1:
+        sums = sums._replace(carry=_sums_like(query, key, value, sizes.chunks))
+        _forward_sums[programs](inputs, sums.carry, sizes, constants, **options)
+        _forward_scan[sequences](sums.carry, initial, sizes, constants, num_warps=1)
+    constants = constants._replace(STAGES=1 if constants.PAST else 3)
+    _forward[programs](inputs, sums, out, sizes, constants, **options)
+    return out, sums.states
 
 
 @_windowed.register_fake
 def _(query, key, value, rows, initial, query_activation):
-    return query.new_empty(query.shape), _states_like(query, key, value, -(-query.shape[1] // _BLOCK_T))
+    return query.new_empty(query.shape), _sums_like(query, key, value, -(-query.shape[1] // _BLOCK_T))
 
 
 @flops_of(_windowed)
@@ -694,63 +802,52 @@ def _windowed_backward(
     key: Tensor,
     value: Tensor,
     rows: Tensor | None,
-    initial: Tensor | None,
+    initial: Tensor,
     states: Tensor,
     query_activation: str,
     needs_rows: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value, rows (empty unless `needs_rows`) and initial (empty if it is None)."""
-    plan = _plan(query, key, value, rows, _BACKWARD)
-    batch, length, width = query.shape
-    programs = plan["blocks"] * plan["chunks"] * batch
-    share_blocks = triton.cdiv(plan["SHARED"], plan["BLOCK_R"])
+    """Gradients of query, key, value, rows (empty unless `needs_rows`) and initial."""
+    inputs = _inputs(query, key, value, rows)
+    sizes, constants, options = _plan(query, key, value, rows, query_activation, _BACKWARD)
+    batch, blocks, chunks = sizes.batches, sizes.blocks, sizes.chunks
+    programs = blocks * batch * chunks
+    sums = _Sums(states, states)
+    if chunks > 1:
+        sums = sums._replace(carry=_sums_like(query, key, value, chunks))
+        _backward_sums[(programs,)](grad, inputs, sums, sizes, constants, **options)
+        _backward_scan[(blocks * batch,)](sums.carry, sizes, constants, num_warps=1)
+
+    share_blocks = triton.cdiv(constants.SHARED, constants.BLOCK_R)
     d_query, d_value = query.new_empty(query.shape), value.new_empty(value.shape)
     d_key = key.new_empty(share_blocks, *key.shape, dtype=key.dtype if share_blocks == 1 else states.dtype)
-    d_older = states.new_empty(0 if initial is None else batch, 2, width)
-    columns = plan["BLOCK_K"] * plan["BLOCK_R"]
-    scratch = states.new_empty(programs, 2, plan["PAST"], columns)
-    d_rows = states.new_empty(0)
-    row_per_query = rows is not None and rows.shape[2] > 1
-    if needs_rows and row_per_query:
-        d_rows = states.new_empty(plan["blocks"], batch, length, plan["taps"])
+    d_older = states.new_empty(batch, 2, sizes.width)
+    d_rows, kind = states.new_empty(0), "none"
+    if needs_rows and rows.shape[2] > 1:
+        d_rows, kind = states.new_empty(blocks, batch, sizes.length, sizes.taps), "each"
     elif needs_rows:
-        d_rows = states.new_zeros(plan["blocks"], batch, plan["chunks"] * _BLOCK_T, plan["taps"])
-    bias, carry = query if rows is None else rows, states
-    inputs = (grad, query, key, value, bias, states)
-    if plan["chunks"] > 1:
-        carry = _states_like(query, key, value, plan["chunks"])
-        _launch(_backward_sums, programs, plan, *inputs, carry, ACTIVATION=query_activation)
-        scan = {**plan, **_scan_options(width)}
-        _launch(_backward_scan, scan["blocks"] * batch, scan, carry)
-    options = {"HAS_CARRY": plan["chunks"] > 1, "NEEDS_ROWS": needs_rows, "ROW_PER_QUERY": row_per_query}
-    options |= {
-        "NEEDS_OLDER": initial is not None,
-        "ACTIVATION": query_activation,
-        "batches": batch,
-        "STAGES": 1 if plan["PAST"] else 2,
-    }
+        d_rows, kind = states.new_zeros(blocks, batch, chunks * _BLOCK_T, sizes.taps), "sum"
+    gradients = _Gradients(d_query, d_key, d_value, d_rows, d_older)
+    scratch = states.new_empty(programs, 2, constants.PAST, constants.BLOCK_K * constants.BLOCK_R)
+    constants = constants._replace(STAGES=1 if constants.PAST else 2, ROWS=kind)
     options["num_stages"] = 1  # the scratch buffer must not be read ahead
-    outputs = (d_query, d_key, d_value, d_rows, d_older)
-    _launch(_backward, programs, plan, *inputs, carry, scratch, *outputs, **options)
+    _backward[(programs,)](grad, inputs, sums, scratch, gradients, sizes, constants, **options)
 
     d_key = d_key[0] if share_blocks == 1 else d_key.sum(0).to(key.dtype)
     if needs_rows:
         d_rows = d_rows.unflatten(0, (rows.shape[0], -1))
         dims = [1] + [dim + 1 for dim in (1, 2) if rows.shape[dim] == 1]
         d_rows = d_rows.sum(dims).reshape(rows.shape).to(rows.dtype)
-    d_initial = states.new_empty(0)
-    if initial is not None:
-        d_total, d_normalizer = d_older[:, 0], -d_older[:, 1]
-        d_maximum = initial[:, 1] * d_normalizer + initial[:, 2] * d_total
-        d_initial = torch.stack([d_maximum, d_normalizer, d_total], 1)
-    return d_query, d_key, d_value, d_rows, d_initial
+    d_total, d_normalizer = d_older[:, 0], -d_older[:, 1]
+    d_maximum = initial[:, 1] * d_normalizer + initial[:, 2] * d_total
+    return d_query, d_key, d_value, d_rows, torch.stack([d_maximum, d_normalizer, d_total], 1)
 
 
 @_windowed_backward.register_fake
 def _(grad, query, key, value, rows, initial, states, query_activation, needs_rows):
     like = [t.new_empty(t.shape) for t in (query, key, value)]
     d_rows = rows.new_empty(rows.shape) if needs_rows else states.new_empty(0)
-    return *like, d_rows, states.new_empty(0 if initial is None else initial.shape)
+    return *like, d_rows, states.new_empty(initial.shape)
 
 
 @flops_of(_windowed_backward)
@@ -769,10 +866,9 @@ def _save_for_backward(ctx, inputs, output):
 def _differentiate(ctx, grad, _):
     if grad is None:
         return (None,) * 6
-    initial = ctx.saved_tensors[4]
     needs_rows = ctx.needs_input_grad[3]
     grads = _windowed_backward(grad.contiguous(), *ctx.saved_tensors, ctx.query_activation, needs_rows)
-    return (*grads[:3], grads[3] if needs_rows else None, None if initial is None else grads[4], None)
+    return (*grads[:3], grads[3] if needs_rows else None, grads[4], None)
 
 
 _windowed.register_autograd(_differentiate, setup_context=_save_for_backward)

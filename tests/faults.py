@@ -1,581 +1,752 @@
-"""Deliberate faults, each put into a copy of the package, to show that the tests notice every one of them.
+"""Deliberate faults, each put in the place of a function of the package, to show that the tests notice every one.
 
     python tests/faults.py              # all of them; exit status 1 if one survives
     python tests/faults.py crop static  # those whose name contains one of the words
     python tests/faults.py --list
 
-A fault is a replacement in one file. Each names the test files that must catch it, and the table that is printed says
-which test did, first of all.
+A fault names a function, and gives one that is wrong in its place, made from the original. It also names the file of
+tests that must catch it, and the table that is printed says which test did, first of all: one that passes without it.
 """
 
 import argparse
+import math
 import os
-import re
-import shutil
-import subprocess
 import sys
-import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import NamedTuple
+from time import perf_counter
+
+import torch
+from fault_runner import ROOT, Fault, check, try_fault
+from torch.nn import functional as F
 
 
-ROOT = Path(__file__).parents[1]
 GENERATION, STATIC, FEATURES = "test_generation.py", "test_static_cache.py", "test_generate_features.py"
 MODELING, HEADS, OPS, SYNTHESIZER = "test_modeling.py", "test_heads.py", "test_ops.py", "test_synthesizer.py"
 REMOTE, MODES, PACKING = "test_remote_code.py", "test_ops_modes.py", "test_packing.py"
 INPUTS, CACHE, COMPATIBILITY = "test_model_inputs.py", "test_cache.py", "test_compatibility.py"
+ECOSYSTEM = "test_ecosystem.py"
+
+FAULTS: list[Fault] = []
 
 
-class Fault(NamedTuple):
-    name: str
-    file: str
-    old: str
-    new: str
-    tests: str
+def fault(name: str, where: str, tests: str) -> Callable:
+    """Puts a fault on the list: a function that makes the wrong function, or constant, from the original."""
+
+    def register(change):
+        FAULTS.append(Fault(name, where, change, tests))
+        return change
+
+    return register
 
 
-FAULTS = [
-    # the cache
-    Fault(
-        "decoding ignores the state",
-        "cache_state.py",
-        "return layer.read()",
-        "return None",
-        GENERATION,
-    ),
-    Fault(
-        "the state is never replaced",
-        "cache_state.py",
-        "                    o.copy_(n)\n            self.state = old",
-        "                    pass\n            self.state = old",
-        GENERATION,
-    ),
-    Fault(
-        "reordering beams does nothing",
-        "cache_state.py",
-        "lambda t: t.index_select(0, beam_idx.to(t.device))",
-        "lambda t: t.clone()",
-        GENERATION,
-    ),
-    Fault(
-        "selecting rows does nothing",
-        "cache_state.py",
-        "self._map(lambda t: t[indices.to(t.device)])",
-        "pass",
-        GENERATION,
-    ),
-    Fault(
-        "repeating rows tiles them",
-        "cache_state.py",
-        "t.repeat_interleave(repeats, dim=0)",
-        "t.repeat(repeats, *[1] * (t.dim() - 1))",
-        GENERATION,
-    ),
-    Fault(
-        "crop removes one token less",
-        "cache_state.py",
-        "remaining, like = -tokens_to_remove, self.state",
-        "remaining, like = max(-tokens_to_remove - 1, 0), self.state",
-        GENERATION,
-    ),
-    Fault(
-        "crop keeps the length",
-        "cache_state.py",
-        "            self.cumulative_length = self.cumulative_length - new.length\n",
-        "",
-        GENERATION,
-    ),
-    Fault(
-        "crop forgets the tokens it should keep",
-        "cache_state.py",
-        "self.state = self._placed(self.advance(state, new.first(kept), like), kept)",
-        "pass",
-        GENERATION,
-    ),
-    Fault(
-        "recording writes over what it recorded",
-        "cache_state.py",
-        "            self.state = state\n        else:\n            self._write(state)\n",
-        "        self._write(state)\n",
-        GENERATION,
-    ),
-    Fault(
-        "autograd's tensors are overwritten",
-        "cache_state.py",
-        "        if torch.is_grad_enabled() or self.in_graph:\n            return False\n",
-        "",
-        GENERATION,
-    ),
-    Fault(
-        "states made in inference mode are overwritten outside",
-        "cache_state.py",
-        "return torch.is_inference_mode_enabled() or not tensor.is_inference()",
-        "return True",
-        GENERATION,
-    ),
-    Fault(
-        "states are replaced instead of written into",
-        "cache_state.py",
-        "if old is not None and all(map(self._can_take, old, state)):",
-        "if False:",
-        STATIC,
-    ),
-    Fault(
-        "a static cache writes at its beginning",
-        "cache_state.py",
-        "torch.arange(length, device=self.device) + self.cumulative_length",
-        "torch.arange(length, device=self.device)",
-        STATIC,
-    ),
-    Fault(
-        "a reset static cache keeps old keys",
-        "cache_state.py",
-        "tensors[name] = spare.fill_(nothing)",
-        "tensors[name] = spare",
-        STATIC,
-    ),
-    Fault(
-        "the room of a static cache counts as tokens",
-        "modeling_attention_free.py",
-        '{"key": (-2, -torch.inf), "value": (-2, 0), "key_position": (-1, 0)}',
-        '{"key": (-2, 0), "value": (-2, 0), "key_position": (-1, 0)}',
-        STATIC,
-    ),
-    Fault(
-        "the room of a Synthesizer's static cache counts as tokens",
-        "modeling_synthesizer.py",
-        '{"key": (-2, 0), "value": (-2, 0), "key_position": (-1, -1)}',
-        '{"key": (-2, 0), "value": (-2, 0), "key_position": (-1, 0)}',
-        STATIC,
-    ),
-    Fault(
-        "a reset keeps the length",
-        "cache_state.py",
-        "            self.cumulative_length.zero_()\n",
-        "            pass\n",
-        STATIC,
-    ),
-    Fault(
-        "a saved cache starts counting anew",
-        "cache_state.py",
-        'self.cumulative_length = tensors.pop("cumulative_length")',
-        'self.cumulative_length = tensors.pop("cumulative_length").zero_()',
-        FEATURES,
-    ),
-    Fault(
-        "a prefetched state stays on the CPU",
-        "cache_state.py",
-        "self._map(lambda t: t.to(self.device, non_blocking=True))",
-        "pass",
-        FEATURES,
-    ),
-    # the operator's state and padding
-    Fault(
-        "the sum of old tokens is dropped in a step",
-        "ops_torch.py",
-        "older = (maximum + normalizer.clamp_min(_NOTHING).log())[:, None]",
-        "older = (maximum + normalizer.clamp_min(_NOTHING).log())[:, None] - torch.inf",
-        GENERATION,
-    ),
-    Fault(
-        "the window of the state is one token stale",
-        "ops_torch.py",
-        "window_key, window_value = key[:, length:], value[:, length:]",
-        "window_key, window_value = key[:, length - 1 : -1], value[:, length - 1 : -1]",
-        GENERATION,
-    ),
-    Fault(
-        "the sums leak the future within a chunk",
-        "ops_chunks.py",
-        "sums = tuple(torch.cat([i[:, None], t[:, :-1]], 1) for i, t in zip(initial, sums, strict=True))",
-        "sums = merge(tuple(i[:, None] for i in initial), sums)",
-        OPS,
-    ),
-    Fault(
-        "AFT-full sees one token of the future",
-        "ops_torch.py",
-        "device=key.device) > query_index, -torch.inf)",
-        "device=key.device) > query_index + 1, -torch.inf).contiguous()",
-        MODELING,
-    ),
-    Fault(
-        "the window sees one token of the future",
-        "ops_chunks.py",
-        "bias = bias.masked_fill(tap < 0, -torch.inf)",
-        "bias = bias.masked_fill(tap < -1, -torch.inf)",
-        OPS,
-    ),
-    Fault(
-        "the sums of the CPU's chunks leak the future",
-        "ops_cpu.py",
-        "    return sums[:, :-1], sums[:, -1]",
-        "    return sums[:, 1:], sums[:, -1]",
-        MODELING,
-    ),
-    Fault(
-        "the CPU's window is turned around",
-        "ops_cpu.py",
-        "unflatten(2, (chunks, chunk)).flip(-1))",
-        "unflatten(2, (chunks, chunk)))",
-        OPS,
-    ),
-    Fault(
-        "what is older than a block is lost on the CPU",
-        "ops_cpu.py",
-        "older, carry[batch] = _older(",
-        "older, _ = _older(",
-        OPS,
-    ),
-    Fault(
-        "what is newer than a block gives no gradient on the CPU",
-        "ops_cpu.py",
-        "newer, carry[batch] = _newer(",
-        "newer, _ = _newer(",
-        OPS,
-    ),
-    Fault(
-        "the CPU takes any exponential as it is",
-        "ops_cpu.py",
-        "_LARGEST_SUM = 80.0",
-        "_LARGEST_SUM = math.inf",
-        MODES,
-    ),
-    Fault(
-        "the CPU trusts sums that have vanished",
-        "ops_cpu.py",
-        "_SMALLEST_TOTAL = 1e-20",
-        "_SMALLEST_TOTAL = 0.0",
-        OPS,
-    ),
-    Fault(
-        "padding enters the keys",
-        "ops_torch.py",
-        "        key = key.masked_fill(~keep[..., None], -torch.inf)\n",
-        "",
-        MODELING,
-    ),
-    Fault(
-        "padding enters the state",
-        "ops_torch.py",
-        "        older_key = older_key.masked_fill(beyond[..., None], -torch.inf)\n",
-        "",
-        GENERATION,
-    ),
-    Fault(
-        "padding takes the place of a token in the window",
-        "ops_torch.py",
-        "window_key = key.gather(1, index.expand(-1, -1, key.shape[2]))",
-        "pass",
-        GENERATION,
-    ),
-    Fault(
-        "a chunk after the first starts from nothing",
-        "ops_chunks.py",
-        "    while step < sums[0].shape[1]:\n        sums = merge(_shift(sums, step), sums)\n        step *= 2\n",
-        "",
-        OPS,
-    ),
-    Fault(
-        "rows that underflow are not computed again",
-        "ops_panel.py",
-        "return [index.unbind(1) for index in rows.split(group)] if len(rows) else []",
-        "return []",
-        OPS,
-    ),
-    Fault(
-        "exponentials without the row maximum",
-        "ops_panel.py",
-        "pair_weight = (bias - finite(bias.amax(-1, keepdim=True))).exp_()",
-        "pair_weight = bias.exp()",
-        OPS,
-    ),
-    Fault(
-        "position biases in the dtype of autocast",
-        "modeling_attention_free.py",
-        "with without_autocast(key):",
-        "with torch.set_grad_enabled(torch.is_grad_enabled()):",
-        MODELING,
-    ),
-    Fault(
-        "a step reads the bias of the wrong offset",
-        "modeling_attention_free.py",
-        "keys = positions - offsets",
-        "keys = positions - offsets - 1",
-        GENERATION,
-    ),
-    # the Synthesizer
-    Fault(
-        "the Synthesizer sees one token of the future",
-        "ops_synthesizer.py",
-        "return (places[: rows.stop] <= places[rows, None])[None, None]",
-        "return (places[: rows.stop] <= places[rows, None] + 1)[None, None]",
-        MODELING,
-    ),
-    Fault(
-        "the Synthesizer's cached prefill sees the future",
-        "modeling_synthesizer.py",
-        "            visible = visible & (places <= places[-length:, None])\n",
-        "            pass\n",
-        GENERATION,
-    ),
-    Fault(
-        "the Synthesizer's state holds padding",
-        "ops_synthesizer.py",
-        "key_position = torch.where(keep, positions, -1)",
-        "key_position = positions",
-        GENERATION,
-    ),
-    Fault(
-        "mixture weights over heads instead of components",
-        "modeling_synthesizer.py",
-        "self.mixture_logits.softmax(1)",
-        "self.mixture_logits.softmax(0)",
-        SYNTHESIZER,
-    ),
-    Fault(
-        "dot products without their scale in decoding",
-        "modeling_synthesizer.py",
-        "part = self.scaling * query @ state.key.transpose(2, 3)",
-        "part = query @ state.key.transpose(2, 3)",
-        GENERATION,
-    ),
-    Fault(
-        "fixed random logits that no checkpoint holds",
-        "modeling_synthesizer.py",
-        'self.register_buffer("table", table)',
-        'self.register_buffer("table", table, persistent=False)',
-        MODELING,
-    ),
-    # model and heads
-    Fault(
-        "positions count padding",
-        "modeling_tokens.py",
-        "positions = mask.long().cumsum(1) - 1",
-        "positions = torch.ones_like(mask.long()).cumsum(1) - 1",
-        MODELING,
-    ),
-    Fault(
-        "positions begin again with every call",
-        "modeling_tokens.py",
-        "        positions = positions + seen[:, None].to(positions.device)\n",
-        "        pass\n",
-        GENERATION,
-    ),
-    Fault(
-        "the first columns of the mask are read",
-        "modeling_tokens.py",
-        "attention_mask = attention_mask[:, -length:]",
-        "attention_mask = attention_mask[:, :length]",
-        GENERATION,
-    ),
-    Fault(
-        "the mask is read on the first call only",
-        "modeling_tokens.py",
-        "        attention_mask, numbered = _check_mask(attention_mask, inputs)\n",
-        "        attention_mask, numbered = _check_mask(attention_mask, inputs)\n"
-        "        attention_mask = attention_mask if seen is None else None\n",
-        GENERATION,
-    ),
-    Fault(
-        "packed documents see those before them",
-        "ops_packing.py",
-        "        starts[1:] |= comparison(values[1:], values[:-1])\n",
-        "        pass\n",
-        PACKING,
-    ),
-    Fault(
-        "positions that begin again are of one document",
-        "ops_packing.py",
-        "ends.append((position_ids, torch.le))",
-        "pass",
-        PACKING,
-    ),
-    Fault(
-        "the first token of a document is predicted from another",
-        "modeling_causal_lm.py",
-        "labels = labels.masked_fill(~tokens.continues.to(labels.device), ignored)",
-        "pass",
-        PACKING,
-    ),
-    Fault(
-        "what is predicted from padding counts",
-        "modeling_tokens.py",
-        "mask[:, 1:] & mask[:, :-1]",
-        "mask[:, 1:]",
-        INPUTS,
-    ),
-    Fault(
-        "a mask of twos is added up",
-        "modeling_tokens.py",
-        "keep = attention_mask if attention_mask.dtype == torch.bool else attention_mask != 0",
-        "keep = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 1",
-        INPUTS,
-    ),
-    Fault(
-        "negative positions are rows of the tables",
-        "modeling_tokens.py",
-        "    if first < 0:\n",
-        "    if False:\n",
-        INPUTS,
-    ),
-    Fault(
-        "a padding id inside of a text is padding to classifiers",
-        "modeling_tokens.py",
-        "    if at_ends:\n",
-        "    if False:\n",
-        INPUTS,
-    ),
-    Fault(
-        "a cache reads its prompt again",
-        "modeling_causal_lm.py",
-        "prompt.shape[1] if mask is None else mask.shape[1]\n        if past:",
-        "prompt.shape[1] if mask is None else mask.shape[1]\n        if False:",
-        CACHE,
-    ),
-    Fault(
-        "an interrupted forward pass leaves a cache like others",
-        "modeling_common.py",
-        "        if first.unfinished:\n",
-        "        if False:\n",
-        CACHE,
-    ),
-    Fault(
-        "a cache of another kind of model is taken",
-        "modeling_common.py",
-        'check_kind("`cache`", first.kind, self._state_kind)',
-        "pass",
-        CACHE,
-    ),
-    Fault(
-        "checkpointing where nothing is recorded loses the cache",
-        "modeling_common.py",
-        "return self._checkpoints and torch.is_grad_enabled()",
-        "return self._checkpoints",
-        CACHE,
-    ),
-    Fault(
-        "unknown keywords are swallowed",
-        "compatibility.py",
-        "    if unknown := sorted(keywords.keys() - known):\n",
-        "    if unknown := []:\n",
-        COMPATIBILITY,
-    ),
-    Fault(
-        "a release that renames the cache is taken",
-        "compatibility.py",
-        "    if len(passed) != 1 or passed != read:\n",
-        "    if False:\n",
-        COMPATIBILITY,
-    ),
-    Fault(
-        "the trainer does not know what the classes are",
-        "compatibility.py",
-        "        tables[auto_class][model_type] = model_class.__name__\n",
-        "        pass\n",
-        "test_ecosystem.py",
-    ),
-    Fault(
-        "logits_to_keep is ignored",
-        "modeling_causal_lm.py",
-        "kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep",
-        "kept = slice(None)",
-        MODELING,
-    ),
-    Fault(
-        "the loss forgets how many tokens a step has",
-        "modeling_causal_lm.py",
-        "labels=labels, vocab_size=self.config.vocab_size, **loss_keywords)",
-        "labels=labels, vocab_size=self.config.vocab_size)",
-        MODELING,
-    ),
-    Fault(
-        "embeddings are not tied",
-        "modeling_causal_lm.py",
-        '_tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}',
-        "_tied_weights_keys = {}",
-        MODELING,
-    ),
-    Fault(
-        "training builds a cache",
-        "modeling_common.py",
-        "(self.config.use_cache and not self.training)",
-        "self.config.use_cache",
-        MODELING,
-    ),
-    Fault(
-        "a parameter keeps what memory held",
-        "modeling_attention_free.py",
-        "            initialization.zeros_(module.gamma)\n",
-        "",
-        MODELING,
-    ),
-    Fault(
-        "pooling averages over padding",
-        "modeling_heads.py",
-        "pooled = (hidden_states * kept).sum(1) / kept.sum(1).clamp_min(1)",
-        "pooled = hidden_states.mean(1)",
-        HEADS,
-    ),
-    Fault(
-        "a masked language model sees the past only",
-        "modeling_attention_free.py",
-        "self.is_causal = config.is_decoder",
-        "self.is_causal = True",
-        MODELING,
-    ),
-    Fault(
-        "a saved model names one Auto class only",
-        "modeling_common.py",
-        '{**(getattr(self.config, "auto_map", None) or {}), **self._auto_map}',
-        "self.config.auto_map",
-        REMOTE,
-    ),
-]
+# The cache
 
 
-class Outcome(NamedTuple):
-    fault: Fault
-    caught_by: str | None  # the first test that failed, None if none did
+@fault("decoding ignores the state", "cache_state.read_state", GENERATION)
+def _(original):
+    return lambda cache, layer_idx: None
 
 
-def apply(fault: Fault, package: Path) -> None:
-    """Makes the replacement in a copy of the package; a ValueError if its text does not stand there exactly once."""
-    path = package / fault.file
-    text = path.read_text()
-    if text.count(fault.old) != 1:
-        raise ValueError(f"{fault.name!r}: {text.count(fault.old)} places in {fault.file} read {fault.old!r}, not 1.")
-    path.write_text(text.replace(fault.old, fault.new))
+@fault("the state is never replaced", "cache_state.StateLayer._write", GENERATION)
+def _(original):
+    def _write(self, state):
+        if self.state is None:
+            original(self, state)
+
+    return _write
 
 
-def try_fault(fault: Fault) -> Outcome:
-    """Runs the tests of a fault on a copy of the repository that has it."""
-    with tempfile.TemporaryDirectory(prefix="fault-") as folder:
-        copy = Path(folder)
-        for name in ("modeling_aft", "scripts", "tests"):
-            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-        for name in ("pyproject.toml", "configuration"):
-            (copy / name).symlink_to(ROOT / name)
-        apply(fault, copy / "modeling_aft")
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            "--tb=no",
-            "-p",
-            "no:cacheprovider",
-            f"tests/{fault.tests}",
-        ]
-        environment = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
-        run = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
-    if run.returncode == 0:
-        return Outcome(fault, None)
-    failed = re.search(r"^(?:FAILED|ERROR) tests/(.+?)(?: - .*)?$", run.stdout, re.MULTILINE)
-    if failed is None:
-        raise RuntimeError(f"pytest did not run with the fault {fault.name!r}:\n{run.stdout}\n{run.stderr}")
-    return Outcome(fault, failed[1])
+@fault("reordering beams does nothing", "cache_state.StateLayer.reorder_cache", GENERATION)
+def _(original):
+    return lambda self, beam_idx: self.history.clear()
+
+
+@fault("selecting rows does nothing", "cache_state.StateLayer.batch_select_indices", GENERATION)
+def _(original):
+    return lambda self, indices: None
+
+
+@fault("repeating rows tiles them", "cache_state.StateLayer.batch_repeat_interleave", GENERATION)
+def _(original):
+    return lambda self, repeats: self._map(lambda t: t.repeat(repeats, *[1] * (t.dim() - 1)))
+
+
+@fault("crop removes one token less", "cache_state.StateLayer.crop", GENERATION)
+def _(original):
+    return lambda self, tokens_to_remove: original(self, tokens_to_remove + (tokens_to_remove < 0))
+
+
+@fault("crop keeps the length", "cache_state.StateLayer.crop", GENERATION)
+def _(original):
+    def crop(self, tokens_to_remove):
+        length = self.cumulative_length.clone()
+        original(self, tokens_to_remove)
+        self.cumulative_length = length
+
+    return crop
+
+
+@fault("crop forgets the tokens it should keep", "cache_state.StateLayer.crop", GENERATION)
+def _(original):
+    def crop(self, tokens_to_remove):
+        self.advance = lambda before, new, like: before
+        self._placed = lambda state, length: state
+        try:
+            original(self, tokens_to_remove)
+        finally:
+            del self.advance, self._placed
+
+    return crop
+
+
+@fault("recording writes over what it recorded", "cache_state.StateLayer.update", GENERATION)
+def _(original):
+    def update(self, key_states, value_states, state, new):
+        result = original(self, key_states, value_states, state, new)
+        if self.record_past:
+            after, self.state = self.state, self.history[-1][0]
+            self._write(after)
+        return result
+
+    return update
+
+
+@fault("autograd's tensors are overwritten", "cache_state.StateLayer._may_write", GENERATION)
+def _(original):
+    def _may_write(self, tensor):
+        in_graph, self.in_graph = self.in_graph, False
+        try:
+            with torch.no_grad():
+                return original(self, tensor)
+        finally:
+            self.in_graph = in_graph
+
+    return _may_write
+
+
+@fault("states made in inference mode are overwritten outside", "cache_state.StateLayer._may_write", GENERATION)
+def _(original):
+    def _may_write(self, tensor):
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return original(self, tensor)
+        with torch.inference_mode():
+            return original(self, tensor)
+
+    return _may_write
+
+
+@fault("states are replaced instead of written into", "cache_state.StateLayer._can_take", STATIC)
+def _(original):
+    return lambda self, old, new: False
+
+
+@fault("a static cache writes at its beginning", "cache_state.GrowingStateLayer._next_places", STATIC)
+def _(original):
+    return lambda self, length: torch.arange(length, device=self.device)
+
+
+@fault("a reset static cache keeps old keys", "cache_state.GrowingStateLayer._empty", STATIC)
+def _(original):
+    def _empty(self, state):
+        spare = self.spare
+        old = None if spare is None else {name: t.clone() for name, t in spare._asdict().items() if t is not None}
+        empty = original(self, state)
+        for name in self.per_token:
+            if spare is not None and getattr(empty, name) is getattr(spare, name) is not None:
+                getattr(empty, name).copy_(old[name])
+        return empty
+
+    return _empty
+
+
+@fault("the room of a static cache counts as tokens", "modeling_attention_free.AFTFullStateLayer.per_token", STATIC)
+def _(original):
+    return {**original, "key": (-2, 0)}
+
+
+@fault(
+    "the room of a Synthesizer's static cache counts as tokens",
+    "modeling_synthesizer.SynthesizerStateLayer.per_token",
+    STATIC,
+)
+def _(original):
+    return {**original, "key_position": (-1, 0)}
+
+
+@fault("a reset keeps the length", "cache_state.StateLayer.reset", STATIC)
+def _(original):
+    def reset(self):
+        length = self.cumulative_length.clone()
+        original(self)
+        self.cumulative_length = length
+
+    return reset
+
+
+@fault("a saved cache starts counting anew", "cache_state.StateLayer.load_state_dict", FEATURES)
+def _(original):
+    def load_state_dict(self, tensors):
+        original(self, {**tensors, "cumulative_length": torch.zeros_like(tensors["cumulative_length"])})
+
+    return load_state_dict
+
+
+@fault("a prefetched state stays on the CPU", "cache_state.StateLayer.prefetch", FEATURES)
+def _(original):
+    return lambda self: None
+
+
+@fault("the number of tokens that may be known stays at none", "cache_state.StateLayer._count", MODELING)
+def _(original):
+    def _count(self, length):
+        known = self.known_length
+        original(self, length)
+        self.known_length = known
+
+    return _count
+
+
+# The operator's state and padding
+
+
+@fault("the sum of old tokens is dropped in a step", "ops_step.step", GENERATION)
+def _(original):
+    def step(call):
+        state = call.state
+        nothing = {
+            "maximum": torch.full_like(state.maximum, -torch.inf),
+            "normalizer": torch.zeros_like(state.normalizer),
+            "average": torch.zeros_like(state.average),
+        }
+        return original(call._replace(state=state._replace(**nothing)))[0], original(call)[1]
+
+    return step
+
+
+@fault("the window of the state is one token stale", "ops_state.window_state", GENERATION)
+def _(original):
+    def window_state(key, value, left, count, initial):
+        state, first = original(key, value, left, count, initial), key.shape[1] - left
+        if count is not None:
+            return state
+        return state._replace(key=key[:, first - 1 : -1].clone(), value=value[:, first - 1 : -1].clone())
+
+    return window_state
+
+
+@fault("the sums leak the future within a chunk", "ops_chunks._exclusive_scan", OPS)
+def _(original):
+    def _exclusive_scan(sums, initial):
+        from modeling_aft.ops_state import merge
+
+        return merge(original(sums, initial), sums)
+
+    return _exclusive_scan
+
+
+@fault("AFT-full sees one token of the future", "ops_full._average", MODELING)
+def _(original):
+    return lambda panel, key, value, bias, causal, past: original(panel, key, value, bias, causal, past + 1)
+
+
+@fault("the window sees one token of the future", "ops_chunks._panel_bias", OPS)
+def _(original):
+    def _panel_bias(rows, length, chunk, chunks, left, right, causal):
+        bias = original(rows, length, chunk, chunks, left, right, causal)
+        if not causal:
+            return bias
+        tap = torch.arange(chunk)[:, None] + left + right - torch.arange(left + chunk + right)
+        return bias.masked_fill(F.pad(tap == -1, (1, 0)), 0)
+
+    return _panel_bias
+
+
+@fault("the sums of the CPU's chunks leak the future", "ops_cpu._older", MODELING)
+def _(original):
+    def _older(columns, carry, chunks):
+        older, total = original(columns, carry, chunks)
+        return older + columns.unflatten(1, (chunks, -1)).sum(2), total
+
+    return _older
+
+
+@fault("the CPU's window is turned around", "ops_cpu._Plan.weights", OPS)
+def _(original):
+    def weights(self, factors, time, batch, of_keys):
+        weights = original(self, factors, time, batch, of_keys)
+        if not of_keys:
+            band = self.band(weights)
+            band.copy_(band.flip(-1))
+        return weights
+
+    return weights
+
+
+@fault("what is older than a block is lost on the CPU", "ops_cpu._older", OPS)
+def _(original):
+    return lambda columns, carry, chunks: (original(columns, carry, chunks)[0], carry)
+
+
+@fault("what is newer than a block gives no gradient on the CPU", "ops_cpu._newer", OPS)
+def _(original):
+    return lambda columns, carry, chunks: (original(columns, carry, chunks)[0], carry)
+
+
+@fault("the CPU takes any exponential as it is", "ops_cpu._LARGEST_SUM", MODES)
+def _(original):
+    return math.inf
+
+
+@fault("the CPU trusts sums that have vanished", "ops_cpu._SMALLEST_TOTAL", OPS)
+def _(original):
+    return 0.0
+
+
+@fault("padding enters the keys", "ops_state.without_padding", MODELING)
+def _(original):
+    return lambda key, value, tokens: (key, value)
+
+
+@fault("padding enters the state", "ops_state.window_state", GENERATION)
+def _(original):
+    def window_state(key, value, left, count, initial):
+        from modeling_aft.ops_state import merge, summarize
+
+        length = key.shape[1] - left
+        sums = merge(initial, summarize(key[:, :length], value[:, :length], dim=1))
+        state = original(key, value, left, count, initial)
+        return state._replace(maximum=sums[0], normalizer=sums[1], average=sums[2])
+
+    return window_state
+
+
+@fault("padding takes the place of a token in the window", "ops_state.window_state", GENERATION)
+def _(original):
+    def window_state(key, value, left, count, initial):
+        return original(key, value, left, count, initial)._replace(key=key[:, key.shape[1] - left :].clone())
+
+    return window_state
+
+
+@fault("a chunk after the first starts from nothing", "ops_chunks._exclusive_scan", OPS)
+def _(original):
+    def _exclusive_scan(sums, initial):
+        return tuple(torch.cat([i[:, None], t[:, :-1]], 1) for i, t in zip(initial, sums, strict=True))
+
+    return _exclusive_scan
+
+
+@fault("rows that underflow are not computed again", "ops_panel._exact_rows", OPS)
+def _(original):
+    return lambda total, bias, channels: []
+
+
+@fault("exponentials without the row maximum", "ops_panel._exponentials", OPS)
+def _(original):
+    def _exponentials(key, value, maximum, normalizer, average, bias):
+        weight, term, _ = original(key, value, maximum, normalizer, average, bias)
+        return weight, term, bias.exp()
+
+    return _exponentials
+
+
+@fault("position biases in the dtype of autocast", "modeling_attention_free.AFTMixer._call", MODELING)
+def _(original):
+    def _call(self, query, key, value, tokens):
+        call, device = original(self, query, key, value, tokens), query.device.type
+        if not torch.is_autocast_enabled(device):
+            return call
+        low = torch.get_autocast_dtype(device)
+        biases = {name: getattr(call, name) for name in ("position_bias", "window_bias")}
+        return call._replace(**{name: None if b is None else b.to(low).to(b.dtype) for name, b in biases.items()})
+
+    return _call
+
+
+@fault(
+    "a step reads the bias of the wrong offset", "modeling_attention_free.LocalPositionBias._single_rows", GENERATION
+)
+def _(original):
+    def _single_rows(self, positions):
+        self.left, self.right = self.left + 1, self.right - 1
+        try:
+            return original(self, positions)
+        finally:
+            self.left, self.right = self.left - 1, self.right + 1
+
+    return _single_rows
+
+
+@fault("a token's slot counts the token itself", "ops_tokens.count_tokens", OPS)
+def _(original):
+    def count_tokens(keep, position_ids=None):
+        tokens = original(keep, position_ids)
+        return tokens if keep is None else tokens._replace(slot=(tokens.slot + 1).clamp_max(keep.shape[1]))
+
+    return count_tokens
+
+
+@fault("the next position is that of the last token", "ops_tokens.Tokens.advanced", GENERATION)
+def _(original):
+    def advanced(self, position, like):
+        tokens = original(self, position, like)
+        return tokens._replace(next_position=tokens.next_position - 1)
+
+    return advanced
+
+
+@fault("the window's biases stay where the padding was", "ops_windows.bias_rows", OPS)
+def _(original):
+    return lambda window_bias, length, tokens: original(window_bias, length, tokens._replace(slot=None))
+
+
+@fault("the state of AFT-full counts padding", "ops_state.full_state", GENERATION)
+def _(original):
+    return lambda key, value, tokens, before: original(key, value, tokens._replace(keep=None), before)
+
+
+@fault("a kernel is taken that does not support the call", "ops_kernels.choose", OPS)
+def _(original):
+    def choose(kernels, call, backend="auto"):
+        if backend != "auto":
+            return original(kernels, call, backend)
+        return next(kernel for kernel in kernels if kernel.pays(call))
+
+    return choose
+
+
+@fault("a kernel asked for by its name need not support the call", "ops_kernels.choose", OPS)
+def _(original):
+    def choose(kernels, call, backend="auto"):
+        return next((kernel for kernel in kernels if kernel.name == backend), None) or original(kernels, call, backend)
+
+    return choose
+
+
+@fault("a kernel is taken that does not pay", "ops_kernels.choose", MODES)
+def _(original):
+    def choose(kernels, call, backend="auto"):
+        return original([kernel._replace(pays=lambda call: True) for kernel in kernels], call, backend)
+
+    return choose
+
+
+# The Synthesizer
+
+
+@fault("the Synthesizer sees one token of the future", "ops_synthesizer._visible", MODELING)
+def _(original):
+    def _visible(rows, value, causal, count):
+        if not causal:
+            return original(rows, value, causal, count)
+        places = torch.arange(value.shape[2], device=value.device)
+        return (places[: rows.stop] <= places[rows, None] + 1)[None, None]
+
+    return _visible
+
+
+@fault(
+    "the Synthesizer's cached prefill sees the future", "modeling_synthesizer.SynthesizerMixer._explicit", GENERATION
+)
+def _(original):
+    def _explicit(self, mixture, query, state, tokens):
+        causal, self.causal = self.causal, False
+        try:
+            return original(self, mixture, query, state, tokens)
+        finally:
+            self.causal = causal
+
+    return _explicit
+
+
+@fault("the Synthesizer's state holds padding", "ops_synthesizer.advance", GENERATION)
+def _(original):
+    def advance(before, new, like=None):
+        state = original(before, new, like)
+        old, own = state.key_position.tensor_split([-new.value.shape[2]], 1)
+        return state._replace(key_position=torch.cat([old, own.clamp_min(0)], 1))
+
+    return advance
+
+
+@fault(
+    "mixture weights over heads instead of components",
+    "modeling_synthesizer.SynthesizerMixer.mixture_weights",
+    SYNTHESIZER,
+)
+def _(original):
+    def mixture_weights(self):
+        if self.mixture_logits is None:
+            return original(self)
+        return dict(zip(self.names, self.mixture_logits.softmax(0)[..., None, None].unbind(1), strict=True))
+
+    return mixture_weights
+
+
+@fault("dot products without their scale in decoding", "modeling_synthesizer.SynthesizerMixer._explicit", GENERATION)
+def _(original):
+    def _explicit(self, mixture, query, state, tokens):
+        scaling, self.scaling = self.scaling, 1.0
+        try:
+            return original(self, mixture, query, state, tokens)
+        finally:
+            self.scaling = scaling
+
+    return _explicit
+
+
+@fault("fixed random logits that no checkpoint holds", "modeling_synthesizer.RandomLogits.__init__", MODELING)
+def _(original):
+    def __init__(self, config):
+        original(self, config)
+        if not self.trainable:
+            table = self.table
+            del self.table
+            self.register_buffer("table", table, persistent=False)
+
+    return __init__
+
+
+# Model and heads
+
+
+@fault("positions count padding", "modeling_tokens._counted", MODELING)
+def _(original):
+    return lambda inputs, tokens, seen: original(inputs, type(tokens)(), seen)
+
+
+@fault("positions begin again with every call", "modeling_tokens._counted", GENERATION)
+def _(original):
+    return lambda inputs, tokens, seen: original(inputs, tokens, None)
+
+
+@fault("the first columns of the mask are read", "modeling_tokens._check_mask", GENERATION)
+def _(original):
+    return lambda attention_mask, inputs: original(attention_mask[:, : inputs.shape[1]], inputs)
+
+
+@fault("the mask is read on the first call only", "modeling_tokens.read_tokens", GENERATION)
+def _(original):
+    def read_tokens(inputs, attention_mask=None, position_ids=None, seen=None, *args, **kwargs):
+        is_matrix = attention_mask is not None and attention_mask.dim() == 4
+        attention_mask = attention_mask if seen is None or is_matrix else None
+        return original(inputs, attention_mask, position_ids, seen, *args, **kwargs)
+
+    return read_tokens
+
+
+@fault("packed documents see those before them", "ops_packing.pack", PACKING)
+def _(original):
+    return lambda numbers, attention_mask, position_ids, begin_again=True: None
+
+
+@fault("positions that begin again are of one document", "ops_packing.pack", PACKING)
+def _(original):
+    def pack(numbers, attention_mask, position_ids, begin_again=True):
+        return original(numbers, attention_mask, position_ids, begin_again=False)
+
+    return pack
+
+
+@fault("the first token of a document is predicted from another", "ops_tokens.Tokens.continues", PACKING)
+def _(original):
+    return lambda self: None if self.packing is not None else original(self)
+
+
+@fault("what is predicted from padding counts", "ops_tokens.Tokens.continues", INPUTS)
+def _(original):
+    def continues(self):
+        if self.packing is not None or self.keep is None:
+            return original(self)
+        return torch.cat([torch.zeros_like(self.keep[:, :1]), self.keep[:, 1:]], 1)
+
+    return continues
+
+
+@fault("a mask of twos is added up", "modeling_tokens._check_mask", INPUTS)
+def _(original):
+    def _check_mask(attention_mask, inputs):
+        keep, numbers = original(attention_mask, inputs)
+        own = attention_mask[:, -inputs.shape[1] :]
+        if own.dtype != torch.bool and (keep is not None or inputs.shape[1] == 1):
+            keep = own == 1
+        return keep, numbers
+
+    return _check_mask
+
+
+@fault("negative positions are rows of the tables", "modeling_tokens.check_positions", INPUTS)
+def _(original):
+    return lambda positions, mask, seen, limit: original(positions.clamp_min(0), mask, seen, limit)
+
+
+@fault("a padding id inside of a text is padding to classifiers", "modeling_tokens.infer_mask", INPUTS)
+def _(original):
+    return lambda input_ids, pad_token_id, at_ends: original(input_ids, pad_token_id, at_ends=False)
+
+
+@fault(
+    "a cache reads its prompt again",
+    "modeling_causal_lm.StateGenerationMixin.prepare_inputs_for_generation",
+    CACHE,
+)
+def _(original):
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        for cache in (kwargs.get("cache"), kwargs.get("past_key_values")):
+            if cache is not None:
+                cache.layers[0].columns_read = None
+        return original(self, *args, **kwargs)
+
+    return prepare_inputs_for_generation
+
+
+@fault("an interrupted forward pass leaves a cache like others", "modeling_text.MixerModel._seen_tokens", CACHE)
+def _(original):
+    def _seen_tokens(self, cache, batch):
+        for layer in getattr(cache, "layers", []):
+            layer.unfinished = False
+        return original(self, cache, batch)
+
+    return _seen_tokens
+
+
+@fault("a cache of another kind of model is taken", "modeling_text.MixerModel._seen_tokens", CACHE)
+def _(original):
+    def _seen_tokens(self, cache, batch):
+        layers = getattr(cache, "layers", [])
+        kinds = [getattr(layer, "kind", None) for layer in layers]
+        for layer in layers:
+            layer.kind = None
+        try:
+            return original(self, cache, batch)
+        finally:
+            for layer, kind in zip(layers, kinds, strict=True):
+                layer.kind = kind
+
+    return _seen_tokens
+
+
+@fault("checkpointing where nothing is recorded loses the cache", "modeling_text.MixerModel._prepare_cache", CACHE)
+def _(original):
+    def _prepare_cache(self, cache, use_cache, tokens):
+        with torch.enable_grad():
+            return original(self, cache, use_cache, tokens)
+
+    return _prepare_cache
+
+
+@fault("unknown keywords are swallowed", "compatibility.refuse_unknown", COMPATIBILITY)
+def _(original):
+    return lambda model, keywords, known: None
+
+
+@fault("a release that renames the cache is taken", "compatibility.cache_name", COMPATIBILITY)
+def _(original):
+    def cache_name(*args, **kwargs):
+        try:
+            return original(*args, **kwargs)
+        except ImportError:
+            return original()
+
+    return cache_name
+
+
+@fault("the trainer does not know what the classes are", "compatibility.list_in_library", ECOSYSTEM)
+def _(original):
+    return lambda family: None
+
+
+@fault("logits_to_keep is ignored", "modeling_causal_lm.MixerForCausalLM.forward", MODELING)
+def _(original):
+    return lambda self, *args, **kwargs: original(self, *args, **{**kwargs, "logits_to_keep": 0})
+
+
+@fault("the loss forgets how many tokens a step has", "modeling_text.MixerWithHead._run", MODELING)
+def _(original):
+    def _run(self, input_ids, attention_mask, position_ids, inputs_embeds, keywords, **cached):
+        result = original(self, input_ids, attention_mask, position_ids, inputs_embeds, keywords, **cached)
+        result[-1].pop("num_items_in_batch", None)
+        return result
+
+    return _run
+
+
+@fault("embeddings are not tied", "modeling_causal_lm.MixerForCausalLM._tied_weights_keys", MODELING)
+def _(original):
+    return {}
+
+
+@fault("training builds a cache", "modeling_text.MixerModel._prepare_cache", MODELING)
+def _(original):
+    def _prepare_cache(self, cache, use_cache, tokens):
+        if self.config.is_decoder and tokens.packing is None and use_cache is None and not self.gradient_checkpointing:
+            use_cache = cache is not None or self.config.use_cache
+        return original(self, cache, use_cache, tokens)
+
+    return _prepare_cache
+
+
+@fault("a parameter keeps what memory held", "modeling_attention_free.AFTPreTrainedModel._init_weights", MODELING)
+def _(original):
+    def _init_weights(self, module):
+        gamma = getattr(module, "gamma", None)
+        held = None if gamma is None else gamma.clone()
+        original(self, module)
+        if gamma is not None:
+            gamma.copy_(held)
+
+    return _init_weights
+
+
+@fault("pooling averages over padding", "modeling_heads.MixerClassifier._encode", HEADS)
+def _(original):
+    def _encode(self, *inputs):
+        tokens, *rest = original(self, *inputs)
+        return tokens._replace(keep=None), *rest
+
+    return _encode
+
+
+@fault("a masked language model sees the past only", "modeling_stack.MixerStack.add_blocks", MODELING)
+def _(original):
+    return lambda self, causal: original(self, True)
+
+
+@fault("a saved model names one Auto class only", "modeling_stack.MixerPreTrainedModel.save_pretrained", REMOTE)
+def _(original):
+    def save_pretrained(self, save_directory, **kwargs):
+        from transformers import PreTrainedModel
+
+        PreTrainedModel.save_pretrained(self, save_directory, **kwargs)
+
+    return save_pretrained
+
+
+@fault("a saved model does not name one of its heads", "modeling_stack.MixerPreTrainedModel.save_pretrained", REMOTE)
+def _(original):
+    def save_pretrained(self, save_directory, **kwargs):
+        self.heads = {name: head for name, head in self.heads.items() if name != "AutoModelForTokenClassification"}
+        try:
+            original(self, save_directory, **kwargs)
+        finally:
+            del self.heads
+
+    return save_pretrained
+
+
+@fault(
+    "a class that a user derives takes the place of a head",
+    "modeling_stack.MixerPreTrainedModel.__init_subclass__",
+    REMOTE,
+)
+def _(original):
+    def __init_subclass__(cls, **kwargs):
+        original(cls, **kwargs)
+        if cls.__dict__.get("heads") is None and cls.config_class is not None and cls.auto_class is not None:
+            cls.heads[cls.auto_class] = cls
+
+    return __init_subclass__
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -588,15 +759,28 @@ def main(arguments: list[str] | None = None) -> int:
     if options.list:
         print(*(fault.name for fault in chosen), sep="\n")
         return 0
-    survivors = 0
-    print("| fault | file | caught by |\n|---|---|---|")
+    import conftest  # noqa: F401  (the settings of all tests, which the processes inherit)
+
+    sys.path.insert(0, str(ROOT))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    for fault in chosen:
+        check(fault)
+    caught, broken, started = 0, [], perf_counter()
+    print("| fault | function | caught by |\n|---|---|---|")
     with ThreadPoolExecutor(options.jobs) as pool:
-        for fault, caught_by in pool.map(try_fault, chosen):
-            survivors += caught_by is None
-            print(f"| {fault.name} | {fault.file} | {caught_by or '**nothing**'} |", flush=True)
-    print(f"\n{len(chosen) - survivors} of {len(chosen)} faults were caught.")
-    return 1 if survivors else 0
+        for outcome in pool.map(try_fault, chosen):
+            result = outcome.caught_by or "**nothing**"
+            if outcome.broken is not None:
+                broken.append(f"{outcome.fault.name!r}, in {outcome.caught_by}: {outcome.broken}")
+                result = "**broken**"
+            elif outcome.caught_by is not None:
+                caught += 1
+            print(f"| {outcome.fault.name} | {outcome.fault.where} | {result} |", flush=True)
+    print(f"\n{caught} of {len(chosen)} faults were caught in {perf_counter() - started:.0f} s.", *broken, sep="\n\n")
+    return 0 if caught == len(chosen) else 1
 
 
 if __name__ == "__main__":
+    from faults import main  # as a module, by whose name other processes find the list
+
     sys.exit(main())

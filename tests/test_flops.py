@@ -7,7 +7,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_aft.compatibility import CACHE_NAME
 from modeling_aft.ops_chunks import bidirectional
+from modeling_aft.ops_state import nothing
 from modeling_aft.ops_triton import windowed_triton
+from modeling_aft.ops_windows import Window
 
 
 BATCH, LENGTH, WIDTH, HEADS, WINDOW, VOCABULARY = 2, 9, 16, 4, 5, 256
@@ -75,8 +77,10 @@ def test_operators_of_compiled_and_gpu_models_count_as_by_hand():
     past = key.new_empty(BATCH, WINDOW - 1, HEADS), query.new_empty(BATCH, WINDOW - 1, WIDTH)
     tiles, keys = 2, 64 + 64  # of 64 queries; those of the tile, and as many before it
     forward = 2 * BATCH * tiles * 64 * keys * 2 * WIDTH
-    assert counted(lambda: windowed_triton(query, key, query, rows, past, None, "sigmoid")) == forward
-    assert counted(lambda: windowed_triton(query, key, query, None, None, None, "sigmoid")) == 0
+    initial = nothing(key, query, query.dtype)
+    window = Window(query, key, query, rows, past, initial, True, "sigmoid")
+    assert counted(lambda: windowed_triton(window)) == forward
+    assert counted(lambda: windowed_triton(window._replace(rows=None, past=None))) == 0
     # Two chunks of 64, with the four keys around each and two sums.
     forward = 2 * BATCH * 128 * (64 + WINDOW - 1 + 2) * (HEADS + WIDTH)
     assert counted(lambda: bidirectional(key, query, rows)) == forward

@@ -7,6 +7,7 @@ started by `test_under_the_interpreter`, which runs the tests of this file in it
 import importlib.util
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ import pytest
 import torch
 
 from modeling_aft.ops import aft_attention
-from modeling_aft.ops_reference import AFTState
+from modeling_aft.ops_state import AFTState, compute_dtype, nothing
+from modeling_aft.ops_windows import Window
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -29,8 +31,11 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, tor
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs the package triton", allow_module_level=True)
-if RUNS_HERE:
-    from modeling_aft import ops_triton
+
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+from modeling_aft import ops_triton  # noqa: E402
 
 
 # Expressions over names of tests that share them out among processes.
@@ -52,6 +57,42 @@ def test_under_the_interpreter(part):
     result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
     assert " passed" in result.stdout and " failed" not in result.stdout
+
+
+class H100:
+    """As much of the driver of a GPU as the compiler asks for."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return "H100"
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@pytest.mark.skipif(RUNS_HERE, reason="the kernels run in this process")
+@pytest.mark.parametrize("form", ["simple", "local", "conv"])
+def test_compile_for_a_gpu(form, monkeypatch, tmp_path):
+    """Every kernel of both directions, from the call to machine code. That reads several channels at once, as it does
+    where the compiler knows the alignment of tensors and strides; those of values that share a key it reads singly."""
+    run, compiled = triton.JITFunction.run, {}
+
+    def only_compile(kernel, *arguments, grid, warmup, **options):
+        compiled[kernel.__name__] = run(kernel, *arguments, grid=grid, warmup=True, **options)
+
+    monkeypatch.setattr(triton.JITFunction, "run", only_compile)
+    monkeypatch.setattr(triton.runtime.driver, "_active", H100())
+    monkeypatch.setattr(ops_triton, "_chunks", lambda programs, tiles, device: 2)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    by_triton(leaves(make_tensors(form, 192, width=64), torch.bfloat16)).sum().backward()
+    kernels = ["_forward_sums", "_forward_scan", "_forward", "_backward_sums", "_backward_scan", "_backward"]
+    assert list(compiled) == kernels
+    for name, kernel in compiled.items():
+        assert kernel.asm["cubin"], name
+        if form != "conv" and "scan" not in name:
+            assert re.search(r"ld\.global\S*\.v[24]\.", kernel.asm["ptx"]), name
 
 
 def make_tensors(form, length, window=5, heads=HEADS, keys=None, width=WIDTH, past=False):
@@ -107,8 +148,10 @@ def by_triton(tensors, activation="sigmoid", mask=None):
     if mask is not None:
         absent = mask.to(key.device)[..., None] == 0
         key, value = key.masked_fill(absent, -math.inf), value.masked_fill(absent, 0)
-    past = None if past_key is None else (past_key, past_value)
-    return ops_triton.windowed_triton(query, key, value, rows, past, None if past is None else tuple(sums), activation)
+    past, initial = (past_key, past_value), tuple(sums)
+    if past_key is None:
+        past, initial = None, nothing(key, value, compute_dtype(key, value))
+    return ops_triton.windowed_triton(Window(query, key, value, rows, past, initial, True, activation))
 
 
 def results(function, tensors, mask=None, **options):
@@ -273,7 +316,7 @@ class TestKernels:
         fused = torch.randn(BATCH, 70, 3 * WIDTH, dtype=torch.float64, device=DEVICE, requires_grad=True)
         parts = fused.split(WIDTH, -1)
         copies = [t.detach().clone().requires_grad_() for t in parts]
-        slices, whole = (ops_triton.windowed_triton(*t, None, None, None, "sigmoid") for t in (parts, copies))
+        slices, whole = (by_triton([*tensors, *[None] * 6]) for tensors in (parts, copies))
         assert torch.equal(slices, whole)
         grad = torch.randn_like(whole).transpose(0, 1).contiguous().transpose(0, 1)
         grads = torch.cat(torch.autograd.grad(whole, copies, grad), -1)
@@ -301,6 +344,5 @@ class TestKernels:
     @pytest.mark.parametrize("form", FORMS)
     def test_operators_are_registered_soundly(self, form):
         query, key, value, rows, *_ = leaves(make_tensors(form, 5, heads=1), device=DEVICE)
-        initial = 1 + torch.rand(BATCH, 3, WIDTH, dtype=torch.float64, device=DEVICE)
-        initial = None if form == "conv" else initial.requires_grad_()
+        initial = (1 + torch.rand(BATCH, 3, WIDTH, dtype=torch.float64, device=DEVICE)).requires_grad_()
         torch.library.opcheck(ops_triton._windowed, (query, key, value, rows, initial, "sigmoid"))
