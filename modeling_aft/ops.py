@@ -245,13 +245,8 @@ def aft_attention_weights(
 
 def weights(call: Call) -> Tensor:
     """[`aft_attention_weights`] for a call that is known to be sound, of which neither query nor value is read."""
-    key, position_bias, window_bias, causal, tokens = (
-        call.key,
-        call.position_bias,
-        call.window_bias,
-        call.causal,
-        call.tokens,
-    )
+    key, tokens, causal = call.key, call.tokens, call.causal
+    position_bias, window_bias = call.position_bias, call.window_bias
     batch, length, keys = key.shape
     dtype = compute_dtype(key)
     keep, slots = tokens.keep, tokens.slot

@@ -23,16 +23,17 @@ def full(panel: Callable[..., Tensor]) -> Callable[[Call], tuple[Tensor, AFTStat
     wanted."""
 
     def run(call: Call) -> tuple[Tensor, AFTState | None]:
-        _, key, value, bias, _, causal, state, _, _, tokens, _ = call.without_padding()
+        call = call.without_padding()
+        key, value, bias, state, tokens = call.key, call.value, call.position_bias, call.state, call.tokens
         dtype, new_state = compute_dtype(key, value), None
         if state is None and tokens.position_ids is None and bias.dim() == 2:
             if call.return_state:
                 new_state = full_state(key, value, tokens, None)
-            average = _shared(panel, key.to(dtype), value.to(dtype), bias.to(dtype), causal, tokens.slot)
+            average = _shared(panel, key.to(dtype), value.to(dtype), bias.to(dtype), call.causal, tokens.slot)
         else:
             # The queries of a state see what the next one holds: one copy of it serves both.
             new_state = full_state(key.to(dtype), value.to(dtype), tokens, state)
-            average = _by_rows(panel, new_state, bias.to(dtype), causal, tokens.keep, key.shape[1])
+            average = _by_rows(panel, new_state, bias.to(dtype), call.causal, tokens.keep, key.shape[1])
         out = gated(call.query, average, call.query_activation)
         return out, completed(new_state, key, value, tokens) if call.return_state else None
 

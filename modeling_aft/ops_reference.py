@@ -43,7 +43,8 @@ def aft_attention_reference(call: Call) -> tuple[torch.Tensor, AFTState]:
 
 def _average(call: Call) -> tuple[torch.Tensor, AFTState]:
     """The average without the query gate, and the state."""
-    _, key, value, position_bias, window_bias, causal, state, _, _, tokens, seq_idx = call
+    key, value, position_bias, window_bias = call.key, call.value, call.position_bias, call.window_bias
+    causal, state, tokens, seq_idx = call.causal, call.state, call.tokens, call.seq_idx
     position_ids = tokens.position_ids
     dtype = torch.promote_types(compute_dtype(key), compute_dtype(value))
     batch, length, _ = key.shape

@@ -25,7 +25,8 @@ def can_step(call: Call) -> bool:
 
 def step(call: Call) -> tuple[Tensor, AFTState | None]:
     """The output [B, 1, D], and the state, if one is wanted."""
-    _, key, value, _, bias, _, state, _, _, tokens, _ = call.without_padding()
+    call = call.without_padding()
+    key, value, bias, state, tokens = call.key, call.value, call.window_bias, call.state, call.tokens
     rows = None if bias is None else bias_rows(bias.to(compute_dtype(key, value)), 1, tokens._replace(slot=None))
     split = (key.shape[2], -1)  # of value channels: [K, r], r of them share a key channel
     maximum, normalizer, average = state.maximum, state.normalizer, state.average

@@ -59,19 +59,19 @@ def several_queries(kernel: Callable[[Window], Tensor]) -> Callable[[Call], tupl
     """The answer to a call, by a kernel of the windowed forms: the output, and the state if one is wanted."""
 
     def run(call: Call) -> tuple[Tensor, AFTState | None]:
-        query, key, value, _, bias, causal, state, _, _, tokens, _ = call.without_padding()
-        slot = tokens.slot
+        call = call.without_padding()
+        query, key, value, bias, slot = call.query, call.key, call.value, call.window_bias, call.tokens.slot
         if slot is not None:
             query, key, value = compact(query, slot), compact(key, slot, -torch.inf), compact(value, slot)
         dtype = compute_dtype(key, value)
-        rows = None if bias is None else bias_rows(bias.to(dtype), key.shape[1], tokens)
-        past, initial = past_of(state, key, value, dtype)
-        window = Window(query, key, value, rows, past, initial, causal, call.query_activation)
+        rows = None if bias is None else bias_rows(bias.to(dtype), key.shape[1], call.tokens)
+        past, initial = past_of(call.state, key, value, dtype)
+        window = Window(query, key, value, rows, past, initial, call.causal, call.query_activation)
         out, new_state = kernel(window), None
         if call.return_state:
             key, value = with_past(key, value, past, window.left, dtype)
-            new_state = window_state(key, value, window.left, tokens.count, initial)
-            new_state = completed(new_state, call.key, call.value, tokens)
+            new_state = window_state(key, value, window.left, call.tokens.count, initial)
+            new_state = completed(new_state, call.key, call.value, call.tokens)
         return (out if slot is None else expand(out, slot)), new_state
 
     return run
