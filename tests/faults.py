@@ -408,26 +408,30 @@ def _(original):
 
 @fault("a kernel is taken that does not support the call", "ops_kernels.choose", OPS)
 def _(original):
-    def choose(kernels, call, backend="auto"):
-        if backend != "auto":
-            return original(kernels, call, backend)
-        return next(kernel for kernel in kernels if kernel.pays(call))
+    def choose(tables, call, backend="auto"):
+        if backend not in tables:
+            return original(tables, call, backend)
+        return next(kernel for kernel in tables[backend] if kernel.pays(call))
 
     return choose
 
 
 @fault("a kernel asked for by its name need not support the call", "ops_kernels.choose", OPS)
 def _(original):
-    def choose(kernels, call, backend="auto"):
-        return next((kernel for kernel in kernels if kernel.name == backend), None) or original(kernels, call, backend)
+    def choose(tables, call, backend="auto"):
+        named = (kernel for kernel in tables["auto"] if kernel.name == backend)
+        return next(named, None) or original(tables, call, backend)
 
     return choose
 
 
 @fault("a kernel is taken that does not pay", "ops_kernels.choose", MODES)
 def _(original):
-    def choose(kernels, call, backend="auto"):
-        return original([kernel._replace(pays=lambda call: True) for kernel in kernels], call, backend)
+    def choose(tables, call, backend="auto"):
+        paying = {
+            name: [kernel._replace(pays=lambda call: True) for kernel in kernels] for name, kernels in tables.items()
+        }
+        return original(paying, call, backend)
 
     return choose
 
@@ -687,16 +691,14 @@ def _(original):
     return _prepare_cache
 
 
-@fault("a parameter keeps what memory held", "modeling_attention_free.AFTPreTrainedModel._init_weights", MODELING)
+@fault("a parameter keeps what memory held", "modeling_attention_free.ConvPositionBias.draw_weights", MODELING)
 def _(original):
-    def _init_weights(self, module):
-        gamma = getattr(module, "gamma", None)
-        held = None if gamma is None else gamma.clone()
-        original(self, module)
-        if gamma is not None:
-            gamma.copy_(held)
+    def draw_weights(self, std):
+        original(self, std)
+        with torch.no_grad():
+            self.gamma.fill_(math.nan)  # as it may be
 
-    return _init_weights
+    return draw_weights
 
 
 @fault("pooling averages over padding", "modeling_heads.MixerClassifier._encode", HEADS)
@@ -738,7 +740,7 @@ def _(original):
 @fault(
     "a class that a user derives takes the place of a head",
     "modeling_stack.MixerPreTrainedModel.__init_subclass__",
-    REMOTE,
+    HEADS,
 )
 def _(original):
     def __init_subclass__(cls, **kwargs):
