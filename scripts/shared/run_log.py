@@ -16,7 +16,6 @@ from pathlib import Path
 import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
-from modeling_aft import AFTPreTrainedModel
 from shared.atomic_files import naming, replacing, sync, write_whole
 from shared.pretraining_arguments import PATHS, public_flags, public_value
 from shared.redaction import public_path
@@ -29,7 +28,6 @@ PAPERS = {
     "aft": "an [Attention Free Transformer](https://arxiv.org/abs/2105.14103)",
     "synthesizer": "a [Synthesizer](https://arxiv.org/abs/2005.00743)",
 }
-PIPELINE_TAGS = {name: head.pipeline_tag for name, head in AFTPreTrainedModel.heads.items()}
 
 
 class RunLog:
@@ -215,7 +213,9 @@ def card_values(events: list[dict]) -> dict:
 
 def card_metadata(values: dict) -> ModelCardData:
     """What the Hub reads of a model card: the values that its template gets."""
-    task = PIPELINE_TAGS[values["auto_class"]]
+    from modeling_aft import AFTPreTrainedModel  # what else is here runs without the package
+
+    task = AFTPreTrainedModel.heads[values["auto_class"]].pipeline_tag
     data = ModelCardData(
         license="apache-2.0", library_name="transformers", pipeline_tag=task, tags=[values["model_type"]]
     )
