@@ -2,7 +2,7 @@
 # make test       run all tests
 # make test-range run all tests twice: on the versions in constraints.txt, and on the oldest supported, in .venv-oldest
 # make test-newest  run the fast tests on the newest releases of everything, in .venv-newest, to see what will break
-# make faults     put deliberate faults into copies of the package, and show which test catches each
+# make faults     put deliberate faults in the place of functions, and show which test catches each
 # make bench      measure on this machine what benchmarks/ holds, and draw it; takes hours on a CPU
 # make style      check lint and format
 # make clean      remove the environments and caches; runs/ stays
