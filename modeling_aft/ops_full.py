@@ -23,7 +23,6 @@ def full(panel: Callable[..., Tensor]) -> Callable[[Call], tuple[Tensor, AFTStat
     wanted."""
 
     def run(call: Call) -> tuple[Tensor, AFTState | None]:
-        call = call.without_padding()
         key, value, bias, state, tokens = call.key, call.value, call.position_bias, call.state, call.tokens
         dtype, new_state = compute_dtype(key, value), None
         if state is None and tokens.position_ids is None and bias.dim() == 2:

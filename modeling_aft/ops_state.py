@@ -70,11 +70,6 @@ class Call(NamedTuple):
     tokens: Tokens = Tokens()
     seq_idx: Tensor | None = None
 
-    def without_padding(self) -> "Call":
-        """With keys and values that are minus infinity and 0 for padding."""
-        key, value = without_padding(self.key, self.value, self.tokens)
-        return self if key is self.key else self._replace(key=key, value=value)
-
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """Sums and exponentials are taken in float64 if one of the tensors is in float64, else in float32."""
@@ -185,6 +180,7 @@ def window_state(key: Tensor, value: Tensor, left: int, count: Tensor | None, in
 
 def full_state(key: Tensor, value: Tensor, tokens: Tokens, before: AFTState | None) -> AFTState:
     """All keys and values so far, with the positions of each, but for the next position."""
+    key, value = without_padding(key, value, tokens)
     position_ids = tokens.position_ids
     if position_ids is None and tokens.keep is None:
         position_ids = torch.arange(key.shape[1], device=key.device)[None].expand(key.shape[0], -1)
@@ -221,7 +217,7 @@ def advance(before: AFTState | None, new, like: AFTState) -> AFTState:
         like: any state of the same form.
     """
     tokens = new.tokens.advanced(None if before is None else before.position, new.key)
-    key, value = without_padding(new.key, new.value, tokens)
+    key, value = new.key, new.value
     if like.key_position is not None:
         state = full_state(key, value, tokens, before)
     else:

@@ -12,7 +12,7 @@ there can be."""
 import torch
 from torch import Tensor
 
-from .ops_state import AFTState, Call, completed, compute_dtype, gated, spread
+from .ops_state import AFTState, Call, completed, compute_dtype, gated, spread, without_padding
 from .ops_windows import bias_rows
 
 
@@ -25,8 +25,8 @@ def can_step(call: Call) -> bool:
 
 def step(call: Call) -> tuple[Tensor, AFTState | None]:
     """The output [B, 1, D], and the state, if one is wanted."""
-    call = call.without_padding()
-    key, value, bias, state, tokens = call.key, call.value, call.window_bias, call.state, call.tokens
+    bias, state, tokens = call.window_bias, call.state, call.tokens
+    key, value = without_padding(call.key, call.value, tokens)
     rows = None if bias is None else bias_rows(bias.to(compute_dtype(key, value)), 1, tokens._replace(slot=None))
     split = (key.shape[2], -1)  # of value channels: [K, r], r of them share a key channel
     maximum, normalizer, average = state.maximum, state.normalizer, state.average

@@ -59,7 +59,6 @@ def several_queries(kernel: Callable[[Window], Tensor]) -> Callable[[Call], tupl
     """The answer to a call, by a kernel of the windowed forms: the output, and the state if one is wanted."""
 
     def run(call: Call) -> tuple[Tensor, AFTState | None]:
-        call = call.without_padding()
         query, key, value, bias, slot = call.query, call.key, call.value, call.window_bias, call.tokens.slot
         if slot is not None:
             query, key, value = compact(query, slot), compact(key, slot, -torch.inf), compact(value, slot)
