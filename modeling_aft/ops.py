@@ -30,6 +30,10 @@ def _has_window(call: Call) -> bool:
     return call.position_bias is None
 
 
+def _is_full(call: Call) -> bool:
+    return call.position_bias is not None
+
+
 def _has_operators(call: Call) -> bool:
     """Operators of this package have no rules for transforms, and mean nothing to other runtimes."""
     return not is_exporting() and not is_transformed()
@@ -82,13 +86,11 @@ KERNELS = (
     Kernel(
         "full",
         "AFT-full, outside of exports and transforms",
-        lambda call: not _has_window(call) and _has_operators(call),
+        lambda call: _is_full(call) and _has_operators(call),
         full(panel_average),
     ),
-    Kernel(
-        "full_export", "AFT-full", lambda call: not _has_window(call), full(panel_for_export), lambda _: is_exporting()
-    ),
-    Kernel("full_composed", "AFT-full", lambda call: not _has_window(call), full(panel_composed)),
+    Kernel("full_export", "AFT-full", _is_full, full(panel_for_export), lambda _: is_exporting()),
+    Kernel("full_composed", "AFT-full", _is_full, full(panel_composed)),
     Kernel(
         "reference", "calls outside of graphs and transforms", lambda call: not is_static(), aft_attention_reference
     ),
@@ -188,10 +190,9 @@ def aft_attention(
             return _by_documents(packing, call, backend)
     tokens = count_tokens(keep, position_ids)
     if initial_state is not None and position_ids is None:
-        places = (
-            torch.arange(value.shape[1], device=value.device) if keep is None else tokens.slot.masked_fill(~keep, 0)
-        )
-        tokens = tokens._replace(position_ids=initial_state.position[:, None] + places)
+        places = torch.arange(value.shape[1], device=value.device) if keep is None else tokens.slot
+        places = initial_state.position[:, None] + places
+        tokens = tokens._replace(position_ids=places if keep is None else places.masked_fill(~keep, 0))
     if return_state:
         tokens = tokens.advanced(None if initial_state is None else initial_state.position, value)
     call = call._replace(tokens=tokens)

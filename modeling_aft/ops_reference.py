@@ -141,7 +141,7 @@ def _full_state(key, value, kept, position_ids, state, next_position) -> AFTStat
     key_position = first[:, None] + kept.long().cumsum(1) - 1 if position_ids is None else position_ids
     key = key.masked_fill(~kept[..., None], -torch.inf)
     value = value.masked_fill(~kept[..., None], 0)
-    key_position = key_position.clamp_min(0)
+    key_position = key_position.masked_fill(~kept, 0)
     if state is not None:
         key, value = torch.cat([state.key, key], 1), torch.cat([state.value, value], 1)
         key_position = torch.cat([state.key_position, key_position], 1)

@@ -185,7 +185,7 @@ def full_state(key: Tensor, value: Tensor, tokens: Tokens, before: AFTState | No
     if position_ids is None and tokens.keep is None:
         position_ids = torch.arange(key.shape[1], device=key.device)[None].expand(key.shape[0], -1)
     elif position_ids is None:
-        position_ids = (tokens.keep.long().cumsum(1) - 1).clamp_min(0)
+        position_ids = tokens.slot.masked_fill(~tokens.keep, 0)
     if before is None:
         return AFTState(None, key, value, position_ids)
     key, value = torch.cat([before.key.to(key.dtype), key], 1), torch.cat([before.value.to(value.dtype), value], 1)
