@@ -248,7 +248,7 @@ class SynthesizerMixer(Mixer):
         state = read_state(cache, self.layer_idx)
         if state is not None or output_attentions or tokens.pairs is not None:
             query, key, value = self._split(projected)
-            new = NewTokens(key, value, tokens._replace(pairs=None))
+            new = NewTokens(key, value, tokens)
             state = advance(state, new)
             out, weights = self._explicit(mixture, query, state, tokens)
         else:

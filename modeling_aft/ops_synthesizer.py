@@ -15,6 +15,7 @@ tensor, where it exists. Logits that depend on positions alone need one softmax 
 computed for one block of queries at a time, and again in the backward pass.
 """
 
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -183,12 +184,6 @@ def _attend_factors(call: Call) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=1.0)[..., :width]
 
 
-def _attend_shared(call: Call) -> Tensor:
-    return attend(
-        call.logits.bias, call.value, _visible(slice(0, call.value.shape[2]), call.value, call.causal, None)
-    )[0]
-
-
 def _attend_in_blocks(call: Call) -> Tensor:
     logits = call.logits
     query, key = _in_one_dtype(logits.query, logits.key)
@@ -219,7 +214,7 @@ KERNELS = (
         lambda call: _has_factors_alone(call) and not is_transformed(),
         _attend_factors,
     ),
-    Kernel("shared", "logits that are one matrix for the batch, without padding", _has_one_bias_alone, _attend_shared),
+    Kernel("shared", "logits that are one matrix for the batch, without padding", _has_one_bias_alone, _attend_in_one),
     Kernel(
         "blocks",
         "calls outside of exports, which must not fix the number of blocks, and transforms, which have no rules",
@@ -360,9 +355,11 @@ def _part(logits: Logits, rows: slice, keys: int) -> Logits:
 
 
 def _attend_block(part: Logits, value: Tensor, visible: Tensor | None) -> Tensor:
-    logits = 0 if part.query is None else part.query @ part.key.transpose(2, 3)
+    terms = []
+    if part.query is not None:
+        terms.append(part.query @ part.key.transpose(2, 3))
     if part.bias is not None:
-        logits = logits + part.bias
+        terms.append(part.bias)
     if part.product is not None:
-        logits = logits + columns(outer(*part.product), part.key_position, value.shape[2])
-    return attend(logits, value, visible)[0]
+        terms.append(columns(outer(*part.product), part.key_position, value.shape[2]))
+    return attend(reduce(torch.add, terms), value, visible)[0]
