@@ -202,9 +202,10 @@ class AFTMixer(Mixer):
         config (`AFTConfig`): the form, and the sizes.
         layer_idx (`int`): which layer of a cache belongs to it.
         causal (`bool`): whether a token sees only itself and earlier ones.
+        draw (`bool`): whether to draw the weights.
     """
 
-    def __init__(self, config: AFTConfig, layer_idx: int = 0, causal: bool = True):
+    def __init__(self, config: AFTConfig, layer_idx: int = 0, causal: bool = True, draw: bool = True):
         super().__init__()
         self.layer_idx = layer_idx
         self.is_causal = causal
@@ -225,7 +226,8 @@ class AFTMixer(Mixer):
         self.limit = None
         if isinstance(self.position_bias, TablePositionBias):
             self.limit = config.max_position_embeddings
-        self.init_alone(config.initializer_range)
+        if draw:
+            self.draw_all(config.initializer_range)
 
     def forward(
         self, hidden_states: torch.Tensor, tokens: Tokens | None = None, cache=None, output_attentions: bool = False

@@ -37,9 +37,8 @@ def draw_weights(module: nn.Module, std: float) -> None:
 class Mixer(nn.Module):
     """What stands where attention stood. Subclasses say how tokens are mixed."""
 
-    def init_alone(self, std: float) -> None:
-        """The weights that a mixer has in a model of one's own. One of this package, which draws all weights in its
-        turn, draws the same as if this had not been."""
+    def draw_all(self, std: float) -> None:
+        """The weights that a mixer has in a model of one's own; other random numbers stay what they were."""
         devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
         with torch.no_grad(), torch.random.fork_rng(devices):
             for module in self.modules():
@@ -68,15 +67,16 @@ class MixerBlock(GradientCheckpointingLayer):
         config: of the family.
         layer_idx (`int`): which layer of a cache belongs to it.
         causal (`bool`): whether a token sees only itself and earlier ones.
+        draw (`bool`): whether the mixer draws its weights; a model of this package draws all of its own in one go.
     """
 
     mixer_class: type[Mixer]
 
-    def __init__(self, config, layer_idx: int = 0, causal: bool = True):
+    def __init__(self, config, layer_idx: int = 0, causal: bool = True, draw: bool = True):
         super().__init__()
         self._checkpoints = False
         self.mixer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mixer = self.mixer_class(config, layer_idx, causal)
+        self.mixer = self.mixer_class(config, layer_idx, causal, draw)
         self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.feed_forward = FeedForward(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -141,7 +141,8 @@ class MixerStack(MixerPreTrainedModel):
     def add_blocks(self, causal: bool) -> None:
         """Makes `layers` and `norm`; behind what is before them in the order of parameters."""
         config = self.config
-        self.layers = nn.ModuleList(self.block_class(config, i, causal) for i in range(config.num_hidden_layers))
+        blocks = (self.block_class(config, i, causal, draw=False) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False
 

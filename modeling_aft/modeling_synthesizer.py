@@ -186,9 +186,10 @@ class SynthesizerMixer(Mixer):
         config (`SynthesizerConfig`): the type, and the sizes.
         layer_idx (`int`): which layer of a cache belongs to it.
         causal (`bool`): whether a token sees only itself and earlier ones.
+        draw (`bool`): whether to draw the weights.
     """
 
-    def __init__(self, config: SynthesizerConfig, layer_idx: int = 0, causal: bool = True):
+    def __init__(self, config: SynthesizerConfig, layer_idx: int = 0, causal: bool = True, draw: bool = True):
         super().__init__()
         self.layer_idx = layer_idx
         self.is_causal = causal
@@ -206,7 +207,8 @@ class SynthesizerMixer(Mixer):
         self.mixture_logits = None
         if len(self.names) > 1:
             self.mixture_logits = nn.Parameter(torch.empty(self.heads, len(self.names)))
-        self.init_alone(config.initializer_range)
+        if draw:
+            self.draw_all(config.initializer_range)
 
     def draw_weights(self, std: float):
         if self.mixture_logits is not None:
