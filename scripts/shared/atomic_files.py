@@ -62,6 +62,17 @@ def write_rows(path: Path, columns: Iterable[str], rows: list[dict]) -> None:
     write_whole(path, file.getvalue())
 
 
+def move_model(source: Path, folder: Path) -> None:
+    """Moves the files of a saved model into another folder of the same disk, once all of them are on it; config.json,
+    which says that a model is there, comes last."""
+    files = sorted(source.iterdir(), key=lambda path: path.name == "config.json")
+    for path in files:
+        sync(path)
+    for path in files:
+        os.replace(path, folder / path.name)
+    sync(folder)
+
+
 def check_file(path: Path, name: str) -> None:
     """Raises a ValueError, which begins with `name`, if `path` is no file that can be read again and again."""
     if path.is_file():

@@ -10,7 +10,6 @@
 
 import contextlib
 import math
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
-from shared.atomic_files import replacing, sync
+from shared.atomic_files import move_model, replacing
 from shared.console import is_out_of_memory
 from shared.finetuning_checkpoints import find_damage, write_checksums
 from shared.saved_models import is_finite
@@ -134,17 +133,12 @@ class FinetuningTrainer(Trainer):
         super()._load_best_model()
 
     def save_result(self) -> None:
-        """Writes the model to the output folder; config.json, which says that a model is there, comes last."""
+        """Writes the model to the output folder."""
         folder = Path(self.args.output_dir)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".model-") as temporary:
             self.save_model(temporary, _internal_call=True)  # else it would be pushed at once
             if self.args.should_save:
-                files = sorted(Path(temporary).iterdir(), key=lambda path: path.name == "config.json")
-                for path in files:
-                    sync(path)
-                for path in files:
-                    os.replace(path, folder / path.name)
-                sync(folder)
+                move_model(Path(temporary), folder)
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save")
 

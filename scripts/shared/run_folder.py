@@ -8,7 +8,6 @@
 # specific language governing permissions and limitations under the License.
 """The folder of a run of pretrain_enwik8.py: what of an earlier run is in it, and the model at the end."""
 
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -17,7 +16,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 
 from modeling_aft import ByteTokenizer
-from shared.atomic_files import sync
+from shared.atomic_files import move_model
 from shared.checkpointing import abandon, complete_checkpoints
 
 
@@ -81,10 +80,5 @@ def save_model(model, accelerator: Accelerator, folder: Path) -> None:
                 ByteTokenizer().save_pretrained(temporary)  # after the model, of which it takes the limit of length
             except SafetensorError as error:  # what safetensors makes of a full disk
                 raise OSError(f"the model cannot be written to {folder}: {error}") from error
-            files = sorted(Path(temporary).iterdir(), key=lambda path: path.name == "config.json")
-            for path in files:
-                sync(path)
-            for path in files:
-                os.replace(path, folder / path.name)
-        sync(folder)
+            move_model(Path(temporary), folder)
     accelerator.wait_for_everyone()
