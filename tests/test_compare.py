@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import compare
 import numpy as np
 import pytest
+import small_runs
 from accelerate.state import AcceleratorState
 
 from modeling_aft.configuration_aft import AFT_TYPES
@@ -21,15 +22,6 @@ from shared.run_log import read_log
 
 
 PLANS = sorted((Path(__file__).resolve().parent.parent / "configuration" / "compare").glob("*.yaml"))
-MODEL = {
-    "model_type": "aft",
-    "aft_type": "local",
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "max_position_embeddings": 16,
-    "window_size": 4,
-    "position_bias_rank": 2,
-}
 PLAN = """
 training: {batch_size: 4, max_steps: 6, warmup_steps: 2, eval_every: 2, log_every: 1, save_every: 4, sample_bytes: 0}
 seeds: [0, 1]
@@ -61,8 +53,7 @@ def on_the_cpu(monkeypatch):
 
 
 def make_inputs(folder: Path) -> Path:
-    (folder / "model.json").write_text(json.dumps(MODEL))
-    (folder / "text.bin").write_bytes(b"a line of text, and another one\n" * 100)
+    small_runs.make_inputs(folder)
     (folder / "plan.yaml").write_text(PLAN)
     return folder
 

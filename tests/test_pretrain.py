@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small_runs
 import torch
 import yaml
 from accelerate.state import AcceleratorState
@@ -64,23 +65,10 @@ def inputs(tmp_path_factory) -> Path:
 
 
 def flags(inputs: Path, output_dir: Path | str, **changes) -> list[str]:
-    values = {
-        "model_preset": inputs / "model.json",
-        "dataset_path": inputs / "text.bin",
-        "cache_dir": inputs / "cache",
-        "output_dir": output_dir,
-        "batch_size": 8,
-        "max_steps": 40,
-        "warmup_steps": 10,
-        "learning_rate": 0.01,
-        "log_every": 5,
-        "eval_every": 20,
-        "save_every": 20,
-        "sample_every": 20,
-        "sample_bytes": 20,
-        **changes,
-    }
-    return [text for name, value in values.items() for text in (f"--{name}", str(value))]
+    """Those of a run that is longer than the small ones."""
+    every = dict.fromkeys(("eval_every", "save_every", "sample_every"), 20)
+    longer = {"batch_size": 8, "max_steps": 40, "warmup_steps": 10, "log_every": 5, "sample_bytes": 20, **every}
+    return small_runs.flags(inputs, output_dir, **{**longer, "keep_checkpoints": None, **changes})
 
 
 # Arguments
