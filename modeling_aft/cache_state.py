@@ -29,11 +29,13 @@ class NewTokens(NamedTuple):
         key: [B, .., T, K], or None where a state has no keys.
         value: [B, .., T, V].
         tokens: which of them are kept, and where they stand.
+        decay: [K], by how much what is older fades with each of them; None if it does not.
     """
 
     key: torch.Tensor | None
     value: torch.Tensor
     tokens: Tokens
+    decay: torch.Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -42,7 +44,7 @@ class NewTokens(NamedTuple):
     def first(self, length: int) -> "NewTokens":
         """The first `length` of them."""
         key, value = (None if t is None else t.narrow(-2, 0, length) for t in (self.key, self.value))
-        return NewTokens(key, value, self.tokens.first(length))
+        return self._replace(key=key, value=value, tokens=self.tokens.first(length))
 
 
 class StateLayer(CacheLayerMixin):

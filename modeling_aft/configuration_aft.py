@@ -8,10 +8,14 @@
 # specific language governing permissions and limitations under the License.
 """Configuration of the Attention Free Transformer (arXiv 2105.14103)."""
 
+import math
+
 from .configuration_common import MixerConfig, strict_config
 
 
 AFT_TYPES = ("full", "local", "simple", "conv")
+POSITION_BIAS_TYPES = ("absolute", "relative")
+DECAYS = ("learned", "fixed")
 
 
 @strict_config
@@ -36,17 +40,30 @@ class AFTConfig(MixerConfig):
         hidden_act (`str`, defaults to `"gelu"`):
             Activation of the feed-forward layer, a name from `transformers.activations.ACT2FN`.
         max_position_embeddings (`int`, defaults to 1024):
-            Length T of the learned tables: position embeddings, and the position biases of full and local. Nothing
-            limits the length of simple and conv with `position_embedding_type="none"`.
+            Length T of the learned tables: position embeddings, and the absolute position biases of full and local.
+            Nothing limits the length of simple, conv, and local with relative biases, with
+            `position_embedding_type="none"`.
         window_size (`int`, defaults to 32):
             s of local and conv: offsets `|t - t'| < s` carry a learned bias, so 1 is the diagonal and 0 is
             AFT-simple. Outside the window the bias is 0 (weight 1), not minus infinity. Unused by full and simple.
         position_bias_rank (`int`, *optional*, defaults to 256):
             Rank d' of the factorised bias `w = u v^T` of full and local (eq. 7). `None` learns every bias by itself: a
-            `T x T` table for full, its band of `window_size` offsets for local. Unused by simple and conv.
+            `T x T` table for full, its band of `window_size` offsets for local. Unused by simple and conv, and by
+            relative biases.
+        position_bias_type (`str`, defaults to `"absolute"`):
+            Of local: `"absolute"` learns the biases of each position (the paper's), `"relative"` one per offset and
+            head, so that no table ends. Full has absolute ones; simple has none, and those of conv are relative.
         num_attention_heads (`int`, defaults to 1):
-            h of conv: the number of bias sets, and the width of the keys. The other types have one bias set shared by
-            all channels, and do not read this field.
+            h of conv: the number of bias sets, and the width of the keys. With relative biases of local, the number of
+            bias sets, each for an equal share of the channels. The other types have one bias set shared by all
+            channels, and do not read this field.
+        decay (`str`, *optional*):
+            Whether keys fade: each key channel adds `-rate * |t - t'|` to its biases, within the window and beyond, so
+            that however long a text is, its recent part keeps its weight. `"learned"` trains the rates, `"fixed"` keeps
+            those that they begin with, `None` has none. Not for full. It is not in the paper.
+        decay_min_half_life, decay_max_half_life (`float`, default to 4.0 and 4096.0):
+            The half-lives, in tokens, that the key channels of each layer begin with: `rate = ln 2 / half-life`, and
+            the half-lives rise from the first channel to the last by equal factors. Unused without a decay.
         position_embedding_type (`str`, defaults to `"learned"`):
             `"learned"` adds a learned vector per position to the token embedding, `"none"` adds nothing.
         hidden_dropout_prob (`float`, defaults to 0.1):
@@ -82,6 +99,10 @@ class AFTConfig(MixerConfig):
     aft_type: str = "local"
     window_size: int = 32
     position_bias_rank: int | None = 256
+    position_bias_type: str = "absolute"
+    decay: str | None = None
+    decay_min_half_life: float | int = 4.0
+    decay_max_half_life: float | int = 4096.0
 
     @property
     def layer_types(self) -> list[str]:
@@ -91,14 +112,20 @@ class AFTConfig(MixerConfig):
     @property
     def _state_fields(self) -> tuple[str, ...]:
         of_type = {"local": ("window_size",), "conv": ("window_size", "num_attention_heads")}
-        return (*super()._state_fields, "aft_type", *of_type.get(self.aft_type, ()))
+        decay = () if self.decay is None else ("decay",)
+        return (*super()._state_fields, "aft_type", *of_type.get(self.aft_type, ()), *decay)
+
+    @property
+    def key_width(self) -> int:
+        """The number of key channels of a layer."""
+        return self.num_attention_heads if self.aft_type == "conv" else self.hidden_size
 
     @property
     def has_position_table(self) -> bool:
         """Whether some learned table ends at `max_position_embeddings`."""
         if self.position_embedding_type == "learned" or self.aft_type == "full":
             return True
-        return self.aft_type == "local" and self.window_size > 0
+        return self.aft_type == "local" and self.position_bias_type == "absolute" and self.window_size > 0
 
     def _problems(self) -> list[str]:
         problems = super()._problems()
@@ -108,10 +135,24 @@ class AFTConfig(MixerConfig):
             problems.append(self._problem("position_bias_rank", "None or at least 1"))
         if self.window_size < 0:
             problems.append(self._problem("window_size", "at least 0"))
-        if self.aft_type == "local" and self.window_size > self.max_position_embeddings:
+        if self.position_bias_type not in POSITION_BIAS_TYPES:
+            problems.append(self._problem("position_bias_type", f"one of {', '.join(POSITION_BIAS_TYPES)}"))
+        relative = self.aft_type == "local" and self.position_bias_type == "relative"
+        if self.aft_type != "local" and self.position_bias_type == "relative":
+            problems.append(self._problem("position_bias_type", f"absolute for aft_type={self.aft_type!r}"))
+        if self.decay is not None and self.decay not in DECAYS:
+            problems.append(self._problem("decay", f"None or one of {', '.join(DECAYS)}"))
+        if self.decay is not None and self.aft_type == "full":
+            problems.append(self._problem("decay", "None for aft_type='full', which has no sums that could fade"))
+        if not 0 < self.decay_min_half_life < math.inf:
+            problems.append(self._problem("decay_min_half_life", "positive and finite"))
+        if not self.decay_min_half_life <= self.decay_max_half_life < math.inf:
+            allowed = f"at least decay_min_half_life ({self.decay_min_half_life}) and finite"
+            problems.append(self._problem("decay_max_half_life", allowed))
+        if self.aft_type == "local" and not relative and self.window_size > self.max_position_embeddings:
             allowed = f"at most max_position_embeddings ({self.max_position_embeddings})"
             problems.append(self._problem("window_size", allowed))
-        if self.aft_type == "conv":
+        if self.aft_type == "conv" or relative:
             problems += self._heads_problem()
         return problems
 

@@ -8,6 +8,8 @@
 # specific language governing permissions and limitations under the License.
 """The Attention Free Transformer (arXiv 2105.14103): mixer, model, language model."""
 
+import math
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -128,6 +130,21 @@ def banded_product(u: torch.Tensor, v: torch.Tensor, left: int, right: int) -> t
     return products.gather(2, column.expand(blocks, -1, -1)).flatten(0, 1)[:length]
 
 
+class RelativePositionBias(PositionBias):
+    """The bias of AFT-local by offset instead of by position: one per head and offset."""
+
+    def __init__(self, config, left: int, right: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.num_attention_heads, left + 1 + right))
+
+    def draw_weights(self, std: float):
+        initialization.zeros_(self.weight)
+
+    def forward(self, positions: torch.Tensor) -> torch.Tensor:
+        """[H, 1, taps] for any positions."""
+        return self.weight[:, None]
+
+
 class ConvPositionBias(PositionBias):
     """The bias of AFT-conv (eq. 6): one per head and offset, standardised and then scaled and shifted (eq. 8)."""
 
@@ -156,6 +173,29 @@ class ConvPositionBias(PositionBias):
         return bias[:, None]
 
 
+class Decay(nn.Module):
+    """The rates at which keys fade: softplus of a weight, in fp32, so that none is negative. The weight is a buffer where
+    it is not trained, which no optimizer sees and every checkpoint holds."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.half_lives = config.decay_min_half_life, config.decay_max_half_life
+        weight = torch.empty(config.key_width)
+        if config.decay == "learned":
+            self.weight = nn.Parameter(weight)
+        else:
+            self.register_buffer("weight", weight)
+
+    def draw_weights(self, std: float):
+        first, last = (math.log(half_life) for half_life in self.half_lives)
+        rates = math.log(2) / torch.linspace(first, last, len(self.weight), dtype=torch.float64).exp()
+        initialization.copy_(self.weight, rates + (-(-rates).expm1()).log())  # the inverse of softplus
+
+    def forward(self) -> torch.Tensor:
+        """[K], for each key channel."""
+        return F.softplus(self.weight.to(compute_dtype(self.weight)))
+
+
 class AFTStateLayer(StateLayer):
     """State of one layer of AFT-simple, AFT-local or AFT-conv: sums, and the keys and values of the window."""
 
@@ -166,8 +206,7 @@ class AFTStateLayer(StateLayer):
     @staticmethod
     def shapes(config, batch: int, length: int) -> dict[str, tuple[int, ...]]:
         window = max(config.window_size - 1, 0) if config.aft_type in ("local", "conv") else 0
-        width = config.hidden_size
-        keys = config.num_attention_heads if config.aft_type == "conv" else width
+        width, keys = config.hidden_size, config.key_width
         return {
             "position": (batch,),
             "key": (batch, window, keys),
@@ -194,7 +233,8 @@ class AFTFullStateLayer(GrowingStateLayer):
 
 class AFTMixer(Mixer):
     """
-    y_t = W_o (sigmoid(q_t) * weighted average of the values), the weights being exp(k + w) (eq. 2 and 4 to 6).
+    y_t = W_o (sigmoid(q_t) * weighted average of the values), the weights being exp(k + w) (eq. 2 and 4 to 6), and w
+    less by the decay for each token between them if there is one.
 
     It can be used in a model of one's own, and begins with the weights that a model of this package has.
 
@@ -210,8 +250,7 @@ class AFTMixer(Mixer):
         self.layer_idx = layer_idx
         self.is_causal = causal
         width = config.hidden_size
-        key_width = config.num_attention_heads if config.aft_type == "conv" else width
-        self.widths = [width, key_width, width]
+        self.widths = [width, config.key_width, width]
         self.qkv_proj = nn.Linear(width, sum(self.widths), bias=False)
         self.o_proj = nn.Linear(width, width)
         left = config.window_size - 1
@@ -220,9 +259,11 @@ class AFTMixer(Mixer):
         if config.aft_type == "full":
             self.position_bias = FullPositionBias(config)
         elif config.aft_type == "local" and config.window_size > 0:
-            self.position_bias = LocalPositionBias(config, left, right)
+            relative = config.position_bias_type == "relative"
+            self.position_bias = (RelativePositionBias if relative else LocalPositionBias)(config, left, right)
         elif config.aft_type == "conv" and config.window_size > 0:
             self.position_bias = ConvPositionBias(config, left, right)
+        self.decay = None if config.decay is None else Decay(config)
         self.limit = None
         if isinstance(self.position_bias, TablePositionBias):
             self.limit = config.max_position_embeddings
@@ -268,7 +309,7 @@ class AFTMixer(Mixer):
             call = self._call(query, key, value, tokens)
             mixed, state = attend(call._replace(state=state, return_state=cache is not None))
         if cache is not None:
-            commit_state(cache, self.layer_idx, state, NewTokens(key, value, tokens))
+            commit_state(cache, self.layer_idx, state, NewTokens(key, value, tokens, call.decay))
         return self.o_proj(mixed), weights_of_keys
 
     def _call(self, query, key, value, tokens: Tokens) -> Call:
@@ -280,7 +321,8 @@ class AFTMixer(Mixer):
                 if positions is None:
                     positions = torch.arange(key.shape[1], device=key.device)
                 bias = {self.position_bias.argument: self.position_bias(positions)}
-        return Call(query, key, value, **bias, causal=self.is_causal, tokens=tokens)
+        decay = None if self.decay is None else self.decay()
+        return Call(query, key, value, **bias, decay=decay, causal=self.is_causal, tokens=tokens)
 
     def _mix_documents(self, group, query, key, value):
         return attend(self._call(query, key, value, group.seen_by(self.is_causal)))[0]

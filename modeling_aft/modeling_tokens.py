@@ -231,6 +231,6 @@ def check_positions(positions: Tensor, mask: Tensor | None, seen: Tensor | None,
     if limit is not None and last is not None and last >= limit:
         raise ValueError(
             f"Position {last} lies beyond the learned tables of this model, which end at max_position_embeddings="
-            f"{limit} (the largest position is {limit - 1}). Feed at most {limit} tokens, or use AFT-simple or "
-            "AFT-conv with position_embedding_type='none', which have no limit."
+            f"{limit} (the largest position is {limit - 1}). Feed at most {limit} tokens, or use AFT-simple, AFT-conv "
+            "or AFT-local with position_bias_type='relative', which with position_embedding_type='none' have no limit."
         )

@@ -105,6 +105,7 @@ def aft_attention(
     position_bias: Tensor | None = None,
     *,
     window_bias: Tensor | None = None,
+    decay: Tensor | None = None,
     causal: bool = True,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
@@ -121,9 +122,10 @@ def aft_attention(
 
     with the sums over t' <= t if `causal`, else over all t'. The four forms differ in the bias w: `position_bias` is
     AFT-full, `window_bias` with a row per position AFT-local (eq. 4), with one row for all positions AFT-conv (eq. 6),
-    and neither AFT-simple (eq. 5, w = 0). The result is exact for any keys and biases with finite sums, computed in
-    float32, or in float64 if keys or values are, also under autocast. Simple, local and conv take O(T n D) time and
-    O(T D) memory, full O(T^2 D) and O(T^2).
+    and neither AFT-simple (eq. 5, w = 0). A `decay` r, which is not in the paper, adds - r |t - t'| to w, within the
+    window and beyond: older keys fade, however long the text is. The result is exact for any keys and biases with
+    finite sums, computed in float32, or in float64 if keys or values are, also under autocast. Simple, local and conv
+    take O(T n D) time and O(T D) memory, full O(T^2 D) and O(T^2).
 
     Args:
         query (`Tensor` [B, T, D]): floating point.
@@ -135,6 +137,9 @@ def aft_attention(
             `window_bias[h, t, j]` is the bias of query position t at the offset t - t' = j for causal use, and at
             t - t' = j - (n - 1) / 2, with n odd, for bidirectional use. Offsets count kept tokens. Outside the window
             the bias is 0. With 4 dimensions, the rows of the T queries.
+        decay (`Tensor` [H], *optional*):
+            What each key channel loses per kept token between a query and the key, at least 0 and finite; not with
+            `position_bias`.
         causal (`bool`): whether a query sees only its own and earlier tokens.
         attention_mask (`Tensor` [B, T], *optional*):
             1 or True keeps a token, 0 or False makes it padding: no key to anybody, and 0 as its own output.
@@ -168,6 +173,7 @@ def aft_attention(
         value,
         position_bias=position_bias,
         window_bias=window_bias,
+        decay=decay,
         causal=causal,
         state=initial_state,
         return_state=return_state,
@@ -220,6 +226,7 @@ def aft_attention_weights(
     position_bias: Tensor | None = None,
     *,
     window_bias: Tensor | None = None,
+    decay: Tensor | None = None,
     causal: bool = True,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
@@ -238,7 +245,7 @@ def aft_attention_weights(
     Raises:
         ValueError: as [`aft_attention`] does.
     """
-    call = Call(key, key, key, position_bias=position_bias, window_bias=window_bias, causal=causal)
+    call = Call(key, key, key, position_bias=position_bias, window_bias=window_bias, decay=decay, causal=causal)
     position_ids = _validate(call, attention_mask, position_ids)
     keep = None if attention_mask is None else attention_mask != 0
     return weights(call._replace(tokens=count_tokens(keep, position_ids)))
@@ -272,6 +279,8 @@ def weights(call: Call) -> Tensor:
     visible = (keep[:, None] & keep[:, :, None])[:, None]
     if causal:
         visible = visible & (offsets >= 0)[:, None]
+    if call.decay is not None:
+        bias = bias - call.decay.to(dtype)[:, None, None] * offsets.abs()[:, None]
     logits = key.to(dtype).transpose(1, 2)[:, :, None] + bias
     weights = logits.masked_fill(~visible, torch.finfo(dtype).min).softmax(-1)
     return weights.masked_fill(~visible, 0)
@@ -309,7 +318,7 @@ def _validate_documents(seq_idx, value, return_state, initial_state):
 
 def _validate(call: Call, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor | None:
     """Checks that all fits together, and gives the positions [B, T]."""
-    query, key, value, position_bias, window_bias, causal, initial_state = call[:7]
+    query, key, value, position_bias, window_bias, decay, causal, initial_state = call[:8]
     if position_ids is not None and position_ids.dim() == 2 and position_ids.shape[0] == 1:
         position_ids = position_ids.expand(value.shape[0], -1)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -347,6 +356,13 @@ def _validate(call: Call, attention_mask: Tensor | None, position_ids: Tensor | 
         if not causal and shape[-1] > 0 and shape[-1] % 2 == 0:
             raise refused("window_bias", "of odd n when causal is False", tuple(shape))
         table = shape[1] if len(shape) == 3 and shape[1] > 1 and shape[2] > 0 else None
+    if decay is not None:
+        if position_bias is not None:
+            raise refused("decay", "None when position_bias is given: AFT-full has no sums that could fade", "both")
+        if decay.shape != (heads,) or not decay.is_floating_point():
+            raise refused("decay", f"floating point, of shape [{heads}]", f"{decay.dtype} {list(decay.shape)}")
+        if _is_cheap_to_read(decay) and not (decay.amin() >= 0 and decay.amax() < torch.inf):
+            raise refused("decay", "at least 0 and finite", f"{float(decay.amin()):g} to {float(decay.amax()):g}")
     for name, tensor in (("attention_mask", attention_mask), ("position_ids", position_ids)):
         if tensor is not None and (tensor.dim() != 2 or tensor.shape[0] != batch or tensor.shape[1] != length):
             raise refused(name, f"[{batch}, {length}]", tuple(tensor.shape))
@@ -361,7 +377,7 @@ def _validate(call: Call, attention_mask: Tensor | None, position_ids: Tensor | 
 
 
 def _validate_state(call: Call) -> None:
-    _, key, value, position_bias, window_bias, causal, state = call[:7]
+    _, key, value, position_bias, window_bias, _, causal, state = call[:8]
     if not causal:
         raise refused("initial_state", "None when causal is False", "a state")
     if (state.key_position is not None) != (position_bias is not None):

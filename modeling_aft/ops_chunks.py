@@ -11,6 +11,10 @@
 Time is cut into chunks. The panel (ops_panel.py) of a chunk has its own keys, those of the window, and one extra key
 that stands for everything older, or two, bidirectionally; their weight and their average are carried from chunk to
 chunk by an associative scan. AFT-simple is the case without a window.
+
+A decay is put into the keys of a panel, as they are where its last query stands: what remains to each query is a factor
+that all its keys share, and no average depends on it. Bidirectionally there are two such averages, of what comes before
+a query and of what comes after it.
 """
 
 from collections.abc import Callable
@@ -21,7 +25,7 @@ from torch.nn import functional as F
 
 from .ops_operators import flops_of, gradients_inside_operator, operator
 from .ops_panel import panel_average, panel_for_export
-from .ops_state import gated, merge, nothing, summarize, with_past
+from .ops_state import decayed, gated, merge, nothing, summarize, with_past
 from .ops_windows import Window
 
 
@@ -34,74 +38,89 @@ def _shift(sums, steps: int):
     return tuple(F.pad(t[:, :-steps], (0, 0, steps, 0), value=v) for t, v in zip(sums, fill, strict=True))
 
 
-def _exclusive_scan(sums, initial):
-    """Sum of `initial` and of all earlier places, for each of the N places: log2(N) merges."""
+def _exclusive_scan(sums, initial, decay=None):
+    """Sum of `initial` and of all earlier places, for each of the N places, from one to the next of which it falls by
+    the decay: log2(N) merges."""
     sums = tuple(torch.cat([i[:, None], t[:, :-1]], 1) for i, t in zip(initial, sums, strict=True))
     step = 1
     while step < sums[0].shape[1]:
-        sums = merge(_shift(sums, step), sums)
+        maximum, *others = _shift(sums, step)
+        sums = merge((decayed(maximum, decay, step), *others), sums)
         step *= 2
     return sums
 
 
-def windowed_chunks(window: Window, panel: Callable[..., Tensor] = panel_average) -> Tensor:
-    """See [`Window`]; `panel` gives the average of a panel."""
-    key, value = with_past(window.key, window.value, window.past, window.left, window.dtype)
-    average = _average(key, value, window.rows, window.causal, window.initial, panel)
+def windowed_chunks(window: Window, panel: Callable[..., tuple] = panel_average) -> Tensor:
+    """See [`Window`]; `panel` gives the average of a panel and the log of its denominator."""
+    if not window.causal:
+        average = _both_sides(window.key, window.value, window.rows, window.decay, window.dtype, panel)
+    else:
+        key, value = with_past(window.key, window.value, window.past, window.left, window.dtype)
+        average, _ = _average(key, value, window.rows, True, window.initial, window.decay, panel)
     return gated(window.query, average, window.activation)
 
 
 def windowed_export(window: Window) -> Tensor:
     """See [`Window`]: one panel for a text of any length, as the example must not fix the number of chunks."""
-    key, value = with_past(window.key, window.value, window.past, window.left, window.dtype)
-    if window.rows is None and not window.causal:  # all see the same; a panel would ask for strides
-        average = summarize(key, value, dim=1)[2][:, None].expand(-1, value.shape[1], -1)
+    key, value, rows, decay = window.key, window.value, window.rows, window.decay
+    initial, dtype = window.initial, window.dtype
+    if decay is not None:  # over a whole text it leaves the range of float32
+        dtype = torch.float64
+        rows, decay = (None if tensor is None else tensor.to(dtype) for tensor in (rows, decay))
+        initial = tuple(tensor.to(dtype) for tensor in initial)
+    if window.causal:
+        key, value = with_past(key, value, window.past, window.left, dtype)
+        average, _ = _average(key, value, rows, True, initial, decay, panel_for_export, in_one=True)
+    elif rows is None and decay is None:  # all see the same; a panel would ask for strides
+        average = summarize(key.to(dtype), value.to(dtype), dim=1)[2][:, None].expand(-1, value.shape[1], -1)
     else:
-        rows, initial = window.rows, window.initial
-        average = _average(key, value, rows, window.causal, initial, panel_for_export, in_one=True)
-    return gated(window.query, average, window.activation)
+        average = _both_sides(key, value, rows, decay, dtype, panel_for_export, in_one=True)
+    return gated(window.query, average.to(window.dtype), window.activation)
 
 
 def windowed_bidirectional(window: Window) -> Tensor:
     """See [`Window`]: not causal, as one operator."""
     rows = window.initial[0].new_zeros(1, 1, 1, 1) if window.rows is None else window.rows
-    average = bidirectional(window.key.to(window.dtype), window.value.to(window.dtype), rows)
+    decay = rows.new_empty(0) if window.decay is None else window.decay
+    average = bidirectional(window.key.to(window.dtype), window.value.to(window.dtype), rows, decay)
     return gated(window.query, average, window.activation)
 
 
 @operator("bidirectional")
-def bidirectional(key: Tensor, value: Tensor, rows: Tensor) -> Tensor:
-    """The average without a past, for queries that see both sides: a compiled model has one graph for all lengths, of
-    which the number of chunks would make a graph each. It computes all again in its backward pass."""
-    left = (rows.shape[-1] - 1) // 2
-    initial = nothing(key, value, key.dtype)
-    key, value = with_past(key, value, None, left, key.dtype)
-    return _average(key, value, rows, False, initial, panel_average).contiguous()
+def bidirectional(key: Tensor, value: Tensor, rows: Tensor, decay: Tensor) -> Tensor:
+    """The average without a past, for queries that see both sides; decay [K] or empty. A compiled model has one graph
+    for all lengths, of which the number of chunks would make a graph each. It computes all again in its backward
+    pass."""
+    return _both_sides(key, value, rows, decay if len(decay) else None, key.dtype, panel_average).contiguous()
 
 
 @bidirectional.register_fake
-def _(key, value, rows):
+def _(key, value, rows, decay):
     return value.new_empty(value.shape)
 
 
 @flops_of(bidirectional)
-def _bidirectional_flops(key, value, rows):
+def _bidirectional_flops(key, value, rows, decay):
     batch, length = value.shape[:2]
     reach = rows.shape[3] - 1
+    if len(decay):  # two causal panels of half of the window
+        reach //= 2
     chunk = max(reach, min(_CHUNK, length))
-    pairs = -(-length // chunk) * chunk * (2 + chunk + reach)
+    pairs = -(-length // chunk) * chunk * (2 * (1 + chunk + reach) if len(decay) else 2 + chunk + reach)
     return 2 * batch * pairs * (key.shape[2] + value.shape[2])
 
 
 @operator("bidirectional_backward")
-def bidirectional_backward(grad: Tensor, key: Tensor, value: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def bidirectional_backward(
+    grad: Tensor, key: Tensor, value: Tensor, rows: Tensor, decay: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `bidirectional` with respect to its arguments."""
-    return gradients_inside_operator(bidirectional.plain, [key, value, rows], grad)
+    return gradients_inside_operator(bidirectional.plain, [key, value, rows, decay], grad)
 
 
 @bidirectional_backward.register_fake
-def _(grad, key, value, rows):
-    return tuple(t.new_empty(t.shape) for t in (key, value, rows))
+def _(grad, key, value, rows, decay):
+    return tuple(t.new_empty(t.shape) for t in (key, value, rows, decay))
 
 
 @flops_of(bidirectional_backward)
@@ -115,12 +134,31 @@ bidirectional.register_autograd(
 )
 
 
-def _average(key, value, rows, causal, initial, panel, in_one=False):
-    """Average [B, T, V] of the windowed forms, in chunks or in one panel.
+def _both_sides(key, value, rows, decay, dtype, panel, in_one=False):
+    """Average [B, T, V] of queries that see both sides; arguments as in [`Window`]."""
+    left = 0 if rows is None else (rows.shape[-1] - 1) // 2
+    initial = nothing(key, value, dtype)
+    if decay is None:
+        return _average(*with_past(key, value, None, left, dtype), rows, False, initial, None, panel, in_one)[0]
+    if rows is None:
+        rows = decay.new_zeros(1, 1, 1, 1)
+    # That of earlier keys and its own, and with time reversed that of later ones: its own is at the offset 0.
+    later = F.pad(rows[..., :left].flip(-1, 2), (1, 0), value=-torch.inf)
+    sides = []
+    for tensors, rows in (((key, value), rows[..., left:]), ((key.flip(1), value.flip(1)), later)):
+        tensors = with_past(*tensors, None, left, dtype)
+        average, logs = _average(*tensors, rows, True, initial, decay, panel, in_one, with_log=True)
+        sides.append((logs, torch.ones_like(logs), average))
+    return merge(sides[0], tuple(tensor.flip(1) for tensor in sides[1]))[2]
+
+
+def _average(key, value, rows, causal, initial, decay, panel, in_one=False, with_log=False):
+    """Average [B, T, V] of the windowed forms, in chunks or in one panel; `with_log`, which needs a decay, also the
+    log [B, T, K] of its denominator, else None.
 
     key [B, L+T, K], value [B, L+T, V]: the L keys before the first query that can lie in its window (minus infinity
     where there is none), then those of the T queries. rows [heads, 1 or B, 1 or T, n]: the window bias of each query.
-    initial: the sum of all keys before those.
+    initial: the sum of all keys before those. decay: [K], causal only, or None.
     """
     if rows is None:
         rows = key.new_zeros(1, 1, 1, 1)
@@ -138,16 +176,30 @@ def _average(key, value, rows, causal, initial, panel, in_one=False):
     pad = (chunks + 1) * chunk - left - length
     key = F.pad(key, (0, 0, 0, pad), value=-torch.inf).unflatten(1, (chunks + 1, chunk))
     value = F.pad(value, (0, 0, 0, pad)).unflatten(1, (chunks + 1, chunk))
-    sums = [_exclusive_scan(summarize(key[:, :-1], value[:, :-1], dim=2), initial)]
+    if decay is not None:  # each key counts as what is left of it at the end of its chunk
+        distance = torch.arange(chunk - 1, -1, -1, device=key.device)[:, None]
+        sums = summarize(decayed(key[:, :-1], decay, distance), value[:, :-1], dim=2)
+        maximum, *others = _exclusive_scan(sums, initial, decay * chunk)
+        sums = [(decayed(maximum, decay, left + chunk), *others)]
+    else:
+        sums = [_exclusive_scan(summarize(key[:, :-1], value[:, :-1], dim=2), initial)]
     if not causal:
         sums.append(_later_sums(key, value, left + right))
     sums = [torch.stack(t, 2) for t in zip(*sums, strict=True)]  # [B, chunks, Z, .]
     key, value = (torch.cat([t[:, :-1], t[:, 1:, : left + right]], 2) for t in (key, value))  # [B, chunks, S, .]
+    if decay is not None:
+        key = decayed(key, decay, torch.arange(left + chunk - 1, -1, -1, device=key.device)[:, None])
 
     bias = _panel_bias(rows, length, chunk, chunks, left, right, causal)  # [heads, 1 or B, 1 or chunks, C, Z + S]
     layout = _panel_layout(bias)
-    average = panel(*(_to_panel(t, heads, layout) for t in (key, value, *sums)), bias.flatten(0, 2), 0)
-    return _from_panel(average, heads, batch, chunks, layout)[:, :length]
+    tensors = (_to_panel(t, heads, layout) for t in (key, value, *sums))
+    average, logs = panel(*tensors, bias.flatten(0, 2), 0, with_log)
+    average = _from_panel(average, heads, batch, chunks, layout)[:, :length]
+    if not with_log:
+        return average, None
+    logs = _from_panel(logs, heads, batch, chunks, layout)[:, :length]
+    # Its keys are those at the end of the chunk.
+    return average, decayed(logs, decay, torch.arange(length, device=key.device)[:, None] % chunk - (chunk - 1))
 
 
 def _later_sums(key, value, reach):

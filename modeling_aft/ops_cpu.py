@@ -13,6 +13,9 @@ weights exp(w) of the keys in reach times [exp(k), exp(k) v], added to the sum o
 block to block. The gradient is the same product with time reversed: each key sums up over the queries that see it.
 Nothing but the results is longer than a block.
 
+With a decay the columns of a chunk count as they are at its middle, so that none is far from 1: what remains to each
+query is a factor that all its keys share, and no mean depends on it. From a chunk to the next they fall by `fall`.
+
 Exponentials are taken as they are. `_Bounds` tells where that loses nothing, which is everywhere but for inputs of
 extreme size; those go the way of ops_chunks.py, which is exact for all.
 
@@ -28,7 +31,7 @@ from torch.nn import functional as F
 
 from .ops_chunks import windowed_chunks
 from .ops_operators import differentiable_gradients, flops_of, gradients_inside_operator, operator
-from .ops_state import QUERY_ACTIVATIONS, largest
+from .ops_state import QUERY_ACTIVATIONS, decayed, largest
 from .ops_windows import Window
 
 
@@ -47,9 +50,20 @@ _DERIVATIVES = {
 
 
 class _Plan:
-    """Sizes, the blocks, and the layout of the products of matrices."""
+    """
+    Sizes, the blocks, and the layout of the products of matrices.
 
-    def __init__(self, key: Tensor, value: Tensor, rows: Tensor):
+    Attributes, each None without a decay:
+        shift: [rows of a block + reach, h, k], what is added to the keys of a block, those of the `reach` tokens before
+            it in front: they are as in the middle of the queries of their panel. A row that is in two panels is as in
+            the first, and falls in the second.
+        first_shift: [h, k], the same of the sum of the keys before the first, which is that right before it.
+        fall: [h, 1, w], the factor of columns from a chunk to the next; None for a single one.
+
+    `overlap` says whether there are rows in two panels.
+    """
+
+    def __init__(self, key: Tensor, value: Tensor, rows: Tensor, decay: Tensor | None):
         self.batch, self.length = value.shape[:2]
         self.heads, row_batch, steps, self.taps = rows.shape
         self.reach = self.taps - 1
@@ -61,6 +75,22 @@ class _Plan:
         self.shared = row_batch == 1 and steps == 1  # one matrix of weights for all chunks
         self.per_row = row_batch > 1  # matrices for each row of the batch
         self.by_head = self.shared and self.heads > 1
+        self.overlap = self.reach > 0 and self.padded_length > self.chunk
+        self.shift = self.first_shift = self.fall = None
+        if decay is not None:
+            self.add_decay(self.keys(decay))
+
+    def add_decay(self, decay: Tensor) -> None:
+        """decay [h, k]"""
+        row, origin = torch.arange(max(_ROWS, self.chunk) + self.reach), self.reach + self.chunk / 2
+        if self.padded_length > self.chunk:
+            row = row % self.chunk
+            columns = torch.cat([decay, decay.repeat_interleave(self.ratio, 1)], 1)
+            self.fall = columns.mul(-self.chunk).exp()[:, None]
+        if self.overlap:
+            origin -= self.chunk
+        self.shift = (row - origin)[:, None, None] * decay
+        self.first_shift = (self.reach - 1 - origin) * decay
 
     def blocks(self):
         """Slices of time (of whole chunks: the last may end beyond the text), each with slices of the batch."""
@@ -127,13 +157,38 @@ class _Plan:
         size = (columns.shape[0], chunks, self.chunk + self.reach, self.heads, self.width)
         return columns.as_strided(size, (batch, self.chunk * rows, rows, *inner))
 
-    def multiply(self, weights: Tensor, columns: Tensor, beyond: Tensor, out: Tensor) -> None:
+    def parts_of_panel(self, of_keys: bool) -> list[tuple[slice, bool]]:
+        """The rows of a panel, in the order in which they are added to what lies beyond, and whether the sum then
+        falls by a chunk: the first rows of keys lie a chunk before their queries, the last ones of queries a chunk
+        behind their keys."""
+        if self.fall is None or not self.overlap:
+            return [(slice(None), False)]
+        own, next_ = slice(self.chunk), slice(self.chunk, None)
+        return [(next_, True), (own, False)] if of_keys else [(own, True), (next_, False)]
+
+    def side_by_side(self, panels: Tensor, of_keys: bool) -> Tensor:
+        """Panels of small matrices, those of all chunks and of the batch in one: [h, C + reach, b chunks w]."""
+        panels = panels.permute(3, 2, 0, 1, 4)
+        parts = self.parts_of_panel(of_keys)
+        if len(parts) == 1:
+            return panels.flatten(2)
+        out = panels.new_empty(panels.shape)
+        for part, falls in parts:
+            if falls:
+                torch.mul(panels[:, part], self.fall[:, None, None], out=out[:, part])
+            else:
+                out[:, part] = panels[:, part]
+        return out.flatten(2)
+
+    def multiply(self, weights: Tensor, columns: Tensor, beyond: Tensor, out: Tensor, of_keys: bool) -> None:
         """out [b, time, h, w] = weights times the panels of columns, plus beyond [b, chunks, h, w]."""
         chunks = beyond.shape[1]
         panels = self.panels(columns, chunks)
         out = out.unflatten(1, (chunks, self.chunk))
-        if self.by_head:  # small matrices: those of all chunks and of the batch side by side
-            columns = panels.permute(3, 2, 0, 1, 4).flatten(2)
+        if self.by_head:
+            columns = self.side_by_side(panels, of_keys)
+            if self.fall is not None and self.overlap:
+                beyond = beyond * self.fall[:, 0]
             first = beyond.permute(2, 0, 1, 3).flatten(1)[:, None].expand(-1, self.chunk, -1)
             product = torch.baddbmm(first, weights[:, 0, 0], columns)
             out.copy_(product.unflatten(2, (*beyond.shape[:2], -1)).permute(2, 3, 1, 0, 4))
@@ -142,23 +197,29 @@ class _Plan:
         beyond = beyond.unsqueeze(2).expand(-1, -1, self.chunk, -1, -1)
         for row in range(len(out)):
             for head in range(self.heads):
-                where = (row, ..., head, slice(None))
-                torch.baddbmm(beyond[where], weights[head, row], panels[where], out=out[where])
+                where, product = (row, ..., head, slice(None)), beyond[row, ..., head, :]
+                for part, falls in self.parts_of_panel(of_keys):
+                    torch.baddbmm(product, weights[head, row, ..., part], panels[where][:, part], out=out[where])
+                    product = out[where]
+                    if falls:
+                        product.mul_(self.fall[head])
 
     def pairs(self, queries: Tensor, keys: Tensor, chunks: int) -> Tensor:
         """Products of the rows of the queries of each chunk with those of the keys in reach, [h, 1 or b, chunks or 1,
         C, C + reach], both given as columns."""
         queries, keys = self.panels(queries, chunks)[:, :, : self.chunk], self.panels(keys, chunks)
         if self.by_head:
-            queries, keys = (t.permute(3, 2, 0, 1, 4).flatten(2) for t in (queries, keys))
-            return torch.bmm(queries, keys.transpose(1, 2))[:, None, None]
+            queries = queries.permute(3, 2, 0, 1, 4).flatten(2)
+            return torch.bmm(queries, self.side_by_side(keys, of_keys=False).transpose(1, 2))[:, None, None]
         size = (self.heads, len(keys) if self.per_row else 1, chunks, self.chunk, self.chunk + self.reach)
         out = keys.new_zeros(size)
         for row in range(len(keys)):
             for head in range(self.heads):
                 where = (row, ..., head, slice(None))
-                part = out[head, row if self.per_row else 0]
-                torch.baddbmm(part, queries[where], keys[where].transpose(1, 2), out=part)
+                for part, falls in self.parts_of_panel(of_keys=False):
+                    left = queries[where] * self.fall[head] if falls else queries[where]
+                    product = out[head, row if self.per_row else 0, ..., part]
+                    torch.baddbmm(product, left, keys[where][:, part].transpose(1, 2), out=product)
         return out
 
 
@@ -176,13 +237,15 @@ class _Bounds(NamedTuple):
     total: float = 0.0
 
     @classmethod
-    def of(cls, key, value, rows, maximum, normalizer, average) -> "_Bounds | None":
+    def of(cls, plan, key, value, rows, maximum, normalizer, average) -> "_Bounds | None":
         """None where plain exponentials cannot be used. A NaN is not within any bounds."""
         lowest, highest = (float(bound) for bound in rows.aminmax())
         highest, key_bound = max(highest, 0.0), max(float(key.amax()), float(maximum.amax()))
         if not (key_bound <= _LARGEST_EXPONENT and -_LARGEST_EXPONENT <= lowest and highest <= _LARGEST_EXPONENT):
             return None
         count = key.shape[1] + float(normalizer.amax())
+        if plan.shift is not None:
+            key_bound += max(float(plan.shift[: plan.chunk + plan.reach].amax()), float(plan.first_shift.amax()))
         weight = max(key_bound + math.log(count), key_bound + highest + math.log(rows.shape[3]))
         bounds = cls(weight, max(largest(value, average), 1.0))
         return bounds if bounds.weight + math.log(bounds.value) < _LARGEST_SUM else None
@@ -208,22 +271,47 @@ def _fill(plan, columns, key, value, start) -> None:
     columns[:, last - start :].zero_()
     weight, term = plan.parts(columns[:, first - start : last - start])
     key = plan.keys(key[:, first:last])
-    torch.exp(key, out=weight) if key.dtype == weight.dtype else weight.copy_(key).exp_()
+    if plan.shift is not None:
+        torch.add(key, plan.shift[first - start : last - start], out=weight).exp_()
+    else:
+        torch.exp(key, out=weight) if key.dtype == weight.dtype else weight.copy_(key).exp_()
     torch.mul(weight[..., None], plan.values(value[:, first:last]), out=term)
 
 
-def _older(columns, carry, chunks):
-    """For each chunk the sum of what comes before, [b, chunks, h, w], and the sum of all; columns [b, time, h, w]."""
-    sums = columns.unflatten(1, (chunks, -1)).sum(2)
-    sums = torch.cat([carry[:, None], sums], 1).cumsum(1)
+def _running_sum(sums, fall):
+    """The sum of all places up to each, [b, chunks, h, w], from one to the next of which it falls."""
+    if fall is None:
+        return sums.cumsum(1)
+    step, fall = 1, fall[:, 0]  # [h, w]
+    while step < sums.shape[1]:
+        sums = torch.cat([sums[:, :step], sums[:, step:].addcmul(sums[:, :-step], fall)], 1)
+        step, fall = 2 * step, fall * fall
+    return sums
+
+
+def _older(plan, columns, carry, chunks):
+    """For each chunk the sum of what comes before its panel, [b, chunks, h, w], and that for the chunk to come; columns
+    [b, chunks C + reach, h, w]."""
+    sums = columns[:, : chunks * plan.chunk].unflatten(1, (chunks, -1)).sum(2)
+    if plan.fall is not None:
+        sums *= plan.fall[:, 0]
+    sums = _running_sum(torch.cat([carry[:, None], sums], 1), plan.fall)
     return sums[:, :-1], sums[:, -1]
 
 
-def _newer(columns, carry, chunks):
-    """For each chunk the sum of what comes after it, and the sum of all."""
-    sums = columns.unflatten(1, (chunks, -1)).sum(2)
-    sums = torch.cat([sums, carry[:, None]], 1).flip(1).cumsum(1).flip(1)
-    return sums[:, 1:], sums[:, 0]
+def _newer(plan, columns, carry, chunks):
+    """For each chunk the sum of what comes after its panel, and that for the chunk before."""
+    if plan.fall is None:
+        sums = columns[:, plan.reach :].unflatten(1, (chunks, -1)).sum(2)
+    else:  # the last rows of a panel are of the chunk behind it
+        panels = plan.panels(columns, chunks)
+        sums = panels[:, :, plan.reach : plan.chunk].sum(2)
+        sums.addcmul_(panels[:, :, plan.chunk :].sum(2), plan.fall[:, 0])
+    sums = _running_sum(torch.cat([sums, carry[:, None]], 1).flip(1), plan.fall).flip(1)
+    newer, carry = sums[:, 1:], sums[:, 0]
+    if plan.fall is not None and not plan.overlap:
+        newer = newer * plan.fall[:, 0]  # else it falls with the rows of the chunk behind
+    return newer, carry
 
 
 def _product(first: Tensor, second: Tensor, out: Tensor | None = None) -> Tensor:
@@ -236,6 +324,8 @@ def _product(first: Tensor, second: Tensor, out: Tensor | None = None) -> Tensor
 def _initial(plan, maximum, normalizer, average) -> Tensor:
     """The sum of the keys before the first, as columns [B, h, w]."""
     weight = plan.keys(maximum.exp() * normalizer)
+    if plan.shift is not None:
+        weight = weight * plan.first_shift.exp()
     return torch.cat([weight, (weight[..., None] * plan.values(average)).flatten(-2)], -1)
 
 
@@ -251,15 +341,17 @@ def _forward(plan, query, key, value, rows, carry, activation):
                 weights = plan.weights(factors, time, batch, of_keys=False)
             columns = carry.new_empty(len(carry[batch]), plan.reach + chunks * plan.chunk, plan.heads, plan.width)
             _fill(plan, columns, key[batch], value[batch], time.start - plan.reach)
-            older, carry[batch] = _older(columns[:, : chunks * plan.chunk], carry[batch], chunks)
-            plan.multiply(weights, columns, older, sums[batch, time])
+            older, carry[batch] = _older(plan, columns, carry[batch], chunks)
+            plan.multiply(weights, columns, older, sums[batch, time], of_keys=False)
             gate = QUERY_ACTIVATIONS[activation](query[batch, steps].to(carry.dtype))
             torch.mul(gate, plan.means(sums[batch, steps]), out=out[batch, steps])
     return out, sums
 
 
-def _exact(query, key, value, rows, maximum, normalizer, average, activation):
-    return windowed_chunks(Window(query, key, value, rows, None, (maximum, normalizer, average), True, activation))
+def _exact(query, key, value, rows, maximum, normalizer, average, decay, activation):
+    # Right before the first key, instead of before those of the window.
+    initial = (decayed(maximum, decay, 1 - rows.shape[3]), normalizer, average)
+    return windowed_chunks(Window(query, key, value, rows, None, initial, True, activation, decay))
 
 
 @operator("windowed")
@@ -271,42 +363,44 @@ def windowed(
     maximum: Tensor,
     normalizer: Tensor,
     average: Tensor,
+    decay: Tensor | None,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """activation(query) times the mean of the values [B, T, D], and for the backward pass the sums of the weights and
     of the weighted values [B, T or more, h, w], and the bounds of both [3] (a total of 0: the exact way was taken).
 
-    Arguments as in [`Window`], without keys before the first query.
+    Arguments as in [`Window`], without keys before the first query: the initial sum is that right before it.
     """
-    plan = _Plan(key, value, rows)
-    bounds = _Bounds.of(key, value, rows, maximum, normalizer, average)
+    plan = _Plan(key, value, rows, decay)
+    bounds = _Bounds.of(plan, key, value, rows, maximum, normalizer, average)
     if bounds is not None:
         out, sums = _forward(plan, query, key, value, rows, _initial(plan, maximum, normalizer, average), activation)
         bounds = bounds.with_total(plan, sums)
     if bounds is None:
         bounds = _Bounds(0.0, 1.0)
-        out = _exact(query, key, value, rows, maximum, normalizer, average, activation)
+        out = _exact(query, key, value, rows, maximum, normalizer, average, decay, activation)
         sums = average.new_zeros(plan.batch, plan.padded_length, plan.heads, plan.width)
     return out, sums, torch.tensor(bounds, dtype=torch.float64)
 
 
 @windowed.register_fake
-def _(query, key, value, rows, maximum, normalizer, average, activation):
-    plan = _Plan(key, value, rows)
+def _(query, key, value, rows, maximum, normalizer, average, decay, activation):
+    plan = _Plan(key, value, rows, None)
     sums = average.new_empty(plan.batch, plan.padded_length, plan.heads, plan.width)
     return query.new_empty(value.shape), sums, average.new_empty(len(_Bounds._fields), dtype=torch.float64)
 
 
 @flops_of(windowed)
-def _windowed_flops(query, key, value, rows, maximum, normalizer, average, activation):
-    plan = _Plan(key, value, rows)
+def _windowed_flops(query, key, value, rows, maximum, normalizer, average, *_):
+    plan = _Plan(key, value, rows, None)
     pairs = plan.padded_length * (plan.chunk + plan.reach)
     return 2 * plan.batch * pairs * plan.heads * plan.width
 
 
-def _backward(plan, grad, sums, query, key, value, rows, activation, needs_rows):
+def _backward(plan, grad, sums, query, key, value, rows, activation, needs_rows, needs_decay):
     d_query, d_key, d_value = (torch.empty(t.shape, dtype=t.dtype) for t in (query, key, value))
     d_rows = torch.zeros(rows.shape, dtype=rows.dtype)
+    d_decay = torch.zeros(key.shape[2] if needs_decay else 0, dtype=torch.float64)
     factors = rows.exp()
     carry = sums.new_zeros(plan.batch, plan.heads, plan.width)
     for time, batches in reversed(list(plan.blocks())):
@@ -329,15 +423,22 @@ def _backward(plan, grad, sums, query, key, value, rows, activation, needs_rows)
             # A product of its own: the gate may be the query.
             torch.div(plan.values(gate * upstream), denominator[..., None], out=d_numerator)
             _product(d_numerator, plan.values(mean.neg_()), out=d_denominator)
-            newer, carry[batch] = _newer(columns[:, plan.reach :], carry[batch], chunks)
+            newer, carry[batch] = _newer(plan, columns, carry[batch], chunks)
             # With respect to exp(k), and to exp(k) v.
-            plan.multiply(weights, columns, newer, d_sums)
+            plan.multiply(weights, columns, newer, d_sums, of_keys=True)
+            if plan.fall is not None and plan.overlap:  # those that are in one panel alone fell there
+                d_sums.unflatten(1, (chunks, -1))[:, :, : plan.chunk - plan.reach].mul_(plan.fall[:, 0])
             d_weight, d_term = plan.parts(d_sums[:, :own])
             _fill(plan, key_columns, key[batch], value[batch], time.start - plan.reach)
             weight, _ = plan.parts(key_columns[:, plan.reach : plan.reach + own])
             torch.mul(d_term, weight[..., None], out=plan.values(d_value[batch, steps]))
             d_weight = _product(d_term, plan.values(value[batch, steps])).add_(d_weight)
-            torch.mul(d_weight, weight, out=plan.keys(d_key[batch, steps]))
+            if needs_decay:  # before it is rounded
+                d_weight.mul_(weight)
+                d_key[batch, steps] = d_weight.flatten(-2)
+                d_decay += _moment(d_weight.sum(0).flatten(-2), time.start - plan.length / 2)
+            else:
+                torch.mul(d_weight, weight, out=plan.keys(d_key[batch, steps]))
             if needs_rows:
                 band = plan.band(plan.pairs(columns, key_columns, chunks)).flip(-1).flatten(2, 3)
                 if plan.shared:
@@ -346,7 +447,13 @@ def _backward(plan, grad, sums, query, key, value, rows, activation, needs_rows)
                     d_rows[:, batch if plan.per_row else slice(None), steps] += band[:, :, :own]
             if time.start == 0:
                 carry[batch] += columns[:, : plan.reach].sum(1)
-    return d_query, d_key, d_value, d_rows.mul_(factors), carry
+    return d_query, d_key, d_value, d_rows.mul_(factors), d_decay, carry
+
+
+def _moment(gradients: Tensor, start: float) -> Tensor:
+    """The sum [K] of the gradients of keys [T, K], times where each stands: start, start + 1, ..."""
+    places = torch.arange(len(gradients), dtype=torch.float64) + start
+    return places @ gradients.double()
 
 
 @operator("windowed_backward")
@@ -355,46 +462,66 @@ def windowed_backward(
     sums: Tensor,
     bounds: Tensor,
     inputs: list[Tensor],
+    decay: Tensor | None,
     activation: str,
     needs_rows: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `windowed` with respect to its first seven arguments, `inputs` (rows: 0 unless `needs_rows`)."""
+    needs_decay: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `windowed` with respect to its first seven arguments, `inputs` (rows: 0 unless `needs_rows`), and
+    to the decay (empty unless `needs_decay`).
+
+    A query loses nothing if all its keys are larger by the same: the gradients of its logits add up to 0. So that of
+    the decay, which is the sum of (t' - t) times that of each pair, is the sum of t' times the gradient of each key.
+    """
     query, key, value, rows, maximum, normalizer, average = inputs
-    plan = _Plan(key, value, rows)
+    plan = _Plan(key, value, rows, decay)
     if not _Bounds(*bounds.tolist()).hold_for(grad, query, activation):
-        return gradients_inside_operator(lambda *inputs: _exact(*inputs, activation), inputs, grad)
-    grads = _backward(plan, grad, sums, query, key, value, rows, activation, needs_rows)
+        if needs_decay:
+            return gradients_inside_operator(lambda *inputs: _exact(*inputs, activation), [*inputs, decay], grad)
+        grads = gradients_inside_operator(lambda *inputs: _exact(*inputs, decay, activation), inputs, grad)
+        return *grads, sums.new_empty(0)
+    *grads, d_decay, carry = _backward(plan, grad, sums, query, key, value, rows, activation, needs_rows, needs_decay)
     # The sum of the keys before the first is exp(maximum) normalizer, and that times the average.
-    d_weight, d_term = plan.parts(grads[-1])
-    d_average = (d_term * plan.keys(maximum.exp() * normalizer)[..., None]).flatten(-3)
-    d_normalizer = (d_weight + _product(d_term, plan.values(average))).flatten(-2) * maximum.exp()
-    return *grads[:-1], d_normalizer * normalizer, d_normalizer, d_average
+    d_weight, d_term = plan.parts(carry)
+    scale = plan.keys(maximum.exp())
+    if plan.shift is not None:
+        scale = scale * plan.first_shift.exp()
+        if plan.fall is not None and plan.overlap:
+            scale = scale * plan.fall[:, 0, : plan.key_width]
+    d_average = (d_term * (scale * plan.keys(normalizer))[..., None]).flatten(-3)
+    d_normalizer = ((d_weight + _product(d_term, plan.values(average))) * scale).flatten(-2)
+    d_maximum = d_normalizer * normalizer
+    if needs_decay:
+        d_decay += _moment(d_maximum.sum(0, keepdim=True), -1 - plan.length / 2)
+    return *grads, d_maximum, d_normalizer, d_average, d_decay.to(sums.dtype)
 
 
 @windowed_backward.register_fake
-def _(grad, sums, bounds, inputs, activation, needs_rows):
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs)
+def _(grad, sums, bounds, inputs, decay, activation, needs_rows, needs_decay):
+    grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs)
+    return *grads, torch.empty_like(decay) if needs_decay else sums.new_empty(0)
 
 
 @flops_of(windowed_backward)
-def _(grad, sums, bounds, inputs, activation, needs_rows):
-    return (1 + needs_rows) * _windowed_flops(*inputs, activation)
+def _(grad, sums, bounds, inputs, decay, activation, needs_rows, needs_decay):
+    return (1 + needs_rows) * _windowed_flops(*inputs)
 
 
 def _save_for_backward(ctx, inputs, output):
     *tensors, ctx.activation = inputs
-    ctx.save_for_backward(*output[1:], *tensors)
+    ctx.save_for_backward(*output[1:], *tensors)  # the last is None without a decay
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, grad, *_):
     if grad is None:
-        return (None,) * 8
-    sums, bounds, *inputs = ctx.saved_tensors
+        return (None,) * 9
+    sums, bounds, *inputs, decay = ctx.saved_tensors
     if torch.is_grad_enabled():  # a derivative of this one is wanted
-        return (*differentiable_gradients(_exact, inputs, (ctx.activation,), grad), None)
-    grads = windowed_backward(grad, sums, bounds, inputs, ctx.activation, ctx.needs_input_grad[3])
+        return (*differentiable_gradients(_exact, [*inputs, decay], (ctx.activation,), grad), None)
+    needs_rows, needs_decay = ctx.needs_input_grad[3], ctx.needs_input_grad[7]
+    grads = windowed_backward(grad, sums, bounds, inputs, decay, ctx.activation, needs_rows, needs_decay)
     return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), None
 
 
@@ -403,7 +530,7 @@ windowed.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 def windowed_cpu(window: Window) -> Tensor:
     """See [`Window`]."""
-    query, key, value, rows, past, initial, _, activation = window
+    query, key, value, rows, past, initial, _, activation, decay = window
     if rows is None:
         rows = initial[0].new_zeros(1, 1, 1, 1)
     left = 0 if past is None else past[0].shape[1]
@@ -412,4 +539,4 @@ def windowed_cpu(window: Window) -> Tensor:
         key, value = torch.cat([past[0].to(key.dtype), key], 1), torch.cat([past[1].to(value.dtype), value], 1)
         if rows.shape[1] > 1 or rows.shape[2] > 1:  # a row for each query
             rows = F.pad(rows, (0, 0, left, 0))
-    return windowed(query, key, value, rows, *initial, activation)[0][:, left:]
+    return windowed(query, key, value, rows, *initial, decay, activation)[0][:, left:]

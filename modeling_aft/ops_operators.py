@@ -78,9 +78,11 @@ def flops_of(operator):
 
 
 def differentiable_gradients(function, inputs, constants, grad) -> tuple[Tensor | None, ...]:
-    """The gradients of `function(*inputs, *constants)`, of which a gradient can be taken."""
-    needed = [tensor for tensor in inputs if tensor.requires_grad]
+    """The gradients of `function(*inputs, *constants)`, of one tensor or of several, of which a gradient can be
+    taken."""
+    required = [tensor is not None and tensor.requires_grad for tensor in inputs]
+    needed = [tensor for tensor, wanted in zip(inputs, required, strict=True) if wanted]
     grads = iter(
         torch.autograd.grad(function(*inputs, *constants), needed, grad, create_graph=True, allow_unused=True)
     )
-    return tuple(next(grads) if tensor.requires_grad else None for tensor in inputs)
+    return tuple(next(grads) if wanted else None for wanted in required)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .ops_operators import differentiable_gradients, flops_of, operator
-from .ops_state import finite, largest, spread, sum_shared
+from .ops_state import finite, largest, log, nonzero, spread, sum_shared
 
 
 _TINY = {torch.float32: 1e-30, torch.float64: 1e-280}
@@ -69,35 +69,54 @@ def _exact_rows(total: Tensor, bias: Tensor, channels: int):
 
 
 def exact_weights(index, key, maximum, normalizer, bias):
-    """Normalised weights [R, Z+S, K] of the rows `index`; all zero where a row sees nothing."""
+    """Normalised weights [R, Z+S, K] of the rows `index`, all zero where a row sees nothing, and the log of what they
+    were divided by, [R, K]."""
     g, c, p = index
     logits = torch.cat([maximum[g, :, p], key[g, :, p]], 1) + bias[g, c][..., None]
-    weights = (logits - finite(logits.amax(1, keepdim=True))).exp()
+    reference = finite(logits.amax(1, keepdim=True))
+    weights = (logits - reference).exp()
     sums = maximum.shape[1]
     weights = torch.cat([weights[:, :sums] * normalizer[g, :, p], weights[:, sums:]], 1)
     total = weights.sum(1, keepdim=True)
-    return weights / torch.where(total == 0, torch.ones_like(total), total)
+    return weights / nonzero(total), (log(total) + reference).squeeze(1)
 
 
-def _is_moderate(grad: Tensor, out: Tensor, total: Tensor, value: Tensor, average: Tensor) -> bool:
+def _log_total(total, key, maximum, bias):
+    """The log of the denominators [G, C, P, K], of which `total` is that relative to the exponentials of a panel."""
+    reference = finite(torch.cat([maximum, key], 1).amax(1, keepdim=True))
+    return log(total) + reference + finite(bias.amax(-1))[..., None, None]
+
+
+def _is_moderate(
+    grad: Tensor, grad_log: Tensor | None, out: Tensor, total: Tensor, value: Tensor, average: Tensor
+) -> bool:
     """Whether no sum of the backward pass can leave the range of float32. A NaN passes."""
     counted = total[total >= _TINY[total.dtype]]  # the others are computed in log space
     smallest = min(float(counted.amin()), 1.0) if counted.numel() else 1.0
     size = largest(grad) * max(largest(out, value, average), 1.0)
+    size += 0.0 if grad_log is None else largest(grad_log)
     return not size * total.shape[1] / smallest > _LARGEST
 
 
 @operator("panel")
 def panel(
-    key: Tensor, value: Tensor, maximum: Tensor, normalizer: Tensor, average: Tensor, bias: Tensor, visible: int
-) -> tuple[Tensor, Tensor]:
-    """Weighted average [G, C, P, V] and, for the backward pass, its denominator [G, C, P, K].
+    key: Tensor,
+    value: Tensor,
+    maximum: Tensor,
+    normalizer: Tensor,
+    average: Tensor,
+    bias: Tensor,
+    visible: int,
+    with_log: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted average [G, C, P, V], `with_log` the log of its denominator [G, C, P, K], else an empty tensor, and for
+    the backward pass the denominator relative to the maxima [G, C, P, K].
 
     key [G, S, P, K], value [G, S, P, V]; maximum, normalizer [G, Z, P, K], average [G, Z, P, V]; bias [G, C, Z+S].
     """
     if value.dtype == torch.float32 and largest(value, average) > _LARGEST:
         inputs = (tensor.double() for tensor in (key, value, maximum, normalizer, average, bias))
-        return tuple(tensor.float() for tensor in panel.plain(*inputs, visible))
+        return tuple(tensor.float() for tensor in panel.plain(*inputs, visible, with_log))
     weight, term, pair_weight = _exponentials(key, value, maximum, normalizer, average, bias)
     groups, queries, columns = bias.shape[0], bias.shape[1], key.shape[2]
     total = key.new_empty(groups, queries, columns * key.shape[3])
@@ -107,30 +126,41 @@ def panel(
         torch.bmm(pair_weight[:, rows, :seen], term[:, :seen].flatten(2), out=out[:, rows])
     total = total.unflatten(2, (columns, -1))
     out = out.unflatten(2, (columns, -1))
-    out /= spread(torch.where(total == 0, torch.ones_like(total), total), out)
+    out /= spread(nonzero(total), out)
+    logs = _log_total(total, key, maximum, bias) if with_log else total.new_empty(0)
     for index in _exact_rows(total, bias, value.shape[3]):
         g, c, p = index
-        weights = exact_weights(index, key, maximum, normalizer, bias)
+        weights, log_total = exact_weights(index, key, maximum, normalizer, bias)
         values = torch.cat([average[g, :, p], value[g, :, p]], 1)
         out[g, c, p] = (spread(weights, values) * values).sum(1)
-    return out, total
+        if with_log:
+            logs[g, c, p] = log_total
+    return out, logs, total
 
 
 def panel_average(
-    key: Tensor, value: Tensor, maximum: Tensor, normalizer: Tensor, average: Tensor, bias: Tensor, visible: int
-) -> Tensor:
-    """The average alone. `panel_composed` and `panel_for_export` give the same by other means."""
-    return panel(key, value, maximum, normalizer, average, bias, visible)[0]
+    key: Tensor,
+    value: Tensor,
+    maximum: Tensor,
+    normalizer: Tensor,
+    average: Tensor,
+    bias: Tensor,
+    visible: int,
+    with_log: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The average and the log. `panel_composed` and `panel_for_export` give the same by other means."""
+    return panel(key, value, maximum, normalizer, average, bias, visible, with_log)[:2]
 
 
 @panel.register_fake
-def _(key, value, maximum, normalizer, average, bias, visible):
+def _(key, value, maximum, normalizer, average, bias, visible, with_log):
     size = (bias.shape[0], bias.shape[1], key.shape[2])
-    return value.new_empty((*size, value.shape[3])), key.new_empty((*size, key.shape[3]))
+    total = key.new_empty((*size, key.shape[3]))
+    return value.new_empty((*size, value.shape[3])), torch.empty_like(total) if with_log else key.new_empty(0), total
 
 
 @flops_of(panel)
-def _panel_flops(key, value, maximum, normalizer, average, bias, visible):
+def _panel_flops(key, value, maximum, normalizer, average, bias, visible, with_log=False):
     groups, queries, keys = bias.shape
     pairs = sum((rows.stop - rows.start) * seen for rows, seen in _row_blocks(queries, keys, visible))
     return 2 * groups * pairs * key.shape[2] * (key.shape[3] + value.shape[3])
@@ -139,18 +169,21 @@ def _panel_flops(key, value, maximum, normalizer, average, bias, visible):
 @operator("panel_backward")
 def panel_backward(
     grad: Tensor,
+    grad_log: Tensor | None,
     out: Tensor,
     total: Tensor,
     inputs: list[Tensor],
     visible: int,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `panel` with respect to its first six arguments, `inputs` (bias: empty unless `needs_bias`)."""
+    """Gradients of `panel` with respect to its first six arguments, `inputs` (bias: empty unless `needs_bias`), from
+    those of the average and of the log."""
     key, value, maximum, normalizer, average, bias = inputs
-    if value.dtype == torch.float32 and not _is_moderate(grad, out, total, value, average):
+    if value.dtype == torch.float32 and not _is_moderate(grad, grad_log, out, total, value, average):
         inputs = [tensor.double() for tensor in inputs]
-        out, total = panel.plain(*inputs, visible)
-        return tuple(t.float() for t in panel_backward.plain(grad.double(), out, total, inputs, visible, needs_bias))
+        out, _, total = panel.plain(*inputs, visible, False)
+        upstream = grad.double(), None if grad_log is None else grad_log.double()
+        return tuple(t.float() for t in panel_backward.plain(*upstream, out, total, inputs, visible, needs_bias))
     weight, term, pair_weight = _exponentials(key, value, maximum, normalizer, average, bias)
     sums, keys, columns = maximum.shape[1], bias.shape[2], key.shape[2]
     underflow = total < _TINY[key.dtype]
@@ -158,6 +191,8 @@ def panel_backward(
     inverse = torch.where(underflow.any(-1, keepdim=True), torch.zeros_like(total), 1 / total)
     grad_term = grad * spread(inverse, grad)
     grad_weight = sum_shared(grad_term * out, key).neg_()
+    if grad_log is not None:
+        grad_weight.addcmul_(grad_log, inverse)
     grad_term, grad_weight = grad_term.flatten(2), grad_weight.flatten(2)
     d_term = value.new_zeros(term.shape[0], keys, grad_term.shape[2])
     d_weight = key.new_zeros(weight.shape[0], keys, grad_weight.shape[2])
@@ -179,11 +214,14 @@ def panel_backward(
     d_normalizer = torch.where(counted, d_maximum / normalizer, torch.zeros_like(normalizer))
     for index in _exact_rows(total, bias, value.shape[3]):
         g, c, p = index
-        weights = exact_weights(index, key, maximum, normalizer, bias)
+        weights, _ = exact_weights(index, key, maximum, normalizer, bias)
         values = torch.cat([average[g, :, p], value[g, :, p]], 1)
         grads = grad[g, c, p][:, None]  # [R, 1, V]
         d_values = spread(weights, values) * grads
-        d_logits = weights * sum_shared(grads * (values - out[g, c, p][:, None]), key)
+        d_logits = sum_shared(grads * (values - out[g, c, p][:, None]), key)
+        if grad_log is not None:
+            d_logits += grad_log[g, c, p][:, None]
+        d_logits *= weights
         d_value.transpose(1, 2).index_put_((g, p), d_values[:, sums:], accumulate=True)
         d_key.transpose(1, 2).index_put_((g, p), d_logits[:, sums:], accumulate=True)
         if needs_bias:
@@ -198,48 +236,68 @@ def panel_backward(
 
 
 @panel_backward.register_fake
-def _(grad, out, total, inputs, visible, needs_bias):
+def _(grad, grad_log, out, total, inputs, visible, needs_bias):
     *others, bias = inputs
     like = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in others]
     return (*like, torch.empty_like(bias) if needs_bias else bias.new_empty(0))
 
 
 @flops_of(panel_backward)
-def _(grad, out, total, inputs, visible, needs_bias):
+def _(grad, grad_log, out, total, inputs, visible, needs_bias):
     return (1 + needs_bias) * _panel_flops(*inputs, visible)
 
 
 def panel_composed(
-    key: Tensor, value: Tensor, maximum: Tensor, normalizer: Tensor, average: Tensor, bias: Tensor, visible: int
-) -> Tensor:
-    """The average [G, C, P, V] that `panel` gives, in torch's own operators: for transforms of functions and second
-    derivatives. It is exact, in log space, and takes the memory of all weights at once. `visible` is not read: it is
-    in the bias already."""
+    key: Tensor,
+    value: Tensor,
+    maximum: Tensor,
+    normalizer: Tensor,
+    average: Tensor,
+    bias: Tensor,
+    visible: int,
+    with_log: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The average [G, C, P, V] and the log that `panel` gives, in torch's own operators: for transforms of functions
+    and second derivatives. It is exact, in log space, and takes the memory of all weights at once. `visible` is not
+    read: it is in the bias already."""
     count = torch.cat([normalizer, torch.ones_like(key)], 1)[:, None]  # [G, 1, Z + S, P, K]
     logits, values = torch.cat([maximum, key], 1), torch.cat([average, value], 1)[:, None]
-    logits = logits - finite(logits.detach().amax(1, keepdim=True))  # or what is added to a large key is lost
+    of_columns = finite(logits.detach().amax(1, keepdim=True))
+    logits = logits - of_columns  # or what is added to a large key is lost
     logits = logits[:, None] + bias[..., None, None]  # [G, C, Z + S, P, K]
-    weights = (logits - finite(logits.detach().amax(2, keepdim=True))).exp() * count
+    of_rows = finite(logits.detach().amax(2, keepdim=True))
+    weights = (logits - of_rows).exp() * count
     total = weights.sum(2)
     sums = (spread(weights, values) * values).sum(2)
-    return sums / spread(torch.where(total == 0, torch.ones_like(total), total), sums)
+    logs = log(total) + of_rows.squeeze(2) + of_columns if with_log else None
+    return sums / spread(nonzero(total), sums), logs
 
 
 def panel_for_export(
-    key: Tensor, value: Tensor, maximum: Tensor, normalizer: Tensor, average: Tensor, bias: Tensor, visible: int
-) -> Tensor:
-    """The average that `panel` gives. `visible` is not read: it is in the bias already."""
+    key: Tensor,
+    value: Tensor,
+    maximum: Tensor,
+    normalizer: Tensor,
+    average: Tensor,
+    bias: Tensor,
+    visible: int,
+    with_log: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The average and the log that `panel` gives. `visible` is not read: it is in the bias already."""
     count = torch.cat([normalizer, torch.ones_like(key)], 1)
     logits, values = torch.cat([maximum, key], 1), torch.cat([average, value], 1)
     weight = (logits - finite(logits.amax(1, keepdim=True))).exp() * count
     pair_weight = (bias - finite(bias.amax(-1, keepdim=True))).exp()
     total = (pair_weight @ weight.flatten(2)).unflatten(2, key.shape[2:])
     out = (pair_weight @ (spread(weight, values) * values).flatten(2)).unflatten(2, value.shape[2:])
-    out = out / spread(torch.where(total == 0, torch.ones_like(total), total), out)
+    out = out / spread(nonzero(total), out)
     index = g, c, p = _some_of(underflown(total, bias))
-    weights = exact_weights(index, key, maximum, normalizer, bias)
+    weights, log_total = exact_weights(index, key, maximum, normalizer, bias)
     values = values[g, :, p]
-    return out.index_put(index, (spread(weights, values) * values).sum(1))
+    out = out.index_put(index, (spread(weights, values) * values).sum(1))
+    if not with_log:
+        return out, None
+    return out, _log_total(total, key, maximum, bias).index_put(index, log_total)
 
 
 def _some_of(rows: Tensor) -> tuple[Tensor, ...]:
@@ -252,21 +310,31 @@ def _some_of(rows: Tensor) -> tuple[Tensor, ...]:
 
 
 def _save_for_backward(ctx, inputs, output):
-    key, value, maximum, normalizer, average, bias, ctx.visible = inputs
-    ctx.save_for_backward(*output, key, value, maximum, normalizer, average, bias)
-    ctx.mark_non_differentiable(output[1])
+    *tensors, ctx.visible, ctx.with_log = inputs
+    out, _, total = output
+    ctx.save_for_backward(out, total, *tensors)
+    ctx.mark_non_differentiable(*output[1 + ctx.with_log :])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad, _):
-    if grad is None:
-        return (None,) * 7
+def _backward(ctx, grad, grad_log, _):
+    if grad is None and grad_log is None:
+        return (None,) * 8
     out, total, *inputs = ctx.saved_tensors
+    grad = torch.zeros_like(out) if grad is None else grad.contiguous()
     if torch.is_grad_enabled():  # a derivative of this one is wanted
-        return (*differentiable_gradients(panel_composed, inputs, (ctx.visible,), grad), None)
+        grads = (grad, torch.zeros_like(total) if grad_log is None else grad_log) if ctx.with_log else grad
+        return (*differentiable_gradients(_composed_outputs, inputs, (ctx.visible, ctx.with_log), grads), None, None)
     needs_bias = ctx.needs_input_grad[5]
-    grads = panel_backward(grad.contiguous(), out, total, inputs, ctx.visible, needs_bias)
-    return (*grads[:5], grads[5] if needs_bias else None, None)
+    grad_log = None if grad_log is None else grad_log.contiguous()
+    grads = panel_backward(grad, grad_log, out, total, inputs, ctx.visible, needs_bias)
+    return (*grads[:5], grads[5] if needs_bias else None, None, None)
+
+
+def _composed_outputs(*arguments):
+    """What `panel_composed` gives, without what is None."""
+    average, logs = panel_composed(*arguments)
+    return average if logs is None else (average, logs)
 
 
 panel.register_autograd(_backward, setup_context=_save_for_backward)

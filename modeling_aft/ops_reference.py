@@ -22,12 +22,13 @@ def _tap_bias(row: torch.Tensor, offset: torch.Tensor, causal: bool) -> torch.Te
     return torch.where(inside[:, None], bias, torch.zeros_like(bias))
 
 
-def _attend(keys, values, bias, state_of_row):
-    """Weighted average [D] of `values` [J, D] under exp(keys + bias) [J, H], one of the terms of eq. 2."""
+def _attend(keys, values, bias, state_of_row, decay, past):
+    """Weighted average [D] of `values` [J, D] under exp(keys + bias) [J, H], one of the terms of eq. 2; the sum of the
+    keys before them has decayed by decay [H] for each of the `past` tokens since."""
     logits, terms = keys + bias, values
     if state_of_row is not None:
         maximum, normalizer, average = state_of_row
-        logits = torch.cat([(maximum + normalizer.log())[None], logits])
+        logits = torch.cat([(maximum + normalizer.log() - decay * past)[None], logits])
         terms = torch.cat([average[None], terms])
     weights = logits.softmax(0)  # [J, H]
     weights = weights.repeat_interleave(terms.shape[-1] // weights.shape[-1], dim=-1)  # [J, D]
@@ -35,8 +36,8 @@ def _attend(keys, values, bias, state_of_row):
 
 
 def aft_attention_reference(call: Call) -> tuple[torch.Tensor, AFTState]:
-    """Eq. 2, 4, 5 or 6, [B, T, D] in the dtype of the query, and the state after the last token. O(B T^2 D) time,
-    slow on purpose."""
+    """Eq. 2, 4, 5 or 6, with w_{t,t'} less by decay |t - t'| if there is one, [B, T, D] in the dtype of the query, and
+    the state after the last token. O(B T^2 D) time, slow on purpose."""
     average, state = _average(call)
     return gated(call.query, average, call.query_activation), state
 
@@ -48,6 +49,7 @@ def _average(call: Call) -> tuple[torch.Tensor, AFTState]:
     position_ids = tokens.position_ids
     dtype = torch.promote_types(compute_dtype(key), compute_dtype(value))
     batch, length, _ = key.shape
+    decay = torch.zeros_like(key[0, 0], dtype=dtype) if call.decay is None else call.decay.to(dtype)
     kept = torch.ones(batch, length, dtype=torch.bool) if tokens.keep is None else tokens.keep
     rows, states = [], []
     for b in range(batch):
@@ -94,7 +96,9 @@ def _average(call: Call) -> tuple[torch.Tensor, AFTState]:
                 row = window_bias[:, table_row] if window_bias.dim() == 3 else window_bias[:, b, t]
                 bias = _tap_bias(row, offset, causal).to(dtype)
                 bias = bias.repeat_interleave(keys.shape[-1] // bias.shape[-1], dim=-1)
-            out[t] = _attend(keys_c[visible], values_c[visible], bias, state_of_row)
+            bias = bias - decay * (past + i - visible).abs()[:, None]
+            # The sum is that of what stands before the keys of the state.
+            out[t] = _attend(keys_c[visible], values_c[visible], bias, state_of_row, decay, past + i + 1)
         rows.append(torch.stack(out))
         next_position = torch.tensor(max([first, *(position + 1).tolist()]), device=key.device)
         window = 0 if window_bias is None else max(window_bias.shape[-1] - 1, 0)
@@ -102,11 +106,12 @@ def _average(call: Call) -> tuple[torch.Tensor, AFTState]:
     average = torch.stack(rows)
     if position_bias is not None:
         return average, _full_state(key, value, kept, position_ids, state, [s[0] for s in states])
-    return average, _window_state(states, dtype)
+    return average, _window_state(states, decay, dtype)
 
 
-def _window_state(states, dtype) -> AFTState:
-    """Splits the tokens of each batch row into the last n - 1 and the sum of those before."""
+def _window_state(states, decay, dtype) -> AFTState:
+    """Splits the tokens of each batch row into the last n - 1 and the sum of those before, as they are where the last
+    of those stands."""
     position, key, value, maximum, normalizer, average = [], [], [], [], [], []
     for next_position, keys, values, older, window in states:
         split = max(len(keys) - window, 0)
@@ -115,9 +120,11 @@ def _window_state(states, dtype) -> AFTState:
         key.append(torch.nn.functional.pad(keys[split:], (0, 0, missing, 0), value=-torch.inf))
         value.append(torch.nn.functional.pad(values[split:], (0, 0, missing, 0)))
         logits, terms = keys[:split].to(dtype), values[:split].to(dtype)
+        logits = logits - decay * torch.arange(split - 1, -1, -1, device=keys.device)[:, None]
         counts = torch.ones_like(logits)
         if older is not None:
-            logits, counts = torch.cat([older[0][None], logits]), torch.cat([older[1][None], counts])
+            logits = torch.cat([(older[0] - decay * split)[None], logits])
+            counts = torch.cat([older[1][None], counts])
             terms = torch.cat([older[2][None], terms])
         if len(logits) == 0:
             maximum.append(logits.new_full(keys.shape[1:], -torch.inf))

@@ -26,7 +26,8 @@ class AFTState(NamedTuple):
     The tokens that have left the window (all tokens, for AFT-simple) are summed up by three fp32 tensors: the largest
     key, the sum of `exp(key - largest)`, and the average of their values under those weights. Keeping the maximum
     apart from the sum, instead of their log-sum-exp, loses nothing to rounding, however large the keys or long the
-    text.
+    text. With a decay, each key counts as what is left of it where the last of them stands: the maximum falls by the
+    decay with each token.
 
     Attributes:
         position: [B] int64, the position that the next kept token will have.
@@ -63,6 +64,7 @@ class Call(NamedTuple):
     value: Tensor
     position_bias: Tensor | None = None
     window_bias: Tensor | None = None
+    decay: Tensor | None = None
     causal: bool = True
     state: AFTState | None = None
     return_state: bool = False
@@ -125,6 +127,11 @@ def nonzero(normalizer: Tensor) -> Tensor:
     return torch.where(normalizer == 0, torch.ones_like(normalizer), normalizer)
 
 
+def log(total: Tensor) -> Tensor:
+    """Of a sum of weights: minus infinity for that of none, through which no gradient passes."""
+    return torch.where(total == 0, -torch.inf, nonzero(total).log())
+
+
 def merge(first, second):
     """Sums up two sums over disjoint keys. Exact, associative; (-inf, 0, 0) changes nothing."""
     maximum = torch.maximum(first[0], second[0]).detach()
@@ -159,7 +166,14 @@ def past_of(state: AFTState | None, key: Tensor, value: Tensor, dtype: torch.dty
     return (state.key, state.value), tuple(t.to(dtype) for t in (state.maximum, state.normalizer, state.average))
 
 
-def window_state(key: Tensor, value: Tensor, left: int, count: Tensor | None, initial) -> AFTState:
+def decayed(key: Tensor, decay: Tensor | None, distance: Tensor | int) -> Tensor:
+    """Keys `distance` tokens later: less by `decay` [K] for each."""
+    return key if decay is None else key - decay * distance
+
+
+def window_state(
+    key: Tensor, value: Tensor, left: int, count: Tensor | None, initial, decay: Tensor | None
+) -> AFTState:
     """The state of the windowed forms after the last token, but for its position: key [B, L+T, K] and value, with the
     L = `left` before the first in front, count [B] of kept tokens or None, the sum `initial` of all before."""
     length = key.shape[1] - left
@@ -171,6 +185,11 @@ def window_state(key: Tensor, value: Tensor, left: int, count: Tensor | None, in
         index = (count[:, None] + torch.arange(left, device=key.device))[..., None]
         window_key = key.gather(1, index.expand(-1, -1, key.shape[2]))
         window_value = value.gather(1, index.expand(-1, -1, value.shape[2]))
+    if decay is not None:
+        leaving = length if count is None else count[:, None]
+        distance = leaving - 1 - torch.arange(length, device=key.device)  # from the last of those
+        older_key = decayed(older_key, decay, distance[..., None])
+        initial = (decayed(initial[0], decay, leaving), *initial[1:])
     constant, normalizer, average = merge(initial, summarize(older_key, older_value, dim=1))
     maximum = torch.maximum(initial[0], older_key.amax(1))
     normalizer = normalizer * (finite(constant) - finite(maximum)).exp()  # a factor of 1, with its gradient
@@ -213,7 +232,7 @@ def advance(before: AFTState | None, new, like: AFTState) -> AFTState:
 
     Args:
         before: that before them, None at the start.
-        new: has `key` [B, T, K], `value` [B, T, D] and `tokens`.
+        new: has `key` [B, T, K], `value` [B, T, D], `tokens` and `decay`, [K] or None.
         like: any state of the same form.
     """
     tokens = new.tokens.advanced(None if before is None else before.position, new.key)
@@ -225,5 +244,6 @@ def advance(before: AFTState | None, new, like: AFTState) -> AFTState:
             key, value = compact(key, tokens.slot, -torch.inf), compact(value, tokens.slot)
         dtype, left = compute_dtype(key, value), like.key.shape[1]
         past, initial = past_of(before, key, value, dtype)
-        state = window_state(*with_past(key, value, past, left, dtype), left, tokens.count, initial)
+        decay = None if new.decay is None else new.decay.to(dtype)
+        state = window_state(*with_past(key, value, past, left, dtype), left, tokens.count, initial, decay)
     return completed(state, key, value, tokens)

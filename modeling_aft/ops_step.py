@@ -12,7 +12,7 @@ there can be."""
 import torch
 from torch import Tensor
 
-from .ops_state import AFTState, Call, completed, compute_dtype, gated, spread, without_padding
+from .ops_state import AFTState, Call, completed, compute_dtype, decayed, gated, spread, without_padding
 from .ops_windows import bias_rows
 
 
@@ -30,6 +30,7 @@ def step(call: Call) -> tuple[Tensor, AFTState | None]:
     rows = None if bias is None else bias_rows(bias.to(compute_dtype(key, value)), 1, tokens._replace(slot=None))
     split = (key.shape[2], -1)  # of value channels: [K, r], r of them share a key channel
     maximum, normalizer, average = state.maximum, state.normalizer, state.average
+    decay = None if call.decay is None else call.decay.to(maximum.dtype)
     if rows is None:
         keys, values = key, value
     else:
@@ -39,11 +40,15 @@ def step(call: Call) -> tuple[Tensor, AFTState | None]:
         bias = bias if bias.shape[2] == 1 else spread(bias, keys)
         # Rounded as keys + bias are; the state itself never is.
         older = (maximum + normalizer.clamp_min(_NOTHING).log())[:, None]
-        logits = torch.cat([older, keys + bias], 1).clamp_min(torch.finfo(older.dtype).min)
+        logits = torch.cat([older, keys + bias], 1)
+        if decay is not None:
+            distance = torch.arange(keys.shape[1], -1, -1, device=keys.device, dtype=logits.dtype)[:, None]
+            logits = torch.addcmul(logits, decay, distance, value=-1)
+        logits = logits.clamp_min(torch.finfo(older.dtype).min)
         out = (logits.softmax(1)[..., None] * values.unflatten(-1, split)).sum(1).flatten(-2)
         values = values[:, 1:]
     # The key that leaves the window joins the older ones.
-    oldest = keys[:, 0].to(maximum.dtype)
+    maximum, oldest = decayed(maximum, decay, 1), keys[:, 0].to(maximum.dtype)
     largest = torch.maximum(maximum, oldest)
     reference = largest.clamp_min(torch.finfo(largest.dtype).min)
     weight = (oldest - reference).exp()

@@ -20,6 +20,9 @@ each tile, so both directions read every input from memory once. The gradient of
 panel that sees it is done: until then it waits in a scratch buffer, and what all queries beyond the window add to it
 comes from one more carried sum. No float atomics: results are the same in every run.
 
+With a decay the keys of a panel, and the sum of the older ones, count as they are at the last query of the tile: what
+remains to each query is a factor that all its keys share. From tile to tile they fall by the decay of BLOCK_T tokens.
+
 Where batch x channels cannot fill the chip, time is cut into chunks: one kernel sums up each chunk, a second adds the
 sums up, and the main kernel runs all chunks at once.
 
@@ -35,7 +38,7 @@ import torch
 from torch import Tensor
 
 from .ops_operators import flops_of, operator_namespace
-from .ops_state import compute_dtype, spread
+from .ops_state import compute_dtype, decayed, spread
 from .ops_windows import Window
 
 
@@ -84,13 +87,15 @@ class _Matrix(NamedTuple):
 
 
 class _Inputs(NamedTuple):
-    """query [B, T, D], key [B, L+T, K], value [B, L+T, D], bias of the window [heads x B, T, n] (unread without)."""
+    """query [B, T, D], key [B, L+T, K], value [B, L+T, D], bias of the window [heads x B, T, n] and decay [K] (unread
+    without)."""
 
     query: _Matrix
     key: _Matrix
     value: _Matrix
     rows: _Matrix
     head: int  # how many elements lie between two heads of the bias
+    decay: Any
 
 
 class _Sums(NamedTuple):
@@ -154,6 +159,7 @@ class _Constants(NamedTuple):
         PRECISION: of matrix products.
         STAGES: how many tiles are in flight in the main kernels.
         CHUNKED: whether there are several chunks.
+        DECAY: whether there is one.
         ROWS: the gradient of the bias: "none", "each" (a row per query) or "sum" (one row for all).
     """
 
@@ -169,6 +175,7 @@ class _Constants(NamedTuple):
     ACTIVATION: str
     STAGES: int
     CHUNKED: bool
+    DECAY: bool
     ROWS: str
 
 
@@ -183,7 +190,7 @@ class _Columns(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """What a program works on: the inputs from its sequence and head on, and its columns of them.
+    """What a program works on: the inputs from its sequence and head on, its columns of them, and the decay of each.
 
     (A field must not be called `values` or `type`: Triton's tuples have these.)
     """
@@ -194,6 +201,7 @@ class _Part(NamedTuple):
     rows: _Matrix
     key_columns: _Columns
     value_columns: _Columns
+    decay: Any
 
 
 class _Sum(NamedTuple):
@@ -272,13 +280,23 @@ def _contiguous(pointer, batch, rows, width):
 
 
 @_jit
+def _load_decay(pointer, columns, C: tl.constexpr):
+    """The decay of each key channel of some columns."""
+    decay = tl.zeros((C.BLOCK_K * C.BLOCK_R,), C.DTYPE)
+    if C.DECAY:
+        decay = tl.load(pointer + columns.channel, mask=columns.exists, other=0.0).to(C.DTYPE)
+    return decay
+
+
+@_jit
 def _part(inputs, sizes, block, batch, C: tl.constexpr):
     """What the program of this block and row of the batch works on."""
     keys, values = _columns(block, sizes, C)
     head, _, _ = _block(block, sizes, C)
     rows = _at(inputs.rows, batch)
     rows = _Matrix(rows.start + head.to(tl.int64) * inputs.head, rows.batch, rows.row)
-    return _Part(_at(inputs.query, batch), _at(inputs.key, batch), _at(inputs.value, batch), rows, keys, values)
+    query, key, value = _at(inputs.query, batch), _at(inputs.key, batch), _at(inputs.value, batch)
+    return _Part(query, key, value, rows, keys, values, _load_decay(inputs.decay, keys, C))
 
 
 @_jit
@@ -302,10 +320,13 @@ def _store(matrix, columns, start, stop, tile, SIZE: tl.constexpr):
 
 
 @_jit
-def _load_keys(part, sizes, start, SIZE: tl.constexpr, C: tl.constexpr):
-    """The keys and values of the queries start to start + SIZE - 1."""
+def _load_keys(part, sizes, start, t0, SIZE: tl.constexpr, C: tl.constexpr):
+    """The keys and values of the queries start to start + SIZE - 1, as they are at the end of the tile at t0."""
     row, stop = start + sizes.left, sizes.length + sizes.left
     k = _load(part.key, part.key_columns, row, stop, float("-inf"), SIZE, C.DTYPE)
+    if C.DECAY:
+        distance = t0 + C.BLOCK_T - 1 - start - tl.arange(0, SIZE)
+        k -= distance[:, None].to(C.DTYPE) * part.decay[None, :]
     return k, _load(part.value, part.value_columns, row, stop, 0.0, SIZE, C.DTYPE)
 
 
@@ -334,6 +355,18 @@ def _merge(one, other):
     scale, other_scale = tl.exp(one.maximum - _finite(maximum)), tl.exp(other.maximum - _finite(maximum))
     normalizer = one.normalizer * scale + other.normalizer * other_scale
     return _Sum(maximum, normalizer, one.total * scale + other.total * other_scale)
+
+
+@_jit
+def _fallen(sum, decay, tiles, C: tl.constexpr):
+    """A sum of keys as it is some tiles later."""
+    return _Sum(sum.maximum - decay * (tiles * C.BLOCK_T), sum.normalizer, sum.total)
+
+
+@_jit
+def _risen(sent, decay, tiles, C: tl.constexpr):
+    """What queries send back, for keys as they were some tiles earlier."""
+    return _Sent(sent.maximum + decay * (tiles * C.BLOCK_T), sent.g, sent.c)
 
 
 @_jit
@@ -374,7 +407,7 @@ def _panel(part, sizes, older, t0, C: tl.constexpr):
     column_maximum = older.maximum
     for block in range(C.PAST // BLOCK_T + 1):
         start = t0 - C.PAST + block * BLOCK_T
-        k, v = _load_keys(part, sizes, start, BLOCK_T, C)
+        k, v = _load_keys(part, sizes, start, t0, BLOCK_T, C)
         block_maximum = tl.max(k, 0)
         e = tl.exp(k - _finite(block_maximum)[None, :])
         # The first block of this panel is older than the next. The sum of those has a maximum of its own: a later key
@@ -397,7 +430,7 @@ def _panel(part, sizes, older, t0, C: tl.constexpr):
         else:
             denominator = denominator * scale + tl.cumsum(e, 0)
             numerator = numerator * scale + tl.cumsum(e * v, 0)
-    return _Panel(row_maximum, column_maximum, denominator, numerator), older
+    return _Panel(row_maximum, column_maximum, denominator, numerator), _fallen(older, part.decay, 1, C)
 
 
 @_jit
@@ -409,7 +442,7 @@ def _exact_panel(part, sizes, older, t0, C: tl.constexpr):
     total = _Sum(zero + older.maximum[None, :], zero + older.normalizer[None, :], zero + older.total[None, :])
     for index in range(C.PAST + BLOCK_T):
         start = t0 - C.PAST + index
-        k, v = _load_keys(part, sizes, start, 1, C)
+        k, v = _load_keys(part, sizes, start, t0, 1, C)
         logits = k + _log_weights(part, sizes, t0, t0 - start, 1, C)
         e = zero + 1.0
         total = _merge(total, _Sum(logits, e, e * v))
@@ -486,24 +519,27 @@ def _forward_sums(inputs, carry, sizes, C: tl.constexpr):
     zero = tl.zeros((C.BLOCK_K * C.BLOCK_R,), C.DTYPE)
     older = _Sum(zero + float("-inf"), zero, zero)
     for tile in range(chunk * sizes.chunk_tiles, tl.minimum((chunk + 1) * sizes.chunk_tiles, sizes.tiles)):
-        k, v = _load_keys(part, sizes, tile * C.BLOCK_T - C.PAST, C.BLOCK_T, C)
+        t0 = tile * C.BLOCK_T
+        k, v = _load_keys(part, sizes, t0 - C.PAST, t0, C.BLOCK_T, C)
         maximum = tl.max(k, 0)
         e = tl.exp(k - _finite(maximum)[None, :])
         older = _merge(older, _Sum(maximum, tl.sum(e, 0), tl.sum(e * v, 0)))
+        older = _fallen(older, part.decay, 1, C)
     _store_sum(carry, batch * sizes.chunks + chunk, sizes.width, part.value_columns, older)
 
 
 @_jit
-def _forward_scan(carry, initial, sizes, C: tl.constexpr):
+def _forward_scan(carry, initial, decay, sizes, C: tl.constexpr):
     """Replaces the sum of each chunk in carry [B, chunks, 3, D] by that of everything before; initial [B, 3, D]."""
     block, _, batch = _program(sizes.blocks, 1)
-    _, columns = _columns(block, sizes, C)
+    keys, columns = _columns(block, sizes, C)
+    decay = _load_decay(decay, keys, C)
     older = _load_sum(initial, batch, sizes.width, columns, C.DTYPE)
     for chunk in range(sizes.chunks):
         index = batch * sizes.chunks + chunk
         leaving = _load_sum(carry, index, sizes.width, columns, C.DTYPE)
         _store_sum(carry, index, sizes.width, columns, older)
-        older = _merge(older, leaving)
+        older = _merge(_fallen(older, decay, sizes.chunk_tiles, C), leaving)
 
 
 @_jit
@@ -548,22 +584,23 @@ def _backward_sums(grad, inputs, sums, sizes, C: tl.constexpr):
         tile = stop - 1 - step
         older = _load_sum(sums.states, batch * sizes.tiles + tile, sizes.width, part.value_columns, C.DTYPE)
         _, _, _, _, _, more = _query_gradients(grad, part, sizes, older, tile * C.BLOCK_T, C)
-        sent = _merge_sent(sent, more)
+        sent = _merge_sent(_risen(sent, part.decay, 1, C), more)
     _store_sum(sums.carry, batch * sizes.chunks + chunk, sizes.width, part.value_columns, sent)
 
 
 @_jit
-def _backward_scan(carry, sizes, C: tl.constexpr):
+def _backward_scan(carry, decay, sizes, C: tl.constexpr):
     """Replaces what each chunk sends back, in carry [B, chunks, 3, D], by what everything after it does."""
     block, _, batch = _program(sizes.blocks, 1)
-    _, columns = _columns(block, sizes, C)
+    keys, columns = _columns(block, sizes, C)
+    decay = _load_decay(decay, keys, C)
     zero = tl.zeros((C.BLOCK_K * C.BLOCK_R,), C.DTYPE)
     sent = _Sent(zero + float("inf"), zero, zero)
     for step in range(sizes.chunks):
         index = batch * sizes.chunks + sizes.chunks - 1 - step
         more = _Sent(*_load_sum(carry, index, sizes.width, columns, C.DTYPE))
         _store_sum(carry, index, sizes.width, columns, sent)
-        sent = _merge_sent(sent, more)
+        sent = _merge_sent(_risen(sent, decay, sizes.chunk_tiles, C), more)
 
 
 @_jit
@@ -605,12 +642,14 @@ def _backward(grad, inputs, sums, scratch, gradients, sizes, C: tl.constexpr):
         own = tile < stop
         state = batch * sizes.tiles + tl.maximum(tile, 0)
         older = _load_sum(sums.states, state, sizes.width, part.value_columns, C.DTYPE)
+        older = _fallen(older, part.decay, tl.minimum(tile, 0), C)  # before the first tile it has not yet
         panel, underflow, dq, g, c, more = _query_gradients(grad, part, sizes, older, t0, C)
         _store(d_query, part.value_columns, t0, tl.where(own, sizes.length, 0), dq, BLOCK_T)
+        sent = _risen(sent, part.decay, 1, C)
         for back in range(PAST_BLOCKS + 1):
             index = PAST_BLOCKS - back
             start = t0 - C.PAST + index * BLOCK_T
-            k, v = _load_keys(part, sizes, start, BLOCK_T, C)
+            k, v = _load_keys(part, sizes, start, t0, BLOCK_T, C)
             if underflow:
                 dk = tl.zeros((BLOCK_T, COLUMNS), C.DTYPE)
                 dv = tl.zeros((BLOCK_T, COLUMNS), C.DTYPE)
@@ -621,7 +660,7 @@ def _backward(grad, inputs, sums, scratch, gradients, sizes, C: tl.constexpr):
                 reference = _finite(reference)
                 for j in range(BLOCK_T):
                     this = tl.arange(0, BLOCK_T) == j
-                    k_j, v_j = _load_keys(part, sizes, start + j, 1, C)
+                    k_j, v_j = _load_keys(part, sizes, start + j, t0, 1, C)
                     w_j = _log_weights(part, sizes, t0, t0 - start - j, 1, C)
                     e = tl.exp(k_j + w_j - reference)
                     d_logits = e * (g * v_j - c)
@@ -688,16 +727,17 @@ def _matrix(tensor: Tensor) -> _Matrix:
     return _Matrix(tensor, tensor.stride(0), tensor.stride(1))
 
 
-def _inputs(query, key, value, rows) -> _Inputs:
+def _inputs(query, key, value, rows, decay) -> _Inputs:
     bias, head = _Matrix(query, 0, 0), 0  # some address: it is not read
     if rows is not None:
         sizes = zip(rows.shape, rows.stride(), strict=True)
         head, batch, row, _ = (0 if size == 1 else step for size, step in sizes)
         bias = _Matrix(rows, batch, row)
-    return _Inputs(_matrix(query), _matrix(key), _matrix(value), bias, head)
+    decay = query if decay is None else decay
+    return _Inputs(_matrix(query), _matrix(key), _matrix(value), bias, head, decay)
 
 
-def _plan(query, key, value, rows, activation, layouts) -> tuple[_Sizes, _Constants, dict]:
+def _plan(query, key, value, rows, decay, activation, layouts) -> tuple[_Sizes, _Constants, dict]:
     """How the work is cut: what all kernels of one direction share, and the options that they are compiled with."""
     batch, length, width = query.shape
     heads, taps = (1, 0) if rows is None else (rows.shape[0], rows.shape[3])
@@ -738,6 +778,7 @@ def _plan(query, key, value, rows, activation, layouts) -> tuple[_Sizes, _Consta
         ACTIVATION=activation,
         STAGES=1,
         CHUNKED=chunks > 1,
+        DECAY=decay is not None,
         ROWS="none",
     )
     return sizes, constants, options
@@ -760,14 +801,21 @@ def _sums_like(query, key, value, count):
 
 @torch.library.custom_op(f"{_NAMESPACE}::windowed_triton", mutates_args=())
 def _windowed(
-    query: Tensor, key: Tensor, value: Tensor, rows: Tensor | None, initial: Tensor, query_activation: str
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: Tensor | None,
+    initial: Tensor,
+    decay: Tensor | None,
+    query_activation: str,
 ) -> tuple[Tensor, Tensor]:
     """Result [B, T, D] and the sums of the keys older than each panel [B, tiles, 3, D].
 
-    query [B, T, D], key [B, L+T, K], value [B, L+T, D], rows [heads, 1 or B, 1 or T, n], initial [B, 3, D].
+    query [B, T, D], key [B, L+T, K], value [B, L+T, D], rows [heads, 1 or B, 1 or T, n], initial [B, 3, D], as it is at
+    the end of the first tile, decay [K].
     """
-    inputs = _inputs(query, key, value, rows)
-    sizes, constants, options = _plan(query, key, value, rows, query_activation, _FORWARD)
+    inputs = _inputs(query, key, value, rows, decay)
+    sizes, constants, options = _plan(query, key, value, rows, decay, query_activation, _FORWARD)
     sequences = (sizes.blocks * sizes.batches,)
     programs = (sizes.blocks * sizes.batches * sizes.chunks,)
     out = query.new_empty(query.shape)
@@ -775,19 +823,19 @@ def _windowed(
     if sizes.chunks > 1:
         sums = sums._replace(carry=_sums_like(query, key, value, sizes.chunks))
         _forward_sums[programs](inputs, sums.carry, sizes, constants, **options)
-        _forward_scan[sequences](sums.carry, initial, sizes, constants, num_warps=1)
+        _forward_scan[sequences](sums.carry, initial, inputs.decay, sizes, constants, num_warps=1)
     constants = constants._replace(STAGES=1 if constants.PAST else 3)
     _forward[programs](inputs, sums, out, sizes, constants, **options)
     return out, sums.states
 
 
 @_windowed.register_fake
-def _(query, key, value, rows, initial, query_activation):
+def _(query, key, value, rows, initial, decay, query_activation):
     return query.new_empty(query.shape), _sums_like(query, key, value, -(-query.shape[1] // _BLOCK_T))
 
 
 @flops_of(_windowed)
-def _windowed_flops(query, key, value, rows, initial, query_activation):
+def _windowed_flops(query, key, value, rows, *_):
     if rows is None:  # sums alone
         return 0
     batch, length, width = query.shape
@@ -803,24 +851,32 @@ def _windowed_backward(
     value: Tensor,
     rows: Tensor | None,
     initial: Tensor,
+    decay: Tensor | None,
     states: Tensor,
     query_activation: str,
     needs_rows: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value, rows (empty unless `needs_rows`) and initial."""
-    inputs = _inputs(query, key, value, rows)
-    sizes, constants, options = _plan(query, key, value, rows, query_activation, _BACKWARD)
+    needs_decay: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value, rows (empty unless `needs_rows`), initial and decay (empty unless
+    `needs_decay`).
+
+    The gradients of the logits of a query add up to 0. So that of the decay, which is the sum of (t' - t) times that
+    of each pair, is the sum of t' times the gradient of each key.
+    """
+    inputs = _inputs(query, key, value, rows, decay)
+    sizes, constants, options = _plan(query, key, value, rows, decay, query_activation, _BACKWARD)
     batch, blocks, chunks = sizes.batches, sizes.blocks, sizes.chunks
     programs = blocks * batch * chunks
     sums = _Sums(states, states)
     if chunks > 1:
         sums = sums._replace(carry=_sums_like(query, key, value, chunks))
         _backward_sums[(programs,)](grad, inputs, sums, sizes, constants, **options)
-        _backward_scan[(blocks * batch,)](sums.carry, sizes, constants, num_warps=1)
+        _backward_scan[(blocks * batch,)](sums.carry, inputs.decay, sizes, constants, num_warps=1)
 
     share_blocks = triton.cdiv(constants.SHARED, constants.BLOCK_R)
     d_query, d_value = query.new_empty(query.shape), value.new_empty(value.shape)
-    d_key = key.new_empty(share_blocks, *key.shape, dtype=key.dtype if share_blocks == 1 else states.dtype)
+    in_parts = share_blocks > 1 or needs_decay  # to be added up before they are rounded
+    d_key = key.new_empty(share_blocks, *key.shape, dtype=states.dtype if in_parts else key.dtype)
     d_older = states.new_empty(batch, 2, sizes.width)
     d_rows, kind = states.new_empty(0), "none"
     if needs_rows and rows.shape[2] > 1:
@@ -833,27 +889,37 @@ def _windowed_backward(
     options["num_stages"] = 1  # the scratch buffer must not be read ahead
     _backward[(programs,)](grad, inputs, sums, scratch, gradients, sizes, constants, **options)
 
-    d_key = d_key[0] if share_blocks == 1 else d_key.sum(0).to(key.dtype)
+    d_key = d_key[0] if share_blocks == 1 else d_key.sum(0)
     if needs_rows:
         d_rows = d_rows.unflatten(0, (rows.shape[0], -1))
         dims = [1] + [dim + 1 for dim in (1, 2) if rows.shape[dim] == 1]
         d_rows = d_rows.sum(dims).reshape(rows.shape).to(rows.dtype)
     d_total, d_normalizer = d_older[:, 0], -d_older[:, 1]
     d_maximum = initial[:, 1] * d_normalizer + initial[:, 2] * d_total
-    return d_query, d_key, d_value, d_rows, torch.stack([d_maximum, d_normalizer, d_total], 1)
+    d_initial = torch.stack([d_maximum, d_normalizer, d_total], 1)
+    d_decay = states.new_empty(0)
+    if needs_decay:
+        middle = key.shape[1] / 2
+        places = torch.arange(key.shape[1], dtype=torch.float64, device=key.device) - middle
+        d_decay = places @ d_key.sum(0).double()
+        place = sizes.left + _BLOCK_T - 1 - middle  # of the initial sum
+        d_decay += place * d_maximum.sum(0).double().unflatten(0, (-1, constants.SHARED)).sum(1)
+        d_decay = d_decay.to(decay.dtype)
+    return d_query, d_key.to(key.dtype), d_value, d_rows, d_initial, d_decay
 
 
 @_windowed_backward.register_fake
-def _(grad, query, key, value, rows, initial, states, query_activation, needs_rows):
+def _(grad, query, key, value, rows, initial, decay, states, query_activation, needs_rows, needs_decay):
     like = [t.new_empty(t.shape) for t in (query, key, value)]
     d_rows = rows.new_empty(rows.shape) if needs_rows else states.new_empty(0)
-    return *like, d_rows, states.new_empty(initial.shape)
+    d_decay = decay.new_empty(decay.shape) if needs_decay else states.new_empty(0)
+    return *like, d_rows, states.new_empty(initial.shape), d_decay
 
 
 @flops_of(_windowed_backward)
-def _(grad, query, key, value, rows, initial, states, query_activation, needs_rows):
+def _(grad, query, key, value, rows, initial, decay, states, query_activation, needs_rows, needs_decay):
     # The products of the forward pass, again, and the two gradients of each.
-    return (2 + needs_rows) * _windowed_flops(query, key, value, rows, initial, query_activation)
+    return (2 + needs_rows) * _windowed_flops(query, key, value, rows)
 
 
 def _save_for_backward(ctx, inputs, output):
@@ -865,10 +931,13 @@ def _save_for_backward(ctx, inputs, output):
 
 def _differentiate(ctx, grad, _):
     if grad is None:
-        return (None,) * 6
-    needs_rows = ctx.needs_input_grad[3]
-    grads = _windowed_backward(grad.contiguous(), *ctx.saved_tensors, ctx.query_activation, needs_rows)
-    return (*grads[:3], grads[3] if needs_rows else None, grads[4], None)
+        return (None,) * 7
+    needs_rows, needs_decay = ctx.needs_input_grad[3], ctx.needs_input_grad[5]
+    grads = _windowed_backward(
+        grad.contiguous(), *ctx.saved_tensors, ctx.query_activation, needs_rows, needs_decay
+    )
+    *grads, d_rows, d_initial, d_decay = grads
+    return (*grads, d_rows if needs_rows else None, d_initial, d_decay if needs_decay else None, None)
 
 
 _windowed.register_autograd(_differentiate, setup_context=_save_for_backward)
@@ -879,13 +948,14 @@ def windowed_triton(window: Window) -> Tensor:
     See [`Window`], causal. A query that sees no key gives 0, with zero gradients. The sums are taken in float32, or in
     float64 if an input is. Half-precision inputs go through the tensor cores in tf32.
     """
-    query, key, value, rows, past, (maximum, normalizer, average), _, activation = window
+    query, key, value, rows, past, (maximum, normalizer, average), _, activation, decay = window
     if past is not None:
         key, value = torch.cat([past[0].to(key.dtype), key], 1), torch.cat([past[1].to(value.dtype), value], 1)
     dtype = compute_dtype(query, key, value)
+    maximum = decayed(maximum, decay, window.left + _BLOCK_T)  # from before the past to the end of the first tile
     maximum, normalizer = (spread(tensor.to(dtype), average) for tensor in (maximum, normalizer))
     initial = torch.stack([maximum, normalizer, normalizer * average.to(dtype)], 1)
     query, key, value, rows = (
         t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (query, key, value, rows)
     )
-    return _windowed(query, key, value, rows, initial, activation)[0]
+    return _windowed(query, key, value, rows, initial, decay, activation)[0]

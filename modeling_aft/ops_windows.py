@@ -32,6 +32,8 @@ class Window(NamedTuple):
             the computation.
         causal: whether a query sees only its own and earlier tokens; else there is no past.
         activation: that of the query.
+        decay: [K] in the dtype of the computation, or None. The initial sum is that of keys as they are where the last
+            of them stands, right before those of the past.
     """
 
     query: Tensor
@@ -42,6 +44,7 @@ class Window(NamedTuple):
     initial: tuple[Tensor, Tensor, Tensor]
     causal: bool
     activation: str
+    decay: Tensor | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -65,11 +68,12 @@ def several_queries(kernel: Callable[[Window], Tensor]) -> Callable[[Call], tupl
         dtype = compute_dtype(key, value)
         rows = None if bias is None else bias_rows(bias.to(dtype), key.shape[1], call.tokens)
         past, initial = past_of(call.state, key, value, dtype)
-        window = Window(query, key, value, rows, past, initial, call.causal, call.query_activation)
+        decay = None if call.decay is None else call.decay.to(dtype)
+        window = Window(query, key, value, rows, past, initial, call.causal, call.query_activation, decay)
         out, new_state = kernel(window), None
         if call.return_state:
             key, value = with_past(key, value, past, window.left, dtype)
-            new_state = window_state(key, value, window.left, call.tokens.count, initial)
+            new_state = window_state(key, value, window.left, call.tokens.count, initial, decay)
             new_state = completed(new_state, call.key, call.value, call.tokens)
         return (out if slot is None else expand(out, slot)), new_state
 

@@ -27,6 +27,13 @@ AFT_VARIANTS = {
     "conv": {"aft_type": "conv"},
     "conv-nopos": {"aft_type": "conv", "position_embedding_type": "none"},
     "conv-1": {"aft_type": "conv", "window_size": 1},
+    "conv-decay": {"aft_type": "conv", "decay": "fixed"},
+    "relative-decay": {
+        "aft_type": "local",
+        "position_bias_type": "relative",
+        "position_embedding_type": "none",
+        "decay": "learned",
+    },
 }
 SYNTHESIZER_VARIANTS = {
     **{
@@ -51,7 +58,7 @@ SYNTHESIZER_VARIANTS = {
     },
 }
 VARIANTS = {**AFT_VARIANTS, **SYNTHESIZER_VARIANTS}
-UNLIMITED = ["simple-nopos", "conv-nopos", "dot_product-nopos"]
+UNLIMITED = ["simple-nopos", "conv-nopos", "relative-decay", "dot_product-nopos"]
 FIXED_STATE = [name for name in AFT_VARIANTS if "full" not in name]
 
 

@@ -14,12 +14,12 @@ import math
 import torch
 from torch import nn
 
-from modeling_aft.modeling_attention_free import ConvPositionBias, TablePositionBias
+from modeling_aft.modeling_attention_free import PositionBias
 from modeling_aft.modeling_synthesizer import FactorizedRandomLogits, RandomLogits
 
 
 # The modules of which every parameter is a bias or a logit of positions, or a factor of one.
-POSITION_MODULES = (TablePositionBias, ConvPositionBias, RandomLogits, FactorizedRandomLogits)
+POSITION_MODULES = (PositionBias, RandomLogits, FactorizedRandomLogits)
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
