@@ -59,8 +59,8 @@ class AFTConfig(MixerConfig):
             channels, and do not read this field.
         decay (`str`, *optional*):
             Whether keys fade: each key channel adds `-rate * |t - t'|` to its biases, within the window and beyond, so
-            that however long a text is, its recent part keeps its weight. `"learned"` trains the rates, `"fixed"` keeps
-            those that they begin with, `None` has none. Not for full. It is not in the paper.
+            that however long a text is, its recent part keeps its weight. `"learned"` trains the rates, `"fixed"`
+            keeps those that they begin with, `None` has none. Not for full. It is not in the paper.
         decay_min_half_life, decay_max_half_life (`float`, default to 4.0 and 4096.0):
             The half-lives, in tokens, that the key channels of each layer begin with: `rate = ln 2 / half-life`, and
             the half-lives rise from the first channel to the last by equal factors. Unused without a decay.

@@ -174,8 +174,8 @@ class ConvPositionBias(PositionBias):
 
 
 class Decay(nn.Module):
-    """The rates at which keys fade: softplus of a weight, in fp32, so that none is negative. The weight is a buffer where
-    it is not trained, which no optimizer sees and every checkpoint holds."""
+    """The rates at which keys fade: softplus of a weight, in fp32, so that none is negative. Where it is not trained,
+    the weight is a buffer, which no optimizer sees and every checkpoint holds."""
 
     def __init__(self, config):
         super().__init__()

@@ -12,9 +12,9 @@ Time is cut into chunks. The panel (ops_panel.py) of a chunk has its own keys, t
 that stands for everything older, or two, bidirectionally; their weight and their average are carried from chunk to
 chunk by an associative scan. AFT-simple is the case without a window.
 
-A decay is put into the keys of a panel, as they are where its last query stands: what remains to each query is a factor
-that all its keys share, and no average depends on it. Bidirectionally there are two such averages, of what comes before
-a query and of what comes after it.
+A decay is put into the keys of a panel, as they are where its last query stands: what remains to each query is a
+factor that all its keys share, and no average depends on it. Bidirectionally there are two such averages, of what
+comes before a query and of what comes after it.
 """
 
 from collections.abc import Callable
@@ -145,9 +145,9 @@ def _both_sides(key, value, rows, decay, dtype, panel, in_one=False):
     # That of earlier keys and its own, and with time reversed that of later ones: its own is at the offset 0.
     later = F.pad(rows[..., :left].flip(-1, 2), (1, 0), value=-torch.inf)
     sides = []
-    for tensors, rows in (((key, value), rows[..., left:]), ((key.flip(1), value.flip(1)), later)):
+    for tensors, bias in (((key, value), rows[..., left:]), ((key.flip(1), value.flip(1)), later)):
         tensors = with_past(*tensors, None, left, dtype)
-        average, logs = _average(*tensors, rows, True, initial, decay, panel, in_one, with_log=True)
+        average, logs = _average(*tensors, bias, True, initial, decay, panel, in_one, with_log=True)
         sides.append((logs, torch.ones_like(logs), average))
     return merge(sides[0], tuple(tensor.flip(1) for tensor in sides[1]))[2]
 

@@ -54,9 +54,9 @@ class _Plan:
     Sizes, the blocks, and the layout of the products of matrices.
 
     Attributes, each None without a decay:
-        shift: [rows of a block + reach, h, k], what is added to the keys of a block, those of the `reach` tokens before
-            it in front: they are as in the middle of the queries of their panel. A row that is in two panels is as in
-            the first, and falls in the second.
+        shift: [rows of a block + reach, h, k], what is added to the keys of a block, those of the `reach` tokens
+            before it in front: they are as in the middle of the queries of their panel. A row that is in two panels is
+            as in the first, and falls in the second.
         first_shift: [h, k], the same of the sum of the keys before the first, which is that right before it.
         fall: [h, 1, w], the factor of columns from a chunk to the next; None for a single one.
 
@@ -290,8 +290,8 @@ def _running_sum(sums, fall):
 
 
 def _older(plan, columns, carry, chunks):
-    """For each chunk the sum of what comes before its panel, [b, chunks, h, w], and that for the chunk to come; columns
-    [b, chunks C + reach, h, w]."""
+    """For each chunk the sum of what comes before its panel, [b, chunks, h, w], and that for the chunk to come, of
+    columns [b, chunks C + reach, h, w]."""
     sums = columns[:, : chunks * plan.chunk].unflatten(1, (chunks, -1)).sum(2)
     if plan.fall is not None:
         sums *= plan.fall[:, 0]

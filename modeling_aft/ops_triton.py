@@ -811,8 +811,8 @@ def _windowed(
 ) -> tuple[Tensor, Tensor]:
     """Result [B, T, D] and the sums of the keys older than each panel [B, tiles, 3, D].
 
-    query [B, T, D], key [B, L+T, K], value [B, L+T, D], rows [heads, 1 or B, 1 or T, n], initial [B, 3, D], as it is at
-    the end of the first tile, decay [K].
+    query [B, T, D], key [B, L+T, K], value [B, L+T, D], rows [heads, 1 or B, 1 or T, n], initial [B, 3, D] as it is
+    at the end of the first tile, decay [K].
     """
     inputs = _inputs(query, key, value, rows, decay)
     sizes, constants, options = _plan(query, key, value, rows, decay, query_activation, _FORWARD)
@@ -933,9 +933,7 @@ def _differentiate(ctx, grad, _):
     if grad is None:
         return (None,) * 7
     needs_rows, needs_decay = ctx.needs_input_grad[3], ctx.needs_input_grad[5]
-    grads = _windowed_backward(
-        grad.contiguous(), *ctx.saved_tensors, ctx.query_activation, needs_rows, needs_decay
-    )
+    grads = _windowed_backward(grad.contiguous(), *ctx.saved_tensors, ctx.query_activation, needs_rows, needs_decay)
     *grads, d_rows, d_initial, d_decay = grads
     return (*grads, d_rows if needs_rows else None, d_initial, d_decay if needs_decay else None, None)
 

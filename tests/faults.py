@@ -226,8 +226,8 @@ def _(original):
 
 @fault("the window of the state is one token stale", "ops_state.window_state", GENERATION)
 def _(original):
-    def window_state(key, value, left, count, initial):
-        state, first = original(key, value, left, count, initial), key.shape[1] - left
+    def window_state(key, value, left, count, initial, decay):
+        state, first = original(key, value, left, count, initial, decay), key.shape[1] - left
         if count is not None:
             return state
         return state._replace(key=key[:, first - 1 : -1].clone(), value=value[:, first - 1 : -1].clone())
@@ -237,10 +237,10 @@ def _(original):
 
 @fault("the sums leak the future within a chunk", "ops_chunks._exclusive_scan", OPS)
 def _(original):
-    def _exclusive_scan(sums, initial):
+    def _exclusive_scan(sums, initial, decay=None):
         from modeling_aft.ops_state import merge
 
-        return merge(original(sums, initial), sums)
+        return merge(original(sums, initial, decay), sums)
 
     return _exclusive_scan
 
@@ -264,9 +264,9 @@ def _(original):
 
 @fault("the sums of the CPU's chunks leak the future", "ops_cpu._older", MODELING)
 def _(original):
-    def _older(columns, carry, chunks):
-        older, total = original(columns, carry, chunks)
-        return older + columns.unflatten(1, (chunks, -1)).sum(2), total
+    def _older(plan, columns, carry, chunks):
+        older, total = original(plan, columns, carry, chunks)
+        return older + columns[:, : chunks * plan.chunk].unflatten(1, (chunks, -1)).sum(2), total
 
     return _older
 
@@ -285,12 +285,32 @@ def _(original):
 
 @fault("what is older than a block is lost on the CPU", "ops_cpu._older", OPS)
 def _(original):
-    return lambda columns, carry, chunks: (original(columns, carry, chunks)[0], carry)
+    return lambda plan, columns, carry, chunks: (original(plan, columns, carry, chunks)[0], carry)
 
 
 @fault("what is newer than a block gives no gradient on the CPU", "ops_cpu._newer", OPS)
 def _(original):
-    return lambda columns, carry, chunks: (original(columns, carry, chunks)[0], carry)
+    return lambda plan, columns, carry, chunks: (original(plan, columns, carry, chunks)[0], carry)
+
+
+@fault("nothing fades from chunk to chunk on the CPU", "ops_cpu._running_sum", OPS)
+def _(original):
+    return lambda sums, fall: original(sums, None)
+
+
+@fault("the gradient of the decay is half of what it is", "ops_cpu._moment", OPS)
+def _(original):
+    return lambda gradients, start: original(gradients, start) / 2
+
+
+@fault("a step does not let the state fade", "ops_step.decayed", GENERATION)
+def _(original):
+    return lambda key, decay, distance: key
+
+
+@fault("the decay of a model is that of its first key channel", "modeling_attention_free.Decay.forward", GENERATION)
+def _(original):
+    return lambda self: original(self)[:1].expand_as(self.weight).detach() * 2
 
 
 @fault("the CPU takes any exponential as it is", "ops_cpu._LARGEST_SUM", MODES)
@@ -310,12 +330,12 @@ def _(original):
 
 @fault("padding enters the state", "ops_state.window_state", GENERATION)
 def _(original):
-    def window_state(key, value, left, count, initial):
+    def window_state(key, value, left, count, initial, decay):
         from modeling_aft.ops_state import merge, summarize
 
         length = key.shape[1] - left
         sums = merge(initial, summarize(key[:, :length], value[:, :length], dim=1))
-        state = original(key, value, left, count, initial)
+        state = original(key, value, left, count, initial, decay)
         return state._replace(maximum=sums[0], normalizer=sums[1], average=sums[2])
 
     return window_state
@@ -323,15 +343,15 @@ def _(original):
 
 @fault("padding takes the place of a token in the window", "ops_state.window_state", GENERATION)
 def _(original):
-    def window_state(key, value, left, count, initial):
-        return original(key, value, left, count, initial)._replace(key=key[:, key.shape[1] - left :].clone())
+    def window_state(key, value, left, count, initial, decay):
+        return original(key, value, left, count, initial, decay)._replace(key=key[:, key.shape[1] - left :].clone())
 
     return window_state
 
 
 @fault("a chunk after the first starts from nothing", "ops_chunks._exclusive_scan", OPS)
 def _(original):
-    def _exclusive_scan(sums, initial):
+    def _exclusive_scan(sums, initial, decay=None):
         return tuple(torch.cat([i[:, None], t[:, :-1]], 1) for i, t in zip(initial, sums, strict=True))
 
     return _exclusive_scan

@@ -18,6 +18,7 @@ from shared import benchmark_contestants, benchmark_rows
 TINY = ["--device=cpu", "--layers=2", "--width=16", "--heads=2", "--conv_heads=4", "--window=3", "--rank=2"]
 TINY += ["--repeats=2", "--steps=2"]
 AFT = ["aft-simple", "aft-local-3", "aft-conv-4-3", "aft-full"]
+AFT_MODELS = [*AFT[:3], *(f"{name}-decay" for name in AFT[:3]), "aft-full"]
 PEERS = ["gpt2", "llama", "mamba", "rwkv"]
 
 
@@ -65,7 +66,7 @@ def test_train_suite_measures_models_of_equal_size(tmp_path):
     limits = ["--longest", "mamba=8", "rwkv=8"]
     rows = rows_of(tmp_path, "train", "--lengths", "8", "16", "--batch_size", "1", "--width", "256", *limits)
     check_whole(rows, "train", "tokens/s")
-    ours = [*AFT, "synthesizer-dense", "transformer"]
+    ours = [*AFT_MODELS, "synthesizer-dense", "transformer"]
     assert names(rows, 8) == [*ours, *PEERS]
     assert names(rows, 16) == [*ours, *PEERS[:2]]
     assert {row["layers"] for row in rows if row["contestant"] != "mamba"} == {"2"}
@@ -84,7 +85,7 @@ def test_train_suite_measures_presets(tmp_path):
 def test_decode_suite_measures_a_step_after_each_context(tmp_path):
     rows = rows_of(tmp_path, "decode", "--lengths", "5", "1030")
     check_whole(rows, "decode", "tokens/s")
-    assert names(rows, 5) == names(rows, 1030) == [*AFT, "gpt2", "llama"]
+    assert names(rows, 5) == names(rows, 1030) == [*AFT_MODELS, "gpt2", "llama"]
     assert {row["batch_size"] for row in rows} == {"1"}
 
 

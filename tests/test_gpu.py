@@ -13,7 +13,7 @@ variants = pytest.mark.parametrize("variant", VARIANTS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("form", ["full", "local", "simple", "conv"])
+@pytest.mark.parametrize("form", ["full", "local", "simple", "conv", "conv-decay"])
 def test_operator_matches_float64_on_the_cpu(form, dtype):
     length, width = 300, 64
     query, key, value = torch.randn(3, 2, length, width)
@@ -22,8 +22,9 @@ def test_operator_matches_float64_on_the_cpu(form, dtype):
         "local": {"window_bias": torch.randn(1, length, 9)},
         "simple": {},
         "conv": {"window_bias": torch.randn(8, 1, 9)},
+        "conv-decay": {"window_bias": torch.randn(8, 1, 9), "decay": torch.logspace(-3, -0.5, 8)},
     }[form]
-    key = key[..., :8] if form == "conv" else key
+    key = key[..., :8] if "conv" in form else key
     inputs = [t.to(dtype) for t in (query, key, value)]
     results = []
     for device, kind in (("cpu", torch.float64), ("cuda", dtype)):

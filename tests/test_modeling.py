@@ -1,6 +1,7 @@
 """Config, forward pass, losses, gradients, saving and loading of every variant."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -61,12 +62,52 @@ def test_position_ids_may_have_one_row(variant):
         ({"aft_type": "conv", "hidden_size": 16, "num_attention_heads": 3}, "num_attention_heads.*divisor.*16.*3"),
         ({"aft_type": "local", "window_size": 65, "max_position_embeddings": 64}, "window_size.*64.*65"),
         ({"position_embedding_type": "rotary"}, "position_embedding_type.*learned, none.*rotary"),
+        ({"decay": "linear"}, "`decay`.*learned, fixed.*linear"),
+        ({"aft_type": "full", "decay": "learned"}, "`decay`.*full.*learned"),
+        ({"decay_min_half_life": 0.0}, "decay_min_half_life.*positive.*0.0"),
+        ({"decay_min_half_life": 8, "decay_max_half_life": 4}, r"decay_max_half_life.*\(8\).*4"),
+        ({"position_bias_type": "rotary"}, "position_bias_type.*absolute, relative.*rotary"),
+        ({"aft_type": "conv", "position_bias_type": "relative"}, "position_bias_type.*absolute.*conv.*relative"),
+        (
+            {"position_bias_type": "relative", "hidden_size": 16, "num_attention_heads": 3},
+            "num_attention_heads.*divisor.*16.*3",
+        ),
     ],
-    ids=["heads", "window", "positions"],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_config_errors_name_field_value_and_what_is_allowed(fields, message):
     with pytest.raises(ValueError, match=message):
         AFTConfig(**fields)
+
+
+@pytest.mark.parametrize("decay", ["learned", "fixed"])
+def test_decays_begin_with_half_lives_that_rise_by_equal_factors(decay):
+    model = AFTModel(make_config("local", decay=decay, decay_min_half_life=3, decay_max_half_life=3 * 4.0**15))
+    for layer in model.layers:
+        half_lives = math.log(2) / layer.mixer.decay()
+        torch.testing.assert_close(half_lives, 3 * 4.0 ** torch.arange(16))
+    trained = [name for name, _ in model.named_parameters() if "decay" in name]
+    assert len(trained) == (2 if decay == "learned" else 0)
+    assert sum("decay" in name for name in model.state_dict()) == 2
+
+
+def test_a_decay_is_learned():
+    model = make_model("relative-decay").train()
+    model(make_ids(40), labels=make_ids(40)).loss.backward()
+    for layer in model.model.layers:
+        assert (layer.mixer.decay.weight.grad != 0).all()
+
+
+def test_relative_biases_are_those_of_a_table_whose_rows_are_equal():
+    relative = make_model("local", position_bias_type="relative", num_attention_heads=1)
+    absolute = make_model("local", position_bias_rank=None)
+    weights = relative.state_dict()
+    for name in list(weights):
+        if "position_bias" in name:
+            weights[name.replace("weight", "table")] = weights.pop(name).expand(LIMIT, -1)
+    absolute.load_state_dict(weights)
+    ids = make_ids(LIMIT)
+    torch.testing.assert_close(relative(ids).logits, absolute(ids).logits)
 
 
 def test_a_config_changed_after_its_creation_is_checked_by_the_model_and_when_saved(tmp_path):

@@ -10,25 +10,28 @@ from modeling_aft import AFTConfig, AFTModel, ops, ops_chunks, ops_cpu, ops_pane
 from modeling_aft.ops import aft_attention
 
 
-FORMS = ["full", "local", "simple", "conv"]
-WINDOWED = ["local", "simple", "conv"]
+WINDOWED = ["local", "simple", "conv", "local-decay", "simple-decay", "conv-decay"]
+FORMS = ["full", *WINDOWED]
 BATCH, WIDTH, HEADS, WINDOW = 2, 8, 4, 5
 
 
-def make_bias(form, length, causal=True, window=WINDOW, dtype=torch.float64, scale=1.0, heads=HEADS):
+def make_bias(form, length, causal=True, window=WINDOW, dtype=torch.float64, scale=1.0, heads=HEADS, width=WIDTH):
     taps = window if causal else 2 * window - 1
     if form == "full":
         return {"position_bias": torch.randn(length, length, dtype=dtype) * scale}
-    if form == "local":
-        return {"window_bias": torch.randn(1, length, taps, dtype=dtype) * scale}
-    if form == "conv":
-        return {"window_bias": torch.randn(heads, 1, taps, dtype=dtype) * scale}
-    return {}
+    bias, keys = {}, HEADS if "conv" in form else width
+    if "local" in form:
+        bias["window_bias"] = torch.randn(1, length, taps, dtype=dtype) * scale
+    if "conv" in form:
+        bias["window_bias"] = torch.randn(heads, 1, taps, dtype=dtype) * scale
+    if "decay" in form:  # half-lives from 2 tokens to 700
+        bias["decay"] = torch.logspace(-3, -0.5, keys, dtype=dtype)
+    return bias
 
 
 def make_inputs(form, length, dtype=torch.float64, batch=BATCH, width=WIDTH):
     query, value = torch.randn(2, batch, length, width, dtype=dtype)
-    key = torch.randn(batch, length, HEADS if form == "conv" else width, dtype=dtype)
+    key = torch.randn(batch, length, HEADS if "conv" in form else width, dtype=dtype)
     return query, key, value
 
 
@@ -45,7 +48,7 @@ def make_mask(kind, length):
     return mask
 
 
-def formula(query, key, value, position_bias=None, window_bias=None, causal=True):
+def formula(query, key, value, position_bias=None, window_bias=None, decay=None, causal=True):
     """Eq. 2 with a [T, T] bias for every form: an oracle that shares no code with the package."""
     length, width = value.shape[1:]
     bias = torch.zeros(1, length, length, dtype=key.dtype)
@@ -63,6 +66,9 @@ def formula(query, key, value, position_bias=None, window_bias=None, causal=True
     if causal:
         bias = bias.masked_fill(torch.ones(length, length).triu(1).bool(), -math.inf)
     bias = bias.repeat_interleave(width // bias.shape[0], 0).permute(1, 2, 0)  # [T, T', D]
+    if decay is not None:
+        offset = torch.arange(length)[:, None] - torch.arange(length)
+        bias = bias - offset.abs()[..., None] * decay.repeat_interleave(width // len(decay))
     logits = key.repeat_interleave(width // key.shape[-1], -1)[:, None] + bias
     return torch.sigmoid(query) * (logits.softmax(2) * value[:, None]).sum(2)
 
@@ -167,7 +173,7 @@ def test_blocks_of_time_and_batch_fit_together(form, rows, heads, monkeypatch):
     monkeypatch.setattr(ops_cpu, "_ROWS", rows)
     inputs, bias = make_inputs(form, 150, batch=5), make_bias(form, 150, heads=heads)
     assert_agree(run("torch", inputs, bias, return_state=True), run("reference", inputs, bias, return_state=True))
-    by_row = {"window_bias": torch.randn(heads if form == "conv" else 1, 5, 150, WINDOW, dtype=torch.float64)}
+    by_row = {**bias, "window_bias": torch.randn(heads if "conv" in form else 1, 5, 150, WINDOW, dtype=torch.float64)}
     assert_agree(run("torch", inputs, by_row), run("reference", inputs, by_row))
 
 
@@ -179,7 +185,11 @@ def test_ordinary_inputs_go_the_fast_way_and_others_the_exact_one(monkeypatch):
     query, key, value = make_inputs("local", 100)
     for scale in (1, 5):
         run("torch", (query, scale * key, value), make_bias("local", 100))
+        run("torch", (query, scale * key, value), make_bias("local-decay", 100, window=32))
     assert not taken
+    taken.clear()
+    run("torch", (query, key, value), {"decay": torch.full_like(key[0, 0], 10)})
+    assert len(taken) == 2  # forward and backward
     wide = torch.zeros(100, 1, dtype=key.dtype)
     wide[50:] = 70  # a range that no plain exponential covers, around 0 or not
     for others in ((query, 100 * key, value), (query, key + wide - 60, value), (query, key, 1e34 * value)):
@@ -297,7 +307,7 @@ def test_gradients_through_the_initial_state(form, kernel, length):
 def test_gradcheck(form, causal):
     torch.manual_seed(1)
     inputs = make_inputs(form, 9, batch=2, width=4)
-    bias = make_bias(form, 9, causal, window=3)
+    bias = make_bias(form, 9, causal, window=3, width=4)
     mask = torch.ones(2, 9)
     mask[0, :2] = 0
     names = list(bias)
@@ -314,7 +324,7 @@ def test_gradcheck(form, causal):
 @pytest.mark.parametrize("form", FORMS)
 def test_gradcheck_of_the_state(form, length):
     torch.manual_seed(2)
-    bias = make_bias(form, 20, window=3)
+    bias = make_bias(form, 20, window=3, width=4)
     _, start = aft_attention(*make_inputs(form, 8, width=4), **bias, return_state=True)
     inputs = [t.requires_grad_() for t in make_inputs(form, length, width=4)]
     floats = [i for i, t in enumerate(start) if t is not None and t.is_floating_point()]
@@ -357,6 +367,8 @@ def test_exact_for_any_finite_input(form, key_kind, bias_kind):
     key = hard_keys(key_kind, length, key.shape[-1])
     bias = make_bias(form, length)
     for name, tensor in bias.items():
+        if name == "decay":
+            continue
         if bias_kind == "mixed-200":
             bias[name] = tensor + 200 * torch.randint(-1, 2, tensor.shape)
         elif bias_kind != "small":
@@ -431,7 +443,12 @@ def test_position_ids_choose_the_rows_of_the_tables(form):
     both = [run(backend, inputs, bias, **options) for backend in ("torch", "reference")]
     assert_agree(*both)
     torch.testing.assert_close(both[0][0][:1], aft_attention(*(t[:1] for t in inputs), **bias))
-    shifted = {n: t[13:, 13:] if n == "position_bias" else t[:, 13:] if t.shape[1] > 1 else t for n, t in bias.items()}
+    shifted = {
+        "position_bias": lambda t: t[13:, 13:],
+        "window_bias": lambda t: t[:, 13:] if t.shape[1] > 1 else t,
+        "decay": lambda t: t,
+    }
+    shifted = {name: shifted[name](tensor) for name, tensor in bias.items()}
     torch.testing.assert_close(both[0][0][1:], formula(*(t[1:] for t in inputs), **_rows(shifted, 20)))
 
 
@@ -532,12 +549,14 @@ def test_operators_pass_opcheck():
     key, value = (torch.randn(2, 6, 3, 4, requires_grad=True) for _ in range(2))
     maximum, normalizer, average = (torch.rand(2, 1, 3, 4).add(1).requires_grad_() for _ in range(3))
     bias = torch.randn(2, 5, 7, requires_grad=True)
-    torch.library.opcheck(ops_panel.panel, (key, value, maximum, normalizer, average, bias, 0))
+    for with_log in (False, True):
+        torch.library.opcheck(ops_panel.panel, (key, value, maximum, normalizer, average, bias, 0, with_log))
     query, value = (torch.randn(2, 40, 8, requires_grad=True) for _ in range(2))
     key, rows = torch.randn(2, 40, 4, requires_grad=True), torch.randn(4, 1, 1, 3, requires_grad=True)
     maximum, normalizer = (torch.rand(2, 4).add(1).requires_grad_() for _ in range(2))
     average = torch.randn(2, 8, requires_grad=True)
-    torch.library.opcheck(ops_cpu.windowed, (query, key, value, rows, maximum, normalizer, average, "tanh"))
+    for decay in (None, torch.rand(4, requires_grad=True)):
+        torch.library.opcheck(ops_cpu.windowed, (query, key, value, rows, maximum, normalizer, average, decay, "tanh"))
 
 
 class PlainPanel(torch.autograd.Function):
@@ -551,11 +570,12 @@ class PlainPanel(torch.autograd.Function):
         return ctx.output
 
     @staticmethod
-    def backward(ctx, grad, _):
-        *inputs, visible = ctx.inputs
+    def backward(ctx, grad, *_):
+        *inputs, visible, _ = ctx.inputs
+        out, _, total = ctx.output
         needs_bias = ctx.needs_input_grad[5]
-        grads = ops_panel.panel_backward.plain(grad.contiguous(), *ctx.output, inputs, visible, needs_bias)
-        return (*grads[:5], grads[5] if ctx.needs_input_grad[5] else None, None)
+        grads = ops_panel.panel_backward.plain(grad.contiguous(), None, out, total, inputs, visible, needs_bias)
+        return (*grads[:5], grads[5] if ctx.needs_input_grad[5] else None, None, None)
 
 
 class PlainWindowed(torch.autograd.Function):
@@ -570,8 +590,10 @@ class PlainWindowed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, *_):
-        *inputs, activation = ctx.inputs
-        return *ops_cpu.windowed_backward.plain(grad, *ctx.output[1:], inputs, activation, True), None
+        *inputs, decay, activation = ctx.inputs
+        needed = True, decay is not None
+        *grads, d_decay = ops_cpu.windowed_backward.plain(grad, *ctx.output[1:], inputs, decay, activation, *needed)
+        return *grads, None if decay is None else d_decay, None
 
 
 @pytest.fixture
@@ -623,6 +645,18 @@ def test_state_keeps_its_size(form):
     assert len(sizes) == 1
 
 
+def test_a_decay_is_exact_after_a_million_tokens():
+    """Keys stay what they are, however far the text goes: float32 against float64 on what has not faded."""
+    tail, decay = 3000, torch.tensor([0.02, 0.3])
+    query, key, value = torch.randn(3, 1, 1_000_000, 2)
+    whole, state = aft_attention(query, key, value, decay=decay, return_state=True)
+    parts = [t[:, -tail:].double() for t in (query, key, value)]
+    expected, fresh = aft_attention(*parts, decay=decay.double(), return_state=True)
+    torch.testing.assert_close(whole[:, -1000:].double(), expected[:, -1000:], rtol=1e-5, atol=1e-5)
+    for name in ("maximum", "normalizer", "average"):
+        torch.testing.assert_close(getattr(state, name).double(), getattr(fresh, name), rtol=1e-5, atol=1e-5)
+
+
 BAD_CALLS = {
     "both-biases": ({"position_bias": torch.zeros(9, 9), "window_bias": torch.zeros(1, 9, 2)}, "position_bias"),
     "table-not-square": ({"position_bias": torch.zeros(9, 8)}, r"position_bias.*\(9, 8\)"),
@@ -633,6 +667,10 @@ BAD_CALLS = {
     "backend": ({"backend": "cuda"}, "backend.*cuda"),
     "triton-on-a-cpu": ({"backend": "triton"}, "backend.*CUDA.*triton"),
     "state-bidirectional": ({"causal": False, "return_state": True}, "return_state"),
+    "decay-shape": ({"decay": torch.zeros(3)}, r"`decay` .*\[8\].*\[3\]"),
+    "decay-below-0": ({"decay": torch.linspace(-0.1, 1, 8)}, "`decay` .*at least 0.*-0.1 to 1"),
+    "decay-without-end": ({"decay": torch.full((8,), math.inf)}, "`decay` .*finite"),
+    "decay-of-full": ({"decay": torch.zeros(8), "position_bias": torch.zeros(9, 9)}, "`decay` .*position_bias"),
     "table-too-short": ({"window_bias": torch.zeros(1, 5, 2)}, r"Position 8 .*N = 5"),
     "positions-beyond": (
         {"position_bias": torch.zeros(9, 9), "position_ids": torch.full((2, 9), 9)},

@@ -10,7 +10,7 @@ from torch.func import grad, jacfwd, jvp, vmap
 from modeling_aft.ops import aft_attention, aft_attention_weights
 
 
-FORMS = ["full", "local", "simple", "conv"]
+FORMS = ["full", "local", "simple", "conv", "conv-decay"]
 BATCH, LENGTH, WIDTH, HEADS, TAPS = 2, 70, 8, 4, 5
 forms = pytest.mark.parametrize("form", FORMS)
 directions = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
@@ -18,14 +18,16 @@ directions = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bi
 
 def make_inputs(form, length=LENGTH, dtype=torch.float64, batch=BATCH):
     query, value = torch.randn(2, batch, length, WIDTH, dtype=dtype)
-    return query, torch.randn(batch, length, HEADS if form == "conv" else WIDTH, dtype=dtype), value
+    return query, torch.randn(batch, length, HEADS if "conv" in form else WIDTH, dtype=dtype), value
 
 
 def make_bias(form, length=LENGTH, causal=True, dtype=torch.float64):
     taps = TAPS if causal else 2 * TAPS - 1
     shapes = {"full": (length, length), "local": (1, length, taps), "conv": (HEADS, 1, taps)}
     name = {"full": "position_bias"}.get(form, "window_bias")
-    return {} if form == "simple" else {name: torch.randn(shapes[form], dtype=dtype)}
+    form, _, decays = form.partition("-")
+    bias = {} if form == "simple" else {name: torch.randn(shapes[form], dtype=dtype)}
+    return {**bias, "decay": torch.rand(HEADS, dtype=dtype)} if decays else bias
 
 
 LAYOUTS = {

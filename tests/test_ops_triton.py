@@ -73,8 +73,12 @@ class H100:
 
 
 @pytest.mark.skipif(RUNS_HERE, reason="the kernels run in this process")
-@pytest.mark.parametrize("form", ["simple", "local", "conv"])
-def test_compile_for_a_gpu(form, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("form", "decay"),
+    [("simple", False), ("local", False), ("local", True), ("conv", True)],
+    ids=lambda value: str(value),
+)
+def test_compile_for_a_gpu(form, decay, monkeypatch, tmp_path):
     """Every kernel of both directions, from the call to machine code. That reads several channels at once, as it does
     where the compiler knows the alignment of tensors and strides; those of values that share a key it reads singly."""
     run, compiled = triton.JITFunction.run, {}
@@ -86,7 +90,7 @@ def test_compile_for_a_gpu(form, monkeypatch, tmp_path):
     monkeypatch.setattr(triton.runtime.driver, "_active", H100())
     monkeypatch.setattr(ops_triton, "_chunks", lambda programs, tiles, device: 2)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    by_triton(leaves(make_tensors(form, 192, width=64), torch.bfloat16)).sum().backward()
+    by_triton(leaves(make_tensors(form, 192, width=64, decay=decay), torch.bfloat16)).sum().backward()
     kernels = ["_forward_sums", "_forward_scan", "_forward", "_backward_sums", "_backward_scan", "_backward"]
     assert list(compiled) == kernels
     for name, kernel in compiled.items():
@@ -95,8 +99,9 @@ def test_compile_for_a_gpu(form, monkeypatch, tmp_path):
             assert re.search(r"ld\.global\S*\.v[24]\.", kernel.asm["ptx"]), name
 
 
-def make_tensors(form, length, window=5, heads=HEADS, keys=None, width=WIDTH, past=False):
-    """query, key, value, rows, past key and value, maximum, normalizer, average: in float64, None where there is none.
+def make_tensors(form, length, window=5, heads=HEADS, keys=None, width=WIDTH, past=False, decay=False):
+    """query, key, value, rows, past key and value, maximum, normalizer, average, decay: in float64, None where there
+    is none.
 
     Of the past of the second sequence there is only the later half of the window, and nothing before it.
     """
@@ -117,13 +122,13 @@ def make_tensors(form, length, window=5, heads=HEADS, keys=None, width=WIDTH, pa
         state[0][1, : (before + 1) // 2] = -math.inf
         for tensor, nothing in zip(state[2:], (-math.inf, 0, 0), strict=True):
             tensor[1] = nothing
-    return [query, key, value, rows, *state]
+    return [query, key, value, rows, *state, torch.logspace(-3, -0.5, keys).double() if decay else None]
 
 
 def leaves(tensors, dtype=torch.float64, device="cpu"):
     """Copies that take gradients: inputs in `dtype`, biases and sums in at least float32."""
     kinds = [dtype] * 3 + [torch.promote_types(dtype, torch.float32)] + [dtype] * 2
-    kinds += [torch.promote_types(dtype, torch.float32)] * 3
+    kinds += [torch.promote_types(dtype, torch.float32)] * 4
     return [
         None if t is None else t.to(device, kind, copy=True).requires_grad_()
         for t, kind in zip(tensors, kinds, strict=True)
@@ -131,27 +136,27 @@ def leaves(tensors, dtype=torch.float64, device="cpu"):
 
 
 def by_reference(tensors, activation="sigmoid", mask=None):
-    query, key, value, rows, past_key, past_value, *sums = tensors
+    query, key, value, rows, past_key, past_value, *sums, decay = tensors
     state = None
     if past_key is not None:
         state = AFTState(torch.zeros(BATCH, dtype=torch.long), past_key, past_value, None, *sums)
     if rows is not None and rows.shape[1] == 1:
         rows = rows[:, 0]
     return aft_attention(
-        query, key, value, window_bias=rows, initial_state=state, query_activation=activation, attention_mask=mask,
-        backend="reference",
+        query, key, value, window_bias=rows, decay=decay, initial_state=state, query_activation=activation,
+        attention_mask=mask, backend="reference",
     )  # fmt: skip
 
 
 def by_triton(tensors, activation="sigmoid", mask=None):
-    query, key, value, rows, past_key, past_value, *sums = tensors
+    query, key, value, rows, past_key, past_value, *sums, decay = tensors
     if mask is not None:
         absent = mask.to(key.device)[..., None] == 0
         key, value = key.masked_fill(absent, -math.inf), value.masked_fill(absent, 0)
     past, initial = (past_key, past_value), tuple(sums)
     if past_key is None:
         past, initial = None, nothing(key, value, compute_dtype(key, value))
-    return ops_triton.windowed_triton(Window(query, key, value, rows, past, initial, True, activation))
+    return ops_triton.windowed_triton(Window(query, key, value, rows, past, initial, True, activation, decay))
 
 
 def results(function, tensors, mask=None, **options):
@@ -244,6 +249,20 @@ class TestKernels:
     def test_past_keys_and_the_sum_before_them(self, form, window, length):
         assert_agree(make_tensors(form, length, window=window, past=True))
 
+    @pytest.mark.parametrize(
+        ("form", "window", "past", "dtype"),
+        [
+            ("simple", 1, True, torch.float64),
+            ("conv", 5, False, torch.bfloat16),
+            ("conv", 33, True, torch.float64),
+            ("local", 5, True, torch.float32),
+            ("rows", 70, True, torch.float64),
+        ],
+        ids=lambda value: str(value),
+    )
+    def test_decay(self, form, window, past, dtype):
+        assert_agree(make_tensors(form, 150, window=window, past=past, decay=True), dtype)
+
     @pytest.mark.parametrize("form", [*FORMS, "rows"])
     def test_absent_keys_at_the_end(self, form):
         mask = torch.ones(BATCH, 140, dtype=torch.long)
@@ -297,13 +316,14 @@ class TestKernels:
     def test_dtypes(self, form, dtype):
         assert_agree(make_tensors(form, 150, window=32, past=True), dtype)
 
+    @pytest.mark.parametrize("decay", [False, True], ids=["", "decay"])
     @pytest.mark.parametrize(
         ("form", "window"),
         [("simple", 1), ("local", 32), ("conv", 5), ("rows", 40 if DEVICE == "cpu" else 150)],
         ids=lambda value: str(value),
     )
-    def test_chunks_side_by_side_equal_one_after_the_other(self, form, window, monkeypatch):
-        tensors = make_tensors(form, 150 if DEVICE == "cpu" else 300, window=window, past=True)
+    def test_chunks_side_by_side_equal_one_after_the_other(self, form, window, decay, monkeypatch):
+        tensors = make_tensors(form, 150 if DEVICE == "cpu" else 300, window=window, past=True, decay=decay)
         tensors[1][:, 100:] += 50  # the sums of the chunks have maxima of their own
         wholes = results(by_triton, leaves(tensors, device=DEVICE))
         calls = []
@@ -316,7 +336,7 @@ class TestKernels:
         fused = torch.randn(BATCH, 70, 3 * WIDTH, dtype=torch.float64, device=DEVICE, requires_grad=True)
         parts = fused.split(WIDTH, -1)
         copies = [t.detach().clone().requires_grad_() for t in parts]
-        slices, whole = (by_triton([*tensors, *[None] * 6]) for tensors in (parts, copies))
+        slices, whole = (by_triton([*tensors, *[None] * 7]) for tensors in (parts, copies))
         assert torch.equal(slices, whole)
         grad = torch.randn_like(whole).transpose(0, 1).contiguous().transpose(0, 1)
         grads = torch.cat(torch.autograd.grad(whole, copies, grad), -1)
@@ -345,4 +365,6 @@ class TestKernels:
     def test_operators_are_registered_soundly(self, form):
         query, key, value, rows, *_ = leaves(make_tensors(form, 5, heads=1), device=DEVICE)
         initial = (1 + torch.rand(BATCH, 3, WIDTH, dtype=torch.float64, device=DEVICE)).requires_grad_()
-        torch.library.opcheck(ops_triton._windowed, (query, key, value, rows, initial, "sigmoid"))
+        decay = torch.rand(key.shape[2], dtype=torch.float64, device=DEVICE, requires_grad=True)
+        for rates in (None, decay):
+            torch.library.opcheck(ops_triton._windowed, (query, key, value, rows, initial, rates, "sigmoid"))

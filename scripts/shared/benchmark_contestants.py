@@ -171,12 +171,16 @@ def model_configs(args, positions: int, embeddings: str) -> dict[str, Callable[[
     peers = {**sizes, "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     aft = partial(AFTConfig, **ours, window_size=args.window, position_bias_rank=args.rank)
     synthesizer = partial(SynthesizerConfig, **ours, num_attention_heads=heads)
-    configs = {
+    with_state = {
         "aft-simple": partial(aft, aft_type="simple"),
         f"aft-local-{args.window}": partial(aft, aft_type="local"),
         f"aft-conv-{args.conv_heads}-{args.window}": partial(
             aft, aft_type="conv", num_attention_heads=args.conv_heads
         ),
+    }
+    configs = {
+        **with_state,
+        **{f"{name}-decay": partial(config, decay="learned") for name, config in with_state.items()},
         "aft-full": partial(aft, aft_type="full"),
         "synthesizer-dense": partial(synthesizer, synthesizer_type="dense"),
         "transformer": partial(synthesizer, synthesizer_type="mixture", mixture_components=["dot_product"]),
