@@ -82,7 +82,8 @@ class _Plan:
 
     def add_decay(self, decay: Tensor) -> None:
         """decay [h, k]"""
-        row, origin = torch.arange(max(_ROWS, self.chunk) + self.reach), self.reach + self.chunk / 2
+        row = torch.arange(min(max(_ROWS, self.chunk), self.padded_length) + self.reach)
+        origin = self.reach + self.chunk / 2
         if self.padded_length > self.chunk:
             row = row % self.chunk
             columns = torch.cat([decay, decay.repeat_interleave(self.ratio, 1)], 1)

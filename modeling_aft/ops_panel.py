@@ -290,8 +290,9 @@ def panel_for_export(
     pair_weight = (bias - finite(bias.amax(-1, keepdim=True))).exp()
     total = (pair_weight @ weight.flatten(2)).unflatten(2, key.shape[2:])
     out = (pair_weight @ (spread(weight, values) * values).flatten(2)).unflatten(2, value.shape[2:])
-    out = out / spread(nonzero(total), out)
     index = g, c, p = _some_of(underflown(total, bias))
+    total = torch.where(total < _TINY[total.dtype], 0.0, total)  # no gradient, not even 0, goes through 1 / total
+    out = out / spread(nonzero(total), out)
     weights, log_total = exact_weights(index, key, maximum, normalizer, bias)
     values = values[g, :, p]
     out = out.index_put(index, (spread(weights, values) * values).sum(1))

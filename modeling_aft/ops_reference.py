@@ -10,7 +10,7 @@
 
 import torch
 
-from .ops_state import AFTState, Call, compute_dtype, gated
+from .ops_state import AFTState, Call, compute_dtype, falling, gated
 
 
 def _tap_bias(row: torch.Tensor, offset: torch.Tensor, causal: bool) -> torch.Tensor:
@@ -106,7 +106,8 @@ def _average(call: Call) -> tuple[torch.Tensor, AFTState]:
     average = torch.stack(rows)
     if position_bias is not None:
         return average, _full_state(key, value, kept, position_ids, state, [s[0] for s in states])
-    return average, _window_state(states, decay, dtype)
+    new = _window_state(states, decay, dtype)
+    return average, new._replace(maximum=falling(new.maximum, call.decay))
 
 
 def _window_state(states, decay, dtype) -> AFTState:

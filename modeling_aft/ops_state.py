@@ -27,7 +27,8 @@ class AFTState(NamedTuple):
     key, the sum of `exp(key - largest)`, and the average of their values under those weights. Keeping the maximum
     apart from the sum, instead of their log-sum-exp, loses nothing to rounding, however large the keys or long the
     text. With a decay, each key counts as what is left of it where the last of them stands: the maximum falls by the
-    decay with each token.
+    decay with each token. It is fp64 then, where the device has that: what a token takes off may be less than the
+    rounding of fp32, at every token in the same direction.
 
     Attributes:
         position: [B] int64, the position that the next kept token will have.
@@ -35,7 +36,7 @@ class AFTState(NamedTuple):
             form, all S past tokens. Minus infinity where there is no token.
         value: [B, S, D], 0 where there is no token.
         key_position: [B, S] int64, the position of each key (full form only, else None).
-        maximum: [B, D or H] fp32, minus infinity if no token has left the window (None in the full form).
+        maximum: [B, D or H] fp32 (fp64 with a decay), minus infinity if no token has left the window (None in the full form).
         normalizer: [B, D or H] fp32, 0 if no token has left the window, else at least 1 (None in the full form).
         average: [B, D] fp32 (None in the full form).
     """
@@ -163,7 +164,12 @@ def past_of(state: AFTState | None, key: Tensor, value: Tensor, dtype: torch.dty
     """The keys and values of the window before the first query, or None, and the sum of those before."""
     if state is None:
         return None, nothing(key, value, dtype)
-    return (state.key, state.value), tuple(t.to(dtype) for t in (state.maximum, state.normalizer, state.average))
+    return (state.key, state.value), (state.maximum, state.normalizer.to(dtype), state.average.to(dtype))
+
+
+def falling(maximum: Tensor, decay: Tensor | None) -> Tensor:
+    """The maximum of a state in the dtype in which it can fall by the decay token by token."""
+    return maximum if decay is None or maximum.device.type == "mps" else maximum.double()
 
 
 def decayed(key: Tensor, decay: Tensor | None, distance: Tensor | int) -> Tensor:
@@ -189,12 +195,14 @@ def window_state(
         leaving = length if count is None else count[:, None]
         distance = leaving - 1 - torch.arange(length, device=key.device)  # from the last of those
         older_key = decayed(older_key, decay, distance[..., None])
-        initial = (decayed(initial[0], decay, leaving), *initial[1:])
+        maximum = falling(initial[0], decay)
+        initial = (decayed(maximum, decay.to(maximum.dtype), leaving), *initial[1:])
     constant, normalizer, average = merge(initial, summarize(older_key, older_value, dim=1))
-    maximum = torch.maximum(initial[0], older_key.amax(1))
+    maximum = torch.maximum(initial[0], older_key.amax(1).to(initial[0].dtype))
     normalizer = normalizer * (finite(constant) - finite(maximum)).exp()  # a factor of 1, with its gradient
     # Copies, because slices would keep the tensors of the whole text alive.
-    return AFTState(None, window_key.clone(), window_value.clone(), None, maximum, normalizer, average)
+    window = window_key.clone(), window_value.clone()
+    return AFTState(None, *window, None, maximum, normalizer.to(key.dtype), average.to(key.dtype))
 
 
 def full_state(key: Tensor, value: Tensor, tokens: Tokens, before: AFTState | None) -> AFTState:

@@ -12,7 +12,7 @@ there can be."""
 import torch
 from torch import Tensor
 
-from .ops_state import AFTState, Call, completed, compute_dtype, decayed, gated, spread, without_padding
+from .ops_state import AFTState, Call, completed, compute_dtype, decayed, falling, gated, spread, without_padding
 from .ops_windows import bias_rows
 
 
@@ -29,8 +29,8 @@ def step(call: Call) -> tuple[Tensor, AFTState | None]:
     key, value = without_padding(call.key, call.value, tokens)
     rows = None if bias is None else bias_rows(bias.to(compute_dtype(key, value)), 1, tokens._replace(slot=None))
     split = (key.shape[2], -1)  # of value channels: [K, r], r of them share a key channel
-    maximum, normalizer, average = state.maximum, state.normalizer, state.average
-    decay = None if call.decay is None else call.decay.to(maximum.dtype)
+    maximum, normalizer, average = falling(state.maximum, call.decay), state.normalizer, state.average
+    decay = None if call.decay is None else call.decay.to(normalizer.dtype)
     if rows is None:
         keys, values = key, value
     else:
@@ -39,7 +39,7 @@ def step(call: Call) -> tuple[Tensor, AFTState | None]:
         bias = rows[:, :, 0].flip(-1).permute(1, 2, 0)  # [1 or B, n, heads], oldest key first
         bias = bias if bias.shape[2] == 1 else spread(bias, keys)
         # Rounded as keys + bias are; the state itself never is.
-        older = (maximum + normalizer.clamp_min(_NOTHING).log())[:, None]
+        older = (maximum + normalizer.clamp_min(_NOTHING).log()).to(normalizer.dtype)[:, None]
         logits = torch.cat([older, keys + bias], 1)
         if decay is not None:
             distance = torch.arange(keys.shape[1], -1, -1, device=keys.device, dtype=logits.dtype)[:, None]
@@ -51,8 +51,8 @@ def step(call: Call) -> tuple[Tensor, AFTState | None]:
     maximum, oldest = decayed(maximum, decay, 1), keys[:, 0].to(maximum.dtype)
     largest = torch.maximum(maximum, oldest)
     reference = largest.clamp_min(torch.finfo(largest.dtype).min)
-    weight = (oldest - reference).exp()
-    normalizer = (maximum - reference).exp() * normalizer + weight
+    weight = (oldest - reference).to(normalizer.dtype).exp()
+    normalizer = (maximum - reference).to(normalizer.dtype).exp() * normalizer + weight
     share = (weight / normalizer.clamp_min(_NOTHING))[..., None]
     oldest = values[:, 0].to(average.dtype).unflatten(-1, split)
     average = torch.lerp(average.unflatten(-1, split), oldest, share).flatten(-2)

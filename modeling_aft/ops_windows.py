@@ -68,8 +68,9 @@ def several_queries(kernel: Callable[[Window], Tensor]) -> Callable[[Call], tupl
         dtype = compute_dtype(key, value)
         rows = None if bias is None else bias_rows(bias.to(dtype), key.shape[1], call.tokens)
         past, initial = past_of(call.state, key, value, dtype)
+        in_dtype = (initial[0].to(dtype), *initial[1:])
         decay = None if call.decay is None else call.decay.to(dtype)
-        window = Window(query, key, value, rows, past, initial, call.causal, call.query_activation, decay)
+        window = Window(query, key, value, rows, past, in_dtype, call.causal, call.query_activation, decay)
         out, new_state = kernel(window), None
         if call.return_state:
             key, value = with_past(key, value, past, window.left, dtype)
