@@ -72,6 +72,25 @@ def _(original):
     return lambda self, repeats: self._map(lambda t: t.repeat(repeats, *[1] * (t.dim() - 1)))
 
 
+@fault("detaching the state leaves it in its graph", "cache_state.StateLayer.detach", CACHE)
+def _(original):
+    return lambda self: None
+
+
+@fault("detaching the state forgets it", "cache_state.StateLayer.detach", CACHE)
+def _(original):
+    return lambda self: self._map(torch.zeros_like)
+
+
+@fault("a detached state may be written over", "cache_state.StateLayer.detach", CACHE)
+def _(original):
+    def detach(self):
+        original(self)
+        self.in_graph = False
+
+    return detach
+
+
 @fault("crop removes one token less", "cache_state.StateLayer.crop", GENERATION)
 def _(original):
     return lambda self, tokens_to_remove: original(self, tokens_to_remove + (tokens_to_remove < 0))

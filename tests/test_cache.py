@@ -239,6 +239,49 @@ def test_a_cache_from_inference_mode_is_continued_with_gradients(variant, kind):
     torch.testing.assert_close(torch.cat(parts, 1), expected)
 
 
+@pytest.mark.parametrize("detached", [True, False], ids=["detached", "whole"])
+@kinds
+@few
+def test_no_gradient_goes_back_beyond_a_detached_state(variant, kind, detached):
+    model, ids = make_model(variant), make_ids(12)
+    first, second = ids.split([7, 5], 1)
+
+    def gradients(cache) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        model(second, cache=cache).logits.square().mean().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    with torch.no_grad():
+        constant = fill(model, first, kind)
+    cache = fill(model, first, kind)
+    if detached:
+        for layer in cache.layers:
+            layer.detach()
+    found, expected = gradients(cache), gradients(constant)
+    close = [torch.allclose(found[name], expected[name], rtol=1e-9, atol=1e-12) for name in expected]
+    assert all(close) if detached else not all(close)
+    assert cache.get_seq_length() == 12
+
+
+@kinds
+@few
+def test_a_detached_state_leaves_the_graph_before_it_intact(variant, kind):
+    model, ids = make_model(variant), make_ids(12)
+    gradients = []
+    for detached in (False, True):
+        model.zero_grad()
+        cache = kind(config=model.config)
+        logits = torch.cat([model(part, cache=cache).logits for part in ids[:, :8].split(4, 1)], 1)
+        if detached:
+            for layer in cache.layers:
+                layer.detach()
+            with torch.no_grad():
+                model(ids[:, 8:], cache=cache)
+        logits.square().mean().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
 MODES = {"gradients": torch.enable_grad, "no-gradients": torch.no_grad, "inference": torch.inference_mode}
 
 
