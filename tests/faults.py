@@ -85,7 +85,7 @@ def _(original):
 @fault("a detached state may be written over", "cache_state.StateLayer.detach", CACHE)
 def _(original):
     def detach(self):
-        original(self)
+        self._map(lambda tensor: tensor.data)
         self.in_graph = False
 
     return detach

@@ -348,6 +348,15 @@ def test_use_cache_false_does_not_drop_a_warm_cache():
 # Files
 
 
+@pytest.mark.parametrize("device", ["cpu:0", torch.device("cpu"), torch.device("cpu", 0)], ids=repr)
+def test_a_cache_is_loaded_to_a_device_by_any_of_its_names(device, tmp_path):
+    model, ids = make_model("conv"), make_ids(12)
+    save_cache(fill(model, ids[:, :7]), tmp_path / "cache")
+    cache = load_cache(tmp_path / "cache", model.config, device)
+    expected = model(ids, use_cache=False).logits[:, 7:]
+    torch.testing.assert_close(model(ids[:, 7:], cache=cache).logits, expected)
+
+
 def test_many_threads_save_into_one_file(tmp_path):
     model = make_model("local", dtype=torch.float32)
     caches = [fill(model, make_ids(4, seed=seed)) for seed in range(4)]
