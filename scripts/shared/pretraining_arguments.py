@@ -79,6 +79,11 @@ class DataArguments:
         str(Path.home() / ".cache" / "modeling_aft"), "Folder for downloads and the memory-mapped copy of the data."
     )
     sequence_length: int | None = flag(None, "T, bytes per training window; None is max_position_embeddings.")
+    carry_state: bool = flag(
+        False,
+        "Let each row of the batch read on where it ended in the step before, with the state of there but without its "
+        "gradient; for aft_type simple and conv without position tables.",
+    )
 
 
 @dataclass
@@ -265,6 +270,11 @@ def has_length_limit(config: PreTrainedConfig) -> bool:
     return getattr(config, "has_position_table", hasattr(config, "max_position_embeddings"))
 
 
+def has_fixed_state(config: PreTrainedConfig) -> bool:
+    """Whether each layer of the model keeps what it has read in AFT's state of fixed size."""
+    return set(getattr(config, "layer_types", None) or ()) == {"aft_state"}
+
+
 def check_arguments(args: argparse.Namespace, num_processes: int) -> PreTrainedConfig:
     """
     Fills in the values that follow from others, and returns the model configuration.
@@ -315,6 +325,11 @@ def check_arguments(args: argparse.Namespace, num_processes: int) -> PreTrainedC
     except UnicodeEncodeError:
         prompt = b""
         check(False, "sample_prompt", "text that UTF-8 has")
+    check(
+        not args.carry_state or not args.gradient_checkpointing,
+        "gradient_checkpointing",
+        "left out with --carry_state: it would read the state twice",
+    )
     check(not args.overwrite or args.resume == "none", "overwrite", "left out when --resume is given")
     check(args.batch_size % num_processes == 0, "batch_size", f"divisible by {num_processes}, the number of processes")
     args.micro_batch_size = args.micro_batch_size or max(args.batch_size // num_processes, 1)
@@ -334,6 +349,12 @@ def check_arguments(args: argparse.Namespace, num_processes: int) -> PreTrainedC
             check(args.sequence_length <= length, "sequence_length", f"at most max_position_embeddings ({length})")
             check(len(prompt) < length, "sample_prompt", f"shorter than {length} bytes")
             check(args.eval_protocol != "carried", "eval_protocol", "another: this model's position tables end")
+            check(not args.carry_state, "carry_state", "left out: this model's position tables end")
+        check(
+            not args.carry_state or has_fixed_state(config),
+            "carry_state",
+            f"left out: this model, {config.model_type}, has no state of fixed size",
+        )
     if args.sequence_length:
         args.eval_stride = args.eval_stride or max(args.sequence_length // 2, 1)
         check(args.eval_stride <= args.sequence_length, "eval_stride", f"at most {args.sequence_length}")
