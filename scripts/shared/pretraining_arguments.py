@@ -81,8 +81,8 @@ class DataArguments:
     sequence_length: int | None = flag(None, "T, bytes per training window; None is max_position_embeddings.")
     carry_state: bool = flag(
         False,
-        "Let each row of the batch read on where it ended in the step before, with the state of there but without its "
-        "gradient; for aft_type simple and conv without position tables.",
+        "Let each row of the batch read on where it ended in the step before, with the state of there but not its "
+        "gradient; for a model with a state of fixed size and no position tables, such as AFT-conv without positions.",
     )
 
 
