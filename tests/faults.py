@@ -82,15 +82,6 @@ def _(original):
     return lambda self: self._map(torch.zeros_like)
 
 
-@fault("a detached state may be written over", "cache_state.StateLayer.detach", CACHE)
-def _(original):
-    def detach(self):
-        self._map(lambda tensor: tensor.data)
-        self.in_graph = False
-
-    return detach
-
-
 @fault("crop removes one token less", "cache_state.StateLayer.crop", GENERATION)
 def _(original):
     return lambda self, tokens_to_remove: original(self, tokens_to_remove + (tokens_to_remove < 0))

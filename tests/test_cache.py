@@ -263,25 +263,6 @@ def test_no_gradient_goes_back_beyond_a_detached_state(variant, kind, detached):
     assert cache.get_seq_length() == 12
 
 
-@kinds
-@few
-def test_a_detached_state_leaves_the_graph_before_it_intact(variant, kind):
-    model, ids = make_model(variant), make_ids(12)
-    gradients = []
-    for detached in (False, True):
-        model.zero_grad()
-        cache = kind(config=model.config)
-        logits = torch.cat([model(part, cache=cache).logits for part in ids[:, :8].split(4, 1)], 1)
-        if detached:
-            for layer in cache.layers:
-                layer.detach()
-            with torch.no_grad():
-                model(ids[:, 8:], cache=cache)
-        logits.square().mean().backward()
-        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-    torch.testing.assert_close(gradients[0], gradients[1])
-
-
 MODES = {"gradients": torch.enable_grad, "no-gradients": torch.no_grad, "inference": torch.inference_mode}
 
 
