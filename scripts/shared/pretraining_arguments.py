@@ -265,14 +265,14 @@ def prompt_bytes(prompt: str) -> bytes:
     return prompt.encode("utf-8", "surrogateescape")
 
 
-def has_length_limit(config: PreTrainedConfig) -> bool:
-    """Whether the model has tables that end at `max_position_embeddings`: a config may say so, else they do."""
-    return getattr(config, "has_position_table", hasattr(config, "max_position_embeddings"))
-
-
 def has_fixed_state(config: PreTrainedConfig) -> bool:
     """Whether each layer of the model keeps what it has read in AFT's state of fixed size."""
     return set(getattr(config, "layer_types", None) or ()) == {"aft_state"}
+
+
+def has_length_limit(config: PreTrainedConfig) -> bool:
+    """Whether the model has tables that end at `max_position_embeddings`: a config may say so, else they do."""
+    return getattr(config, "has_position_table", hasattr(config, "max_position_embeddings"))
 
 
 def check_arguments(args: argparse.Namespace, num_processes: int) -> PreTrainedConfig:
@@ -325,11 +325,6 @@ def check_arguments(args: argparse.Namespace, num_processes: int) -> PreTrainedC
     except UnicodeEncodeError:
         prompt = b""
         check(False, "sample_prompt", "text that UTF-8 has")
-    check(
-        not args.carry_state or not args.gradient_checkpointing,
-        "gradient_checkpointing",
-        "left out with --carry_state: it would read the state twice",
-    )
     check(not args.overwrite or args.resume == "none", "overwrite", "left out when --resume is given")
     check(args.batch_size % num_processes == 0, "batch_size", f"divisible by {num_processes}, the number of processes")
     args.micro_batch_size = args.micro_batch_size or max(args.batch_size // num_processes, 1)
@@ -341,6 +336,12 @@ def check_arguments(args: argparse.Namespace, num_processes: int) -> PreTrainedC
         config = build_config(args)
     except ValueError as error:
         problems.append(str(error))
+    if config is not None and args.carry_state:
+        lacks = f"left out: this model, {config.model_type}, has no state of fixed size"
+        check(has_fixed_state(config), "carry_state", lacks)
+        check(not has_length_limit(config), "carry_state", "left out: this model's position tables end")
+        twice = "left out with --carry_state: it would read the state twice"
+        check(not args.gradient_checkpointing, "gradient_checkpointing", twice)
     if config is not None:
         length = getattr(config, "max_position_embeddings", None)
         args.sequence_length = args.sequence_length or length
@@ -349,12 +350,6 @@ def check_arguments(args: argparse.Namespace, num_processes: int) -> PreTrainedC
             check(args.sequence_length <= length, "sequence_length", f"at most max_position_embeddings ({length})")
             check(len(prompt) < length, "sample_prompt", f"shorter than {length} bytes")
             check(args.eval_protocol != "carried", "eval_protocol", "another: this model's position tables end")
-            check(not args.carry_state, "carry_state", "left out: this model's position tables end")
-        check(
-            not args.carry_state or has_fixed_state(config),
-            "carry_state",
-            f"left out: this model, {config.model_type}, has no state of fixed size",
-        )
     if args.sequence_length:
         args.eval_stride = args.eval_stride or max(args.sequence_length // 2, 1)
         check(args.eval_stride <= args.sequence_length, "eval_stride", f"at most {args.sequence_length}")
