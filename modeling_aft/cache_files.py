@@ -67,9 +67,9 @@ def load_cache(path: str | os.PathLike, config, device: str | torch.device = "cp
     if not Path(path).is_file():
         raise FileNotFoundError(f"`path` must be a file that save_cache wrote, but there is none: {path}")
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with safe_open(path, framework="pt") as file:  # which does not know every device of torch by its name
             kind = (file.metadata() or {}).get("kind")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"`path` must be a file that save_cache wrote, {path} is not: {error}") from error
     if kind is None:

@@ -302,6 +302,13 @@ class StateLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self._map(lambda t: t[indices.to(t.device)])
 
+    def detach(self) -> None:
+        """
+        Cuts the state off from the graph that led to it, whose memory is set free: no gradient goes back beyond here.
+        What was recorded before cannot be taken back any longer.
+        """
+        self._map(torch.Tensor.detach)
+
     def offload(self) -> None:
         self._map(lambda t: t.to("cpu", non_blocking=True))
 

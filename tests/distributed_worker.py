@@ -1,8 +1,10 @@
-"""What each of the processes of test_distributed.py runs: `torchrun distributed_worker.py FOLDER [ARGUMENTS]`.
+"""What each of the processes of test_distributed.py runs: `torchrun distributed_worker.py FOLDER`.
 
-ARGUMENTS are those of scripts/pretrain_enwik8.py. The first process writes what it finds to FOLDER.
+FOLDER has the file `runs.json`: arguments of scripts/pretrain_enwik8.py by the names of runs. The first process writes
+what it finds to FOLDER.
 """
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -21,10 +23,11 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import Trainer, TrainingArguments
+from transformers import DynamicCache, Trainer, TrainingArguments
 
 
 STEPS, BATCH, LENGTH = 4, 4, 12
+CARRIED = ["simple-nopos", "conv-nopos"]  # the variants that can train with a carried state
 
 
 def train_steps(model, optimizer, steps, rank=0, size=1):
@@ -36,6 +39,21 @@ def train_steps(model, optimizer, steps, rank=0, size=1):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+def carry_steps(model, optimizer, steps, rank=0, size=1):
+    """The same where each row goes on with the detached state of the step before."""
+    losses, cache = [], DynamicCache(config=model.config)
+    for step in steps:
+        ids = make_ids(LENGTH, BATCH, seed=step).chunk(size)[rank]
+        loss = model(input_ids=ids, labels=ids, cache=cache).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for layer in cache.layers:
+            layer.detach()
         losses.append(loss.detach())
     return torch.stack(losses)
 
@@ -102,13 +120,32 @@ def train_sharded(variant, folder):
     return {**found, "resumed": whole_weights(model)}
 
 
+def carry_sharded(variant):
+    """Losses and weights of a sharded run that carries its state."""
+    where = {"rank": dist.get_rank(), "size": dist.get_world_size()}
+    model, optimizer = sharded(variant)
+    losses = carry_steps(model, optimizer, range(STEPS), **where)
+    dist.all_reduce(losses)
+    return {"losses": losses / where["size"], "weights": whole_weights(model)}
+
+
+def pretrain_and_resume(folder, name, arguments):
+    """A run of the script in the folder `name`, and in `name-resumed` one from its checkpoint after two steps."""
+    checkpoint = folder / name / "checkpoints" / "step-2"
+    for run, resume in ((name, "none"), (f"{name}-resumed", str(checkpoint))):
+        AcceleratorState._reset_state(reset_partial_state=True)  # as it is in a new process
+        if not dist.is_initialized():
+            join(folder, f"group-{run}")
+        pretrain([*arguments, "--output_dir", str(folder / run), "--resume", resume])
+
+
 def join(folder, name):
     """Starts a process group, which the file `name` brings together: a run of the script ends the one that it uses."""
     size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     dist.init_process_group("gloo", init_method=f"file://{folder / name}", world_size=size, rank=rank)
 
 
-def main(folder, arguments):
+def main(folder):
     torch.set_num_threads(1)
     join(folder, "first")
     found = {
@@ -118,16 +155,13 @@ def main(folder, arguments):
         }
         for variant in VARIANTS
     }
+    for variant in CARRIED:
+        found[variant]["carried"] = carry_sharded(variant)
     if dist.get_rank() == 0:
         torch.save(found, folder / "found.pt")
-
-    AcceleratorState._reset_state(reset_partial_state=True)  # as it is in a new process
-    pretrain([*arguments, "--output_dir", str(folder / "whole")])
-    AcceleratorState._reset_state(reset_partial_state=True)
-    join(folder, "second")
-    checkpoint = folder / "whole" / "checkpoints" / "step-2"
-    pretrain([*arguments, "--output_dir", str(folder / "resumed"), "--resume", str(checkpoint)])
+    for name, arguments in json.loads((folder / "runs.json").read_text()).items():
+        pretrain_and_resume(folder, name, arguments)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]))

@@ -72,6 +72,16 @@ def _(original):
     return lambda self, repeats: self._map(lambda t: t.repeat(repeats, *[1] * (t.dim() - 1)))
 
 
+@fault("detaching the state leaves it in its graph", "cache_state.StateLayer.detach", CACHE)
+def _(original):
+    return lambda self: None
+
+
+@fault("detaching the state forgets it", "cache_state.StateLayer.detach", CACHE)
+def _(original):
+    return lambda self: self._map(torch.zeros_like)
+
+
 @fault("crop removes one token less", "cache_state.StateLayer.crop", GENERATION)
 def _(original):
     return lambda self, tokens_to_remove: original(self, tokens_to_remove + (tokens_to_remove < 0))

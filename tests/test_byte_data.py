@@ -9,6 +9,7 @@ import shutil
 import threading
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
@@ -20,6 +21,7 @@ from shared.byte_data import (
     ENWIK8,
     ByteData,
     KnownFile,
+    TrainingStreams,
     TrainingWindows,
     file_bytes,
     known_file_bytes,
@@ -400,15 +402,27 @@ def test_splits():
 # Training windows
 
 
-def training_windows(num_bytes: int = 1000, length: int = 16, seed: int = 0) -> tuple[np.ndarray, TrainingWindows]:
+def training_windows(
+    num_bytes: int = 1000, length: int = 16, batch_size: int = 8, seed: int = 0, kind: type = TrainingWindows
+) -> TrainingWindows:
     # Every value is its own position, so that a window shows where it was read.
     text = np.arange(num_bytes)
-    return text, TrainingWindows(lambda start, stop: text[start:stop], num_bytes, length, seed)
+    return kind(lambda start, stop: text[start:stop], num_bytes, length, batch_size, seed)
 
 
-def test_labels_are_the_next_bytes():
-    _, windows = training_windows()
-    inputs, labels = windows.batch(step=3, batch_size=8, rows=range(8))
+training_streams = partial(training_windows, kind=TrainingStreams)
+kinds = pytest.mark.parametrize("make", [training_windows, training_streams], ids=["windows", "streams"])
+
+
+def epoch(windows: TrainingWindows, steps: range) -> tuple[np.ndarray, np.ndarray]:
+    """The inputs and labels of some steps, [steps, batch_size, length]."""
+    batches = [windows.batch(step, range(windows.batch_size)) for step in steps]
+    return tuple(np.stack(arrays) for arrays in zip(*batches, strict=True))
+
+
+@kinds
+def test_labels_are_the_next_bytes(make):
+    inputs, labels = make().batch(step=3, rows=range(8))
     assert inputs.shape == labels.shape == (8, 16)
     assert inputs.dtype == labels.dtype == np.int64
     assert (labels == inputs + 1).all()
@@ -417,35 +431,78 @@ def test_labels_are_the_next_bytes():
 
 @pytest.mark.parametrize("num_bytes, length", [(1000, 16), (1001, 10), (33, 16), (257, 1)])
 def test_an_epoch_sees_each_byte_once(num_bytes, length):
-    _, windows = training_windows(num_bytes, length)
-    inputs, labels = windows.batch(step=0, batch_size=windows.windows_per_epoch, rows=range(windows.windows_per_epoch))
+    windows = training_windows(num_bytes, length, batch_size=1)
+    inputs, labels = epoch(windows, range(windows.windows_per_epoch))
     assert len(np.unique(inputs)) == inputs.size > num_bytes - 2 * length - 1
     assert inputs.min() >= 0 and labels.max() < num_bytes
 
 
 def test_epochs_differ_in_order_and_offset():
-    _, windows = training_windows()
+    windows = training_windows()
     starts = [windows.epoch_order(epoch) for epoch in range(4)]
     assert len({tuple(order) for order in starts}) == 4
     assert len({order[0] % 16 for order in starts}) > 1
     assert not (np.diff(starts[0]) > 0).all()
 
 
-@pytest.mark.parametrize("step", [0, 7, 8, 1000])  # with 8 rows, step 7 is where the second epoch begins
+@pytest.mark.parametrize("step", [0, 7, 8, 1000])  # the second epoch begins in or before step 7
 @pytest.mark.parametrize("parts", [1, 2, 4])
-def test_a_batch_depends_only_on_seed_and_step(step, parts):
-    whole, _ = training_windows()[1].batch(step, 8, range(8))
-    _, windows = training_windows()
-    windows.batch(5, 8, range(8))  # what was read before does not matter
+@kinds
+def test_a_batch_depends_only_on_seed_and_step(make, step, parts):
+    whole, _ = make().batch(step, range(8))
+    windows = make()
+    windows.batch(5, range(8))  # what was read before does not matter
     size = 8 // parts
-    pieces = [windows.batch(step, 8, range(first, first + size))[0] for first in range(0, 8, size)]
+    pieces = [windows.batch(step, range(first, first + size))[0] for first in range(0, 8, size)]
     assert (np.concatenate(pieces) == whole).all()
-    assert (training_windows(seed=1)[1].batch(step, 8, range(8))[0] != whole).any()
+    assert (make(seed=1).batch(step, range(8))[0] != whole).any()
 
 
 def test_short_train_split_is_refused():
     with pytest.raises(ValueError, match="sequence_length 16 needs .* 33 bytes or more, got 32"):
         training_windows(num_bytes=32, length=16)
+
+
+STREAMS = [(1000, 16, 8), (1001, 10, 1), (273, 16, 8), (260, 1, 128)]
+
+
+@pytest.mark.parametrize("num_bytes, length, batch_size", STREAMS)
+def test_a_row_goes_on_where_it_ended(num_bytes, length, batch_size):
+    windows = training_streams(num_bytes, length, batch_size)
+    inputs, labels = epoch(windows, range(3 * windows.steps_per_epoch))
+    follows = inputs[1:, :, 0] == labels[:-1, :, -1]
+    begins = [windows.begins(step) for step in range(len(inputs))]
+    assert begins == [step in (0, windows.steps_per_epoch, 2 * windows.steps_per_epoch) for step in range(len(inputs))]
+    assert follows[~np.array(begins[1:])].all()
+    assert batch_size == 1 or not follows[begins[1:]].all()
+
+
+@pytest.mark.parametrize("num_bytes, length, batch_size", STREAMS)
+def test_an_epoch_of_streams_sees_each_byte_once(num_bytes, length, batch_size):
+    windows = training_streams(num_bytes, length, batch_size)
+    inputs, labels = epoch(windows, range(windows.steps_per_epoch))
+    assert inputs.size == windows.windows_per_epoch * length > num_bytes - (batch_size + 1) * length - 1
+    assert sorted(inputs.flatten()) == list(range(inputs.min(), inputs.min() + inputs.size))
+    assert inputs.min() >= 0 and labels.max() < num_bytes
+
+
+def test_streams_reach_every_byte():
+    windows = training_streams(num_bytes=50, length=3, batch_size=4)
+    inputs, labels = epoch(windows, range(200 * windows.steps_per_epoch))
+    assert set(inputs.flatten()) == set(range(49)) and set(labels.flatten()) == set(range(1, 50))
+
+
+def test_epochs_of_streams_differ_in_rows_and_offset():
+    starts = np.stack([training_streams().epoch_order(epoch) for epoch in range(8)])
+    assert len(set(starts.min(1))) > 1 and len(set(starts.argmin(1))) > 1
+
+
+@pytest.mark.parametrize("batch_size, needed", [(1, 49), (8, 273)])
+def test_streams_that_carry_nothing_are_refused(batch_size, needed):
+    training_streams(needed, 16, batch_size)
+    message = f"batch_size {batch_size} with sequence_length 16 needs .* {needed} bytes .*, got {needed - 1}"
+    with pytest.raises(ValueError, match=message):
+        training_streams(needed - 1, 16, batch_size)
 
 
 def test_an_address_that_does_not_answer_is_named(tmp_path):

@@ -239,6 +239,30 @@ def test_a_cache_from_inference_mode_is_continued_with_gradients(variant, kind):
     torch.testing.assert_close(torch.cat(parts, 1), expected)
 
 
+@pytest.mark.parametrize("detached", [True, False], ids=["detached", "whole"])
+@kinds
+@few
+def test_no_gradient_goes_back_beyond_a_detached_state(variant, kind, detached):
+    model, ids = make_model(variant), make_ids(12)
+    first, second = ids.split([7, 5], 1)
+
+    def gradients(cache) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        model(second, cache=cache).logits.square().mean().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    with torch.no_grad():
+        constant = fill(model, first, kind)
+    cache = fill(model, first, kind)
+    if detached:
+        for layer in cache.layers:
+            layer.detach()
+    found, expected = gradients(cache), gradients(constant)
+    close = [torch.allclose(found[name], expected[name], rtol=1e-9, atol=1e-12) for name in expected]
+    assert all(close) if detached else not all(close)
+    assert cache.get_seq_length() == 12
+
+
 MODES = {"gradients": torch.enable_grad, "no-gradients": torch.no_grad, "inference": torch.inference_mode}
 
 
@@ -303,6 +327,15 @@ def test_use_cache_false_does_not_drop_a_warm_cache():
 
 
 # Files
+
+
+@pytest.mark.parametrize("device", ["cpu:0", torch.device("cpu"), torch.device("cpu", 0)], ids=repr)
+def test_a_cache_is_loaded_to_a_device_by_any_of_its_names(device, tmp_path):
+    model, ids = make_model("conv"), make_ids(12)
+    save_cache(fill(model, ids[:, :7]), tmp_path / "cache")
+    cache = load_cache(tmp_path / "cache", model.config, device)
+    expected = model(ids, use_cache=False).logits[:, 7:]
+    torch.testing.assert_close(model(ids[:, 7:], cache=cache).logits, expected)
 
 
 def test_many_threads_save_into_one_file(tmp_path):

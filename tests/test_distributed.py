@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_worker import BATCH, STEPS, new_optimizer, train_steps, train_with_trainer
+from accelerate.state import AcceleratorState
+from distributed_worker import BATCH, CARRIED, STEPS, carry_steps, new_optimizer, train_steps, train_with_trainer
 from families import VARIANTS, make_config, make_ids, make_model
 from launching import free_port
+from pretrain_enwik8 import main as pretrain
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -24,18 +26,31 @@ TESTS = Path(__file__).resolve().parent
 def folder(tmp_path_factory) -> Path:
     """What distributed_worker.py has left behind: one start of the processes for all tests."""
     folder = tmp_path_factory.mktemp("distributed")
-    model = {**make_config("local", max_position_embeddings=16).to_diff_dict(), "hidden_dropout_prob": 0.1}
-    (folder / "model.json").write_text(json.dumps(model))
+    models = {
+        "windows": {**make_config("local", max_position_embeddings=16).to_diff_dict(), "hidden_dropout_prob": 0.1},
+        "carried": make_config("conv-nopos").to_diff_dict(),
+    }
+    for name, model in models.items():
+        (folder / f"{name}.json").write_text(json.dumps(model))
     (folder / "text.bin").write_bytes(bytes(range(256)) * 20)
-    arguments = {"model_preset": "model.json", "dataset_path": "text.bin", "cache_dir": "cache"}
-    arguments = {name: folder / path for name, path in arguments.items()}
+    arguments = {"dataset_path": folder / "text.bin", "cache_dir": folder / "cache"}
     arguments |= {"batch_size": 4, "max_steps": 4, "save_every": 2, "log_every": 1, "warmup_steps": 1}
     arguments |= {"eval_every": 0, "sample_bytes": 0}
+    carried = {"carry_state": True, "sequence_length": 64, "micro_batch_size": 1, "eval_batch_size": 2}
+    runs = {
+        name: [
+            text
+            for flag, value in {"model_preset": folder / f"{name}.json", **arguments, **more}.items()
+            for text in (f"--{flag}", str(value))
+        ]
+        for name, more in {"windows": {}, "carried": carried}.items()
+    }
+    (folder / "runs.json").write_text(json.dumps(runs))
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
     launch += [str(TESTS / "distributed_worker.py"), str(folder)]
     paths = [str(TESTS.parent), str(TESTS.parent / "scripts")]
     result = subprocess.run(
-        [*launch, *(text for name, value in arguments.items() for text in (f"--{name}", str(value)))],
+        launch,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         text=True,
@@ -78,6 +93,14 @@ def test_weights_of_a_sharded_run_load_with_from_pretrained(found, folder):
         assert_equal(variant, loaded(make_ids(20)).logits, trained(make_ids(20)).logits, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("variant", CARRIED)
+def test_sharded_training_that_carries_its_state_equals_one_process(found, variant):
+    model = make_model(variant).train()
+    losses = carry_steps(model, new_optimizer(model), range(STEPS))
+    assert_equal(variant, found[variant]["carried"]["losses"], losses)
+    assert_equal(variant, found[variant]["carried"]["weights"], dict(model.state_dict()))
+
+
 @pytest.mark.parametrize("variant", ["local", "full-dense", "dense+random+factorized_dense+dot_product"])
 def test_trainer_on_two_processes_equals_one(found, tmp_path, variant):
     assert_equal(variant, found[variant]["trainer"], train_with_trainer(make_model(variant).train(), tmp_path, BATCH))
@@ -93,9 +116,22 @@ def test_trainer_on_two_processes_needs_no_search_for_unused_parameters(found):
             assert trained != idle, f"{variant}: {name}"
 
 
-def test_pretraining_on_two_processes_resumes_exactly(folder):
-    whole, resumed = (load_file(folder / name / "model.safetensors") for name in ("whole", "resumed"))
-    assert_equal("local", resumed, whole, rtol=0, atol=0)
-    log = [json.loads(line) for line in (folder / "resumed" / "run.jsonl").read_text().splitlines()]
+@pytest.mark.parametrize("name", ["windows", "carried"])
+def test_pretraining_on_two_processes_resumes_exactly(folder, name):
+    whole, resumed = (load_file(folder / run / "model.safetensors") for run in (name, f"{name}-resumed"))
+    assert_equal(name, resumed, whole, rtol=0, atol=0)
+    log = [json.loads(line) for line in (folder / f"{name}-resumed" / "run.jsonl").read_text().splitlines()]
     assert [line["num_processes"] for line in log if line["event"] == "config"] == [2]
     assert [line["step"] for line in log if line["event"] == "resume"] == [2]
+
+
+def test_carried_state_on_two_processes_equals_one(folder, monkeypatch):
+    """Two processes with two micro-batches of one row each, and one process with one micro-batch of four."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    arguments = json.loads((folder / "runs.json").read_text())["carried"]
+    pretrain([*arguments, "--micro_batch_size", "4", "--output_dir", str(folder / "one")])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    two, one = (load_file(folder / name / "model.safetensors") for name in ("carried", "one"))
+    assert_equal("carried", two, one, rtol=0, atol=1e-4)
+    states = [path.name for path in (folder / "carried" / "checkpoints" / "step-2").glob("carried_state_*")]
+    assert sorted(states) == [f"carried_state_{row}.safetensors" for row in range(4)]

@@ -295,18 +295,27 @@ class TrainingWindows:
     `length` inputs and as many labels (the next bytes), and visits them in a new order. Everything is a pure function
     of the seed and the step, so there is no state to save, and any number of processes sees the same batch.
 
+    Args:
+        read (`Callable`): `read(start, stop)` returns bytes of the split.
+        num_bytes (`int`): the size of the split.
+        length (`int`): inputs per window.
+        batch_size (`int`): windows per step, over all processes and micro-batches.
+        seed (`int`): decides offsets and orders.
+
     Raises:
         ValueError: the train split is shorter than two windows.
     """
 
-    def __init__(self, read: Callable[[int, int], np.ndarray], num_bytes: int, length: int, seed: int):
+    def __init__(
+        self, read: Callable[[int, int], np.ndarray], num_bytes: int, length: int, batch_size: int, seed: int
+    ):
         # One window less than fits, so that every offset below `length` leaves the same number of windows.
         self.windows_per_epoch = (num_bytes - 1) // length - 1
         if self.windows_per_epoch < 1:
             raise ValueError(
                 f"sequence_length {length} needs a train split of {2 * length + 1} bytes or more, got {num_bytes}"
             )
-        self.read, self.length, self.seed = read, length, seed
+        self.read, self.length, self.batch_size, self.seed = read, length, batch_size, seed
         # A batch touches two epochs at most, unless it is larger than an epoch.
         self.epoch_order = lru_cache(maxsize=2)(self.epoch_order)
 
@@ -315,17 +324,56 @@ class TrainingWindows:
         generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
         return generator.integers(self.length) + generator.permutation(self.windows_per_epoch) * self.length
 
-    def batch(self, step: int, batch_size: int, rows: range) -> tuple[np.ndarray, np.ndarray]:
+    def start(self, step: int, row: int) -> int:
+        """Where the window of a row of the global batch of `step` starts."""
+        epoch, index = divmod(step * self.batch_size + row, self.windows_per_epoch)
+        return int(self.epoch_order(epoch)[index])
+
+    def batch(self, step: int, rows: range) -> tuple[np.ndarray, np.ndarray]:
         """
         Rows `rows` of the global batch of `step` (from 0).
 
         Returns:
             `tuple`: inputs and labels, int64 [len(rows), length]; a label is the byte after its input.
         """
-        windows = []
-        for row in rows:
-            epoch, index = divmod(step * batch_size + row, self.windows_per_epoch)
-            start = int(self.epoch_order(epoch)[index])
-            windows.append(self.read(start, start + self.length + 1))
-        windows = np.stack(windows).astype(np.int64)
+        starts = [self.start(step, row) for row in rows]
+        windows = np.stack([self.read(start, start + self.length + 1) for start in starts]).astype(np.int64)
         return windows[:, :-1], windows[:, 1:]
+
+
+class TrainingStreams(TrainingWindows):
+    """
+    The train split as `batch_size` contiguous streams of equal length, one per row of the batch. A step reads the next
+    window of each, so that a row goes on where it ended in the step before. Each epoch cuts the streams at a new
+    offset, and deals them out to the rows in a new order. All else is as in `TrainingWindows`.
+
+    Raises:
+        ValueError: the train split is too short for two windows in each stream.
+    """
+
+    def __init__(
+        self, read: Callable[[int, int], np.ndarray], num_bytes: int, length: int, batch_size: int, seed: int
+    ):
+        super().__init__(read, num_bytes, length, batch_size, seed)
+        self.steps_per_epoch = self.windows_per_epoch // batch_size
+        if self.steps_per_epoch < 2:
+            raise ValueError(
+                f"batch_size {batch_size} with sequence_length {length} needs a train split of "
+                f"{(2 * batch_size + 1) * length + 1} bytes or more to carry a state, got {num_bytes}"
+            )
+        self.windows_per_epoch = self.steps_per_epoch * batch_size
+        self.num_offsets = num_bytes - self.windows_per_epoch * length  # which leave room for the last label
+
+    def epoch_order(self, epoch: int) -> np.ndarray:
+        """Where the streams of an epoch start, by the rows that read them: int64 [batch_size]."""
+        generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
+        order = generator.permutation(self.batch_size)
+        return generator.integers(self.num_offsets) + order * self.steps_per_epoch * self.length
+
+    def start(self, step: int, row: int) -> int:
+        epoch, index = divmod(step, self.steps_per_epoch)
+        return int(self.epoch_order(epoch)[row]) + index * self.length
+
+    def begins(self, step: int) -> bool:
+        """Whether every row begins a stream at this step, instead of going on in one."""
+        return step % self.steps_per_epoch == 0

@@ -207,7 +207,8 @@ def read_state(checkpoint: Path, identity: dict) -> dict:
     """
     state = read_content(checkpoint)
     state.pop("files", None)
-    identity, saved = json.loads(json.dumps(identity)), state["identity"]
+    identity = json.loads(json.dumps(identity))
+    saved = {"carry_state": False, **state["identity"]}  # which earlier versions could not do
     differing = [
         f"{name} is {identity.get(name)!r} but was {saved.get(name)!r}"
         for name in sorted(identity.keys() | saved.keys())

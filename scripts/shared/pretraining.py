@@ -10,6 +10,7 @@
 
 import argparse
 import contextlib
+import copy
 import importlib.metadata
 import math
 import platform
@@ -27,12 +28,22 @@ import transformers
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env, set_seed
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 import modeling_aft  # noqa: F401  (registers the model types)
 from shared.atomic_files import write_whole
 from shared.bits_per_byte import evaluate_bits_per_byte, load_metric
-from shared.byte_data import ENWIK8, ByteData, TrainingWindows, differences, file_bytes, known_file_bytes, pydoc_bytes
+from shared.byte_data import (
+    ENWIK8,
+    ByteData,
+    TrainingStreams,
+    TrainingWindows,
+    differences,
+    file_bytes,
+    known_file_bytes,
+    pydoc_bytes,
+)
+from shared.carried_state import CarriedState
 from shared.checkpointing import (
     abandon,
     complete_checkpoints,
@@ -85,28 +96,55 @@ def seed_step(seed: int, step: int, process: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence([seed, step, process]).generate_state(1, np.uint64)[0]))
 
 
-def summed_nats(model, accelerator: Accelerator, windows: TrainingWindows, step: int, first_row: int, args):
-    """The summed nats, a scalar tensor, of one micro-batch: of the rows of the batch of `step` from `first_row` on."""
-    batch = windows.batch(step, args.batch_size, range(first_row, first_row + args.micro_batch_size))
+def first_rows(accelerator: Accelerator, args) -> range:
+    """With which rows of the global batch the micro-batches of this process begin."""
+    size = args.micro_batch_size
+    return range(accelerator.process_index * size, args.batch_size, accelerator.num_processes * size)
+
+
+def summed_nats(
+    model,
+    accelerator: Accelerator,
+    windows: TrainingWindows,
+    step: int,
+    first_row: int,
+    args,
+    cache: DynamicCache | None = None,
+):
+    """
+    The summed nats, a scalar tensor, of one micro-batch: of the rows of the batch of `step` from `first_row` on. They
+    go on from a cache, if there is one, which is updated.
+    """
+    batch = windows.batch(step, range(first_row, first_row + args.micro_batch_size))
     inputs, labels = (torch.from_numpy(array).to(accelerator.device) for array in batch)  # [micro batch, T]
-    logits = model(input_ids=inputs, use_cache=False).logits
+    past = {"use_cache": False} if cache is None else {"cache": cache}
+    logits = model(input_ids=inputs, **past).logits
     return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum")
 
 
-def train_step(model, optimizers, accelerator: Accelerator, windows: TrainingWindows, step: int, args) -> torch.Tensor:
+def train_step(
+    model,
+    optimizers,
+    accelerator: Accelerator,
+    windows: TrainingWindows,
+    step: int,
+    args,
+    carried: CarriedState | None = None,
+) -> torch.Tensor:
     """One optimizer step on the global batch of `step`; returns the summed nats of this process's windows."""
     seed_step(args.seed, step, accelerator.process_index)
     set_learning_rate(optimizers, learning_rate(step, args))
-    per_forward = args.micro_batch_size * accelerator.num_processes
     nats = torch.zeros((), device=accelerator.device)
-    for first in range(0, args.batch_size, per_forward):
-        first_row = first + accelerator.process_index * args.micro_batch_size
-        last = first + per_forward == args.batch_size
-        with contextlib.nullcontext() if last else accelerator.no_sync(model):
-            loss = summed_nats(model, accelerator, windows, step, first_row, args)
+    rows = first_rows(accelerator, args)
+    for first_row in rows:
+        cache = None if carried is None else carried.before(step, first_row)
+        with contextlib.nullcontext() if first_row == rows[-1] else accelerator.no_sync(model):
+            loss = summed_nats(model, accelerator, windows, step, first_row, args, cache)
             # Gradients are averaged over processes, so this makes them those of the mean over the global batch.
             accelerator.backward(loss * accelerator.num_processes / (args.batch_size * args.sequence_length))
         nats += loss.detach()
+        if carried is not None:
+            carried.keep(first_row, cache)
     if args.max_grad_norm > 0:
         accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
     for optimizer in optimizers:
@@ -161,6 +199,7 @@ class Run:
     optimizers: list[torch.optim.Optimizer]
     data: ByteData
     windows: TrainingWindows
+    carried: CarriedState | None  # with --carry_state
     log: RunLog
     folder: Path
     state: dict  # of the last checkpoint
@@ -227,8 +266,10 @@ class Run:
     def is_sound(self, step: int) -> bool:
         """Whether all numbers of the model and its optimizers are finite, and its loss on a micro-batch to come is."""
         self.model.eval()
-        first_row = self.accelerator.process_index * self.args.micro_batch_size
-        nats = summed_nats(self.model, self.accelerator, self.windows, step, first_row, self.args)
+        first_row = first_rows(self.accelerator, self.args)[0]
+        # A copy: the forward pass updates the cache.
+        cache = None if self.carried is None else copy.deepcopy(self.carried.before(step, first_row))
+        nats = summed_nats(self.model, self.accelerator, self.windows, step, first_row, self.args, cache)
         self.model.train()
         sound = all_finite(self.model, self.optimizers) and math.isfinite(nats.item())
         return self.accelerator.reduce(torch.tensor(float(not sound), device=nats.device), "sum").item() == 0
@@ -264,7 +305,9 @@ class Run:
         ) as progress:
             nats, tokens, started = 0.0, 0, time.perf_counter()
             for step in range(state["step"], args.max_steps):
-                nats += train_step(self.model, self.optimizers, self.accelerator, self.windows, step, args)
+                nats += train_step(
+                    self.model, self.optimizers, self.accelerator, self.windows, step, args, self.carried
+                )
                 tokens += args.batch_size * args.sequence_length
                 done = step + 1
                 progress.update()
@@ -316,7 +359,7 @@ def make_accelerator(args) -> Accelerator:
     The accelerator of the run.
 
     Raises:
-        ValueError: the optimizer does not work with its precision or its sharding.
+        ValueError: the optimizer, or carrying a state, does not work with its precision or its sharding.
     """
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
@@ -332,6 +375,11 @@ def make_accelerator(args) -> Accelerator:
             else "with fp16, whose loss scale belongs to one optimizer"
         )
         raise ValueError(f"--optimizer must be adamw {reason}, got 'muon'")
+    if args.carry_state and sharded and accelerator.state.fsdp_plugin.activation_checkpointing:
+        raise ValueError(
+            "--carry_state must be left out with fsdp_activation_checkpointing, which would read the state twice, got "
+            "True"
+        )
     return accelerator
 
 
@@ -379,7 +427,9 @@ def set_up(args, argv: list[str], config) -> Run:
         load_metric()  # before the training, in which nothing may keep it from loading
         name, data = load_data(args)
     train_start, train_end = data.splits["train"]
-    windows = TrainingWindows(data.read, train_end - train_start, args.sequence_length, args.seed)
+    windows = (TrainingStreams if args.carry_state else TrainingWindows)(
+        data.read, train_end - train_start, args.sequence_length, args.batch_size, args.seed
+    )
     if args.max_steps is None:
         args.max_steps = math.ceil(args.num_epochs * windows.windows_per_epoch / args.batch_size)
 
@@ -404,6 +454,8 @@ def set_up(args, argv: list[str], config) -> Run:
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     facts = describe_run(args, accelerator, model, name, data, windows)
     model, *optimizers = accelerator.prepare(model, *create_optimizers(model, args))
+    rows = first_rows(accelerator, args)
+    carried = CarriedState(config, windows, rows, accelerator) if args.carry_state else None
     if checkpoint is not None:
         load_checkpoint(accelerator, checkpoint)
 
@@ -416,7 +468,7 @@ def set_up(args, argv: list[str], config) -> Run:
         clear_output(args, checkpoint, state["step"])
     facts["model_config"] = identity["model_config"]
     log = open_log(args, accelerator, checkpoint, state, argv, **facts)
-    return Run(args, accelerator, model, optimizers, data, windows, log, folder, state, identity)
+    return Run(args, accelerator, model, optimizers, data, windows, carried, log, folder, state, identity)
 
 
 def pretrain(argv: list[str]) -> dict:

@@ -79,6 +79,11 @@ class DataArguments:
         str(Path.home() / ".cache" / "modeling_aft"), "Folder for downloads and the memory-mapped copy of the data."
     )
     sequence_length: int | None = flag(None, "T, bytes per training window; None is max_position_embeddings.")
+    carry_state: bool = flag(
+        False,
+        "Let each row of the batch read on where it ended in the step before, with the state of there but not its "
+        "gradient; for a model with a state of fixed size and no position tables, such as AFT-conv without positions.",
+    )
 
 
 @dataclass
@@ -260,6 +265,11 @@ def prompt_bytes(prompt: str) -> bytes:
     return prompt.encode("utf-8", "surrogateescape")
 
 
+def has_fixed_state(config: PreTrainedConfig) -> bool:
+    """Whether each layer of the model keeps what it has read in AFT's state of fixed size."""
+    return set(getattr(config, "layer_types", None) or ()) == {"aft_state"}
+
+
 def has_length_limit(config: PreTrainedConfig) -> bool:
     """Whether the model has tables that end at `max_position_embeddings`: a config may say so, else they do."""
     return getattr(config, "has_position_table", hasattr(config, "max_position_embeddings"))
@@ -326,6 +336,12 @@ def check_arguments(args: argparse.Namespace, num_processes: int) -> PreTrainedC
         config = build_config(args)
     except ValueError as error:
         problems.append(str(error))
+    if config is not None and args.carry_state:
+        lacks = f"left out: this model, {config.model_type}, has no state of fixed size"
+        check(has_fixed_state(config), "carry_state", lacks)
+        check(not has_length_limit(config), "carry_state", "left out: this model's position tables end")
+        twice = "left out with --carry_state: it would read the state twice"
+        check(not args.gradient_checkpointing, "gradient_checkpointing", twice)
     if config is not None:
         length = getattr(config, "max_position_embeddings", None)
         args.sequence_length = args.sequence_length or length
