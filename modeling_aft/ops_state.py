@@ -36,7 +36,8 @@ class AFTState(NamedTuple):
             form, all S past tokens. Minus infinity where there is no token.
         value: [B, S, D], 0 where there is no token.
         key_position: [B, S] int64, the position of each key (full form only, else None).
-        maximum: [B, D or H] fp32 (fp64 with a decay), minus infinity if no token has left the window (None in the full form).
+        maximum: [B, D or H] fp32 (fp64 with a decay), minus infinity if no token has left the window (None in the full
+            form).
         normalizer: [B, D or H] fp32, 0 if no token has left the window, else at least 1 (None in the full form).
         average: [B, D] fp32 (None in the full form).
     """
