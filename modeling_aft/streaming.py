@@ -103,8 +103,8 @@ class TokenStream:
                 room = min(room, self.refresh_every - self._num_read)
             labels = input_ids[:, start : start + room]
             logits = self._feed(torch.cat([self._window[:, -1:], labels[:, :-1]], dim=1))
-            losses = F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
-            surprise[:, start : start + room] = losses
+            losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
+            surprise[:, start : start + room] = losses.view_as(labels)
             known = self._window[:, :0] if self.refresh_every is None else self._window
             kept = labels[:, -1:] if self.refresh_every is None else labels
             self._window = torch.cat([known, kept], dim=1)
