@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from draw_positions import main as draw_positions
+from launching import ROOT, run_on_two_processes
 from score import main
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -316,6 +317,16 @@ def test_command_line_scores_a_split(folders, recurrent_model, capsys, split, st
     assert result["bytes_scored"] == stop - start
     protocol = f"carried, T = 64, L = {stop - start}, {stop - start} bytes, float32"
     assert f"{split}: {result['bits_per_byte']:.4f} bits per byte ({protocol})\n" in capsys.readouterr().out
+
+
+def test_two_processes_give_the_score_of_one(folders, recurrent_model, tmp_path):
+    flags = [str(folders / "recurrent"), "--dataset_path", str(folders / "data"), "--protocol", "carried"]
+    flags += ["--length", "8", "--stream_length", "20", "--batch_size", "1", "--by_position"]
+    main([*flags, str(tmp_path / "one.csv")])
+    run_on_two_processes(ROOT / "scripts" / "score.py", [*flags, str(tmp_path / "two.csv")])
+    one, two = (list(csv.DictReader((tmp_path / name).read_text().splitlines())) for name in ("one.csv", "two.csv"))
+    scores = [[float(row.pop("bits_per_byte")) for row in rows] for rows in (one, two)]
+    assert one == two and scores[0] == pytest.approx(scores[1], rel=1e-5)
 
 
 def test_command_line_writes_the_scores_by_position(folders, tmp_path):
