@@ -132,7 +132,8 @@ def choose_protocols(config, length: int) -> list[Protocol]:
     protocols = [Protocol("segments", length), Protocol("sliding", length, stride=max(length // 4, 1))]
     if config.model_type == "aft" and not has_length_limit(config):
         protocols.append(Protocol("carried", length))
-        protocols.append(Protocol("refreshed", length, refresh_every=8 * length, refresh_overlap=length))
+        overlap = max(length // 2, 1)
+        protocols.append(Protocol("refreshed", length, refresh_every=2 * length, refresh_overlap=overlap))
     return protocols
 
 
