@@ -8,6 +8,7 @@ from .configuration_aft import AFTConfig
 from .configuration_synthesizer import SynthesizerConfig
 from .modeling_attention_free import *  # noqa: F403  (its mixer, and the heads that it declares)
 from .modeling_synthesizer import *  # noqa: F403
+from .streaming import TokenStream
 from .tokenization_bytes import ByteTokenizer
 
 
@@ -16,6 +17,7 @@ __all__ = [
     "AFTConfig",
     "ByteTokenizer",
     "SynthesizerConfig",
+    "TokenStream",
     "load_cache",
     "save_cache",
     *modeling_attention_free.__all__,

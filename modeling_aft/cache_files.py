@@ -30,6 +30,17 @@ def save_cache(cache: Cache, path: str | os.PathLike) -> None:
     Raises:
         ValueError: the cache is empty, not of one of these models, or of a forward pass that was interrupted.
     """
+    tensors = cache_tensors(cache)
+    write_tensors(path, tensors, {"kind": cache.layers[0].kind})
+
+
+def cache_tensors(cache: Cache) -> dict[str, torch.Tensor]:
+    """
+    The tensors of a cache as `save_cache` names them.
+
+    Raises:
+        ValueError: as `save_cache` does.
+    """
     layers = getattr(cache, "layers", [])
     # By what they can do: the code of a model from the Hub has classes of its own.
     foreign = [type(layer).__name__ for layer in layers if not hasattr(layer, "state_dict")]
@@ -38,11 +49,15 @@ def save_cache(cache: Cache, path: str | os.PathLike) -> None:
     if layers[0].kind is None or layers[0].unfinished:
         problem = "an empty one" if layers[0].kind is None else "one of a forward pass that was interrupted"
         raise ValueError(f"`cache` must be one that a model has filled, got {problem}.")
-    tensors = {f"layers.{i}.{n}": t for i, layer in enumerate(layers) for n, t in layer.state_dict().items()}
+    return {f"layers.{i}.{n}": t for i, layer in enumerate(layers) for n, t in layer.state_dict().items()}
+
+
+def write_tensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Writes a safetensors file; one that exists is replaced once the new one is complete and on the disk."""
     path = Path(path)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp", delete=False) as file:
         try:
-            file.write(save(tensors, metadata={"format": "pt", "kind": layers[0].kind}))
+            file.write(save(tensors, metadata={"format": "pt", **metadata}))
             file.flush()
             os.fsync(file.fileno())
             file.close()
@@ -64,24 +79,48 @@ def load_cache(path: str | os.PathLike, config, device: str | torch.device = "cp
         ValueError: the file holds no cache, a damaged one, or that of another kind of model.
         FileNotFoundError: there is no such file.
     """
+    tensors, metadata = read_tensors(path, "save_cache", device)
+    check_kind(f"`path` {path}", metadata["kind"], config.state_kind)
+    return restore_cache(path, tensors, config)
+
+
+def read_tensors(
+    path: str | os.PathLike, writer: str, device: str | torch.device
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """
+    The tensors and the metadata of a file that the function `writer` has written.
+
+    Raises:
+        ValueError: it is damaged, or does not say of what kind of model it is.
+        FileNotFoundError: there is no such file.
+    """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"`path` must be a file that save_cache wrote, but there is none: {path}")
+        raise FileNotFoundError(f"`path` must be a file that {writer} wrote, but there is none: {path}")
     try:
         with safe_open(path, framework="pt") as file:  # which does not know every device of torch by its name
-            kind = (file.metadata() or {}).get("kind")
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"`path` must be a file that save_cache wrote, {path} is not: {error}") from error
-    if kind is None:
-        raise ValueError(f"`path` must be a file that save_cache wrote, {path} does not say of what model it is.")
-    check_kind(f"`path` {path}", kind, config.state_kind)
+        raise ValueError(f"`path` must be a file that {writer} wrote, {path} is not: {error}") from error
+    if "kind" not in metadata:
+        raise ValueError(f"`path` must be a file that {writer} wrote, {path} does not say of what model it is.")
+    return tensors, metadata
+
+
+def restore_cache(path: str | os.PathLike, tensors: dict[str, torch.Tensor], config) -> DynamicCache:
+    """
+    The cache of a model whose tensors, in the file `path`, are those of `cache_tensors`.
+
+    Raises:
+        ValueError: they are not those of a cache of such a model.
+    """
     cache = DynamicCache(config=config)
     states = _states_by_layer(path, tensors, len(cache.layers))
     length, batch = _check_sizes(path, states)
     for index, (layer, state) in enumerate(zip(cache.layers, states, strict=True)):
         _check_state(f"layer {index} of {path}", state, layer.shapes(config, batch, length), length)
         layer.load_state_dict(state)
-    cache.layers[0].kind = kind
+    cache.layers[0].kind = config.state_kind
     return cache
 
 

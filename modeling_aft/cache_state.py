@@ -269,6 +269,10 @@ class StateLayer(CacheLayerMixin):
         self.is_initialized = bool(tensors)
         self.state = self.state_class(**{"key": None, **tensors}) if tensors else None
 
+    def forget_length(self) -> None:
+        """Begins to count tokens at 0. The state stays: what comes next goes on from it."""
+        self.cumulative_length, self.known_length = torch.zeros_like(self.cumulative_length), 0
+
     def get_seq_length(self) -> int | torch.Tensor:
         """Number of tokens seen, padding included."""
         return self.cumulative_length if self.is_initialized else 0

@@ -31,6 +31,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .compatibility import CACHE_NAME, CausalLMOutputWithPast, one_cache
 from .modeling_text import MixerWithHead
+from .refresh import check_refresh, window_start
 
 
 # What looks up the scores of the ids in a text.
@@ -208,7 +209,11 @@ class StateGenerationMixin(GenerationMixin):
                 past, read, kwargs["prefill_chunk_size"] = total - 1, prompt.shape[1] - 1, None
             # Of itself the library would give all of the prompt to the cache again.
             cache.layers[0].columns_read = read if assisted or size is not None else None
-        if not self.config.has_position_table:
+        every, overlap = kwargs.get("refresh_every"), kwargs.get("refresh_overlap")
+        check_refresh(self.config, every, overlap)
+        if every is not None:
+            self._check_refreshed(prompt, ids, mask, past, generation_config, kwargs)
+        if every is not None or not self.config.has_position_table:
             return super().generate(inputs, generation_config, **kwargs)
         kept = self._count_kept(prompt, mask, cache, past, total)
         room = (self.config.max_position_embeddings - kept).clamp_min(1)
@@ -280,6 +285,24 @@ class StateGenerationMixin(GenerationMixin):
                 + f", got {length}."
             )
 
+    def _check_refreshed(self, prompt, ids, mask, past: int, generation_config, kwargs: dict) -> None:
+        """Raises a ValueError if a call of `generate` cannot start anew."""
+        problem = None
+        if past:
+            problem = f"an empty `cache`, got one that has read {past} tokens"
+        elif prompt is not ids:
+            problem = "`input_ids`, got `inputs_embeds`"
+        elif mask is not None and mask.dim() != 2:
+            problem = f"an `attention_mask` [B, T], got {list(mask.shape)}"
+        elif kwargs.get("position_ids") is not None:
+            problem = "positions that the model counts, got `position_ids`"
+        elif self._is_assisted(generation_config, kwargs):
+            problem = "a model alone, got assisted decoding"
+        elif self._option("prefill_chunk_size", generation_config, kwargs) is not None:
+            problem = "no `prefill_chunk_size`: of a long prompt it reads the last window alone"
+        if problem is not None:
+            raise ValueError(f"`refresh_every` needs {problem}.")
+
     def _count_kept(self, prompt, mask, cache, past: int, total: int) -> torch.Tensor:
         """[B]: the kept tokens of each row of the prompt, those in the cache included."""
         rows = len(prompt)
@@ -341,6 +364,8 @@ class StateGenerationMixin(GenerationMixin):
         attention_mask=None,
         last_column=None,
         keeps_positions=False,
+        refresh_every=None,
+        refresh_overlap=None,
         tokenizer=None,
         assistant_tokenizer=None,
         **kwargs,
@@ -356,6 +381,8 @@ class StateGenerationMixin(GenerationMixin):
             keeps_positions (`bool`):
                 Whether `position_ids` are the user's own. Those that the library makes begin again behind padding at
                 the end of a prompt; the model counts its tokens by itself.
+            refresh_every, refresh_overlap (`int`, *optional*):
+                R and O: before the model would read more than R tokens it forgets them and reads the last O again.
         """
         if not keeps_positions:
             kwargs.pop("position_ids", None)
@@ -364,6 +391,13 @@ class StateGenerationMixin(GenerationMixin):
             prompt = input_ids if inputs_embeds is None else inputs_embeds
             kwargs["next_sequence_length"] = prompt.shape[1] - cache.layers[0].columns_read
             cache.layers[0].columns_read = None
+        if refresh_every is not None:
+            windows = self._find_windows(input_ids, attention_mask, cache, refresh_every, refresh_overlap)
+            if windows is not None and cache is None:
+                input_ids, attention_mask = windows
+            elif windows is not None:
+                self._read_anew(*windows, cache)
+                kwargs["next_sequence_length"] = 1
         if last_column is not None and attention_mask is not None and attention_mask.shape[1] > int(last_column.min()):
             columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
             within = columns < last_column[:, None].to(columns.device)
@@ -378,6 +412,32 @@ class StateGenerationMixin(GenerationMixin):
             if last_column is not None and attention_mask is not None:
                 inputs.setdefault("attention_mask", attention_mask[:, -ids.shape[1] :].clone())
         return inputs
+
+    @staticmethod
+    def _find_windows(input_ids, attention_mask, cache: Cache | None, refresh_every: int, refresh_overlap: int):
+        """
+        What to read anew where a window begins at the last column, or the cache has read nothing of the one that it is
+        in: ids [B, n] and their mask, up to that column. None where no row needs it; where one does, all rows are read
+        again, as padding lets each of them start anew at a column of its own.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        index = attention_mask.cumsum(1) - 1  # of each token in its row
+        start, start_before = (window_start(index[:, -1:] - n, refresh_every, refresh_overlap) for n in (0, 1))
+        if cache is None or cache.layers[0].state is None:
+            start_before = torch.zeros_like(start)
+        if torch.equal(start, start_before):
+            return None
+        within = attention_mask * (index >= start)
+        first = int(within.amax(0).nonzero()[0])
+        return input_ids[:, first:], within[:, first:]
+
+    def _read_anew(self, input_ids, attention_mask, cache: Cache) -> None:
+        """Reads windows, but for their last column, into a cache that forgets what it holds."""
+        cache.reset()
+        ids = input_ids[:, :-1]
+        ids = ids.masked_fill(ids >= self.config.vocab_size, 0)  # padding behind the end of a row
+        self._read_in_chunks(ids, attention_mask[:, :-1], None, cache, past=0, size=ids.shape[1])
 
     def _get_logits_processor(self, generation_config, *args, encoder_input_ids=None, **kwargs):
         processors = super()._get_logits_processor(

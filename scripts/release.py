@@ -13,11 +13,11 @@ Makes of a finished run of pretrain_enwik8.py a folder to hand out: small weight
     python scripts/release.py runs/aft-conv model_cards/aft-conv-small --dataset_path FILE --beside runs/aft-simple
 
 The weights are stored in --dtype and computed with in float32, as config.json then says. Test and valid are scored
-with what was stored: by segments, sliding and, if the state of an AFT model does not grow, carried. A compressor,
-`xz -9e`, gets the same bytes: what the test split adds to the length of everything before it. The pictures are those
-of draw_model.py; --beside names runs for the picture of the receptive field. All of this goes into the folder's
-run.jsonl, from which the card is made. The folder holds no code: the model loads where the package is installed, and
-push_to_hub.py adds the code that it needs elsewhere.
+with what was stored: by segments, sliding and, if the state of an AFT model does not grow, as one stream, carried and
+refreshed. A compressor, `xz -9e`, gets the same bytes: what the test split adds to the length of everything before it.
+The pictures are those of draw_model.py; --beside names runs for the picture of the receptive field. All of this goes
+into the folder's run.jsonl, from which the card is made. The folder holds no code: the model loads where the package
+is installed, and push_to_hub.py adds the code that it needs elsewhere.
 """
 
 import argparse
@@ -27,6 +27,7 @@ import lzma
 import shlex
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -44,13 +45,14 @@ from shared.model_code import remove_code
 from shared.model_pictures import draw_model, draw_receptive_fields, load_models
 from shared.pretraining import sample_text
 from shared.pretraining_arguments import has_length_limit
+from shared.protocols import Protocol
 from shared.redaction import public_path, readable
 from shared.run_log import MEANINGLESS_ELSEWHERE, fill_model_card, plot_training_curve, read_log, today
 from shared.saved_models import load_model
 
 
 DTYPES = ("float32", "bfloat16", "float16")
-BATCH_SIZE = 16  # windows or streams at once in an evaluation
+BATCH_SIZE = 16  # windows at once in an evaluation
 CAPTIONS = {
     "bias-map": "What each layer has learned about positions: its biases.",
     "bias-curve": "The same over the offset t - t', from a query to the keys before it.",
@@ -125,32 +127,28 @@ def describe_company(models: dict) -> str:
     return f" Beside it, {'; '.join(parts)}." if parts else ""
 
 
-def score(model, content: bytes, length: int, splits: tuple[str, ...], protocols: dict[str, list[str]]) -> list[dict]:
-    """
-    The events of the scores of a model, split by split.
+def choose_protocols(config, length: int) -> list[Protocol]:
+    """Those that a model trained on windows of `length` bytes is scored by."""
+    protocols = [Protocol("segments", length), Protocol("sliding", length, stride=max(length // 4, 1))]
+    if config.model_type == "aft" and not has_length_limit(config):
+        protocols.append(Protocol("carried", length))
+        overlap = max(length // 2, 1)
+        protocols.append(Protocol("refreshed", length, refresh_every=2 * length, refresh_overlap=overlap))
+    return protocols
 
-    Args:
-        protocols: for each of those of score.py, its flags in addition.
-    """
+
+def score(model, content: bytes, splits: tuple[str, ...], protocols: list[Protocol]) -> list[dict]:
+    """The events of the scores of a model, split by split, with the flags of score.py that repeat each."""
     accelerator = Accelerator(mixed_precision="no")
     model = accelerator.prepare(model)
     events = []
     for split in splits:
-        for protocol, flags in protocols.items():
-            result = evaluate_split(
-                model,
-                content,
-                split,
-                accelerator,
-                protocol=protocol,
-                length=length,
-                stride=int(flags[1]) if flags else length,
-                batch_size=BATCH_SIZE,
-            )
-            flags = ["--split", split, "--protocol", protocol, "--length", str(length), *flags]
-            command = shlex.join([*flags, "--batch_size", str(BATCH_SIZE)])
+        for protocol in protocols:
+            result = evaluate_split(model, content, split, accelerator, protocol, BATCH_SIZE)
+            given = {"split": split, **{name: value for name, value in asdict(protocol).items() if value is not None}}
+            command = " ".join(f"--{name} {value}" for name, value in given.items())
             events.append({"event": "evaluation", "split": split, **result, "command": command})
-            print(f"{split}: {result['bits_per_byte']:.4f} bits per byte, {protocol}", flush=True)
+            print(f"{split}: {result['bits_per_byte']:.4f} bits per byte, {protocol.protocol}", flush=True)
     return events
 
 
@@ -214,9 +212,6 @@ def main(argv: list[str] | None = None) -> Path:
         raise ValueError(f"--beside must be AFT models, for a run of one, got {', '.join(wrong)}")
     config, final = events[0], events[-1]
     arguments, name, length = config["arguments"], args.folder.name, config["arguments"]["sequence_length"]
-    protocols = {"segments": [], "sliding": ["--stride", str(max(length // 4, 1))]}
-    if trained.config.model_type == "aft" and not has_length_limit(trained.config):
-        protocols["carried"] = []
 
     args.folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder.parent, prefix=f".{name}-") as temporary:
@@ -226,12 +221,12 @@ def main(argv: list[str] | None = None) -> Path:
         pictures = draw(name, {name: stored.base_model, **beside}, folder, args.dataset_path)
         plot_training_curve(events, folder / "training_curve.png")
 
-        scores = score(stored, content, length, ("test", "valid"), protocols)
+        scores = score(stored, content, ("test", "valid"), choose_protocols(trained.config, length))
         program = ["python", "scripts/score.py", str(args.folder)]
         program += [] if args.dataset_path is None else ["--dataset_path", str(args.dataset_path)]
         for event in scores:
             event |= {"step": final["step"], "command": f"{shlex.join(program)} {event['command']}"}
-        [before] = score(trained, content, length, ("valid",), {"segments": []})
+        [before] = score(trained, content, ("valid",), [Protocol("segments", length)])
         after = next(event for event in scores if event["split"] == "valid")
 
         sampling = argparse.Namespace(**{**arguments, "sample_bytes": arguments["sample_bytes"] or 300})

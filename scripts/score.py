@@ -16,9 +16,14 @@ Bits per byte of a causal language model on a range of bytes, by a named protoco
   before it, the last from T bytes.
 - `sliding`: windows of T bytes at stride S. The first is scored whole, of the others only the last S bytes, so that
   each of them is predicted from T - S + 1 bytes or more.
-- `carried`: the range is cut into one contiguous stream per row of the batch and process; a stream is read in segments
-  of T bytes, and the recurrent state is carried from one to the next. So --batch_size sets how long a stream is, and
-  changes the score: the fewer streams, the more context. With --batch_size 1 on one process there is a single one.
+- `carried`: streams of L bytes, side by side, or the whole range as one. A stream is read in parts of T bytes and the
+  state is carried from one to the next, so that a byte is predicted from all bytes of its stream before it.
+- `refreshed`: one stream, in which the model starts anew before it would read more than R bytes, and reads the last O
+  again: a byte is predicted from O + 1 to R bytes before it. It reads R / (R - O) times the bytes of the stream.
+
+No score depends on --batch_size or the number of processes, which say how many windows or streams are read at once;
+nor do those of `carried` and `refreshed` on T, how many bytes of each. --by_position tells the same by the position of
+a byte in its window, or of `carried` and `refreshed` in its stream; draw_positions.py makes a picture of it.
 
 The byte before the range is context and is not scored, so only the very first byte of a file is never scored.
 """
@@ -30,37 +35,36 @@ import transformers
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 
+from shared.atomic_files import write_rows
 from shared.bits_per_byte import evaluate_split
 from shared.byte_data import file_bytes, pydoc_bytes
 from shared.console import any_text, run_program
-from shared.pretraining_arguments import CHOICES, has_length_limit
+from shared.pretraining_arguments import has_length_limit
+from shared.protocols import POSITION_COLUMNS, PROTOCOLS, Protocol
 from shared.run_log import describe_protocol
 from shared.saved_models import TRUST_HELP, load_config, load_model
 
 
-def check_protocol(config, protocol: str, length: int | None, stride: int | None) -> tuple[int, int]:
+def choose_protocol(config, args: argparse.Namespace) -> Protocol:
     """
-    T and S of a protocol for a model: `max_position_embeddings` and half of T where they are None.
+    The protocol that the flags name, for a model; T is `max_position_embeddings` and S half of T if they do not say.
 
     Raises:
-        ValueError: the model has no such length, its position tables end before the protocol does, or the protocol
-            has no stride.
+        ValueError: the model has no such length, its position tables end before the protocol does, or a flag does not
+            belong to the protocol or fit the others.
     """
     limit = getattr(config, "max_position_embeddings", None)
-    length = length or limit
+    length = args.length or limit
     if length is None:
         raise ValueError("--length must be given: the model has no max_position_embeddings")
-    if has_length_limit(config):
-        if length > limit:
-            raise ValueError(f"--length must be at most max_position_embeddings ({limit}), got {length}")
-        if protocol == "carried":
-            raise ValueError("--protocol must be segments or sliding, got 'carried': the model's position tables end")
-    if stride is not None and protocol != "sliding":
-        raise ValueError(f"--stride must be left out without --protocol sliding, got {stride}")
-    stride = stride or max(length // 2, 1)
-    if stride > length:
-        raise ValueError(f"--stride must be at most --length ({length}), got {stride}")
-    return length, stride
+    limit = limit if has_length_limit(config) else None
+    if limit is not None and length > limit:
+        raise ValueError(f"--length must be at most max_position_embeddings ({limit}), got {length}")
+    stride = max(length // 2, 1) if args.protocol == "sliding" and args.stride is None else args.stride
+    protocol = Protocol(args.protocol, length, stride, args.stream_length, args.refresh_every, args.refresh_overlap)
+    if problems := protocol.problems(limit):
+        raise ValueError("score.py: " + "; ".join(problems))
+    return protocol
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -74,28 +78,27 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("model", help="folder of a saved model, or a name on the Hub")
     parser.add_argument("--dataset_path", type=Path, help="file of bytes; Python's documentation when left out")
     parser.add_argument("--split", default="test", help="train, valid or test (default)")
-    parser.add_argument("--protocol", default="segments", help="segments (default), sliding or carried")
+    parser.add_argument("--protocol", default="segments", help="segments (default), sliding, carried or refreshed")
     parser.add_argument("--length", type=int, help="T in bytes (default: max_position_embeddings)")
-    parser.add_argument("--stride", type=int, help="S of the sliding protocol (default: half of T)")
-    parser.add_argument(
-        "--batch_size",
-        type=int,
-        default=16,
-        help="windows at once; of carried, streams of each process, which changes the score (default: %(default)s)",
-    )
+    parser.add_argument("--stride", type=int, help="S of sliding, in bytes (default: half of T)")
+    parser.add_argument("--stream_length", type=int, help="L of carried, in bytes (default: the whole range)")
+    parser.add_argument("--refresh_every", type=int, help="R of refreshed, in bytes")
+    parser.add_argument("--refresh_overlap", type=int, help="O of refreshed, in bytes")
+    parser.add_argument("--batch_size", type=int, default=16, help="windows at once (default: %(default)s)")
+    parser.add_argument("--by_position", type=Path, help="csv file for the bits per byte of each range of positions")
     parser.add_argument("--dtype", default="auto", help="auto (what config.json says; default) or one like float32")
     parser.add_argument("--trust_remote_code", action="store_true", help=TRUST_HELP)
     args = parser.parse_args(argv)
     problems = [
         f"--{name} must be at least 1, got {getattr(args, name)}"
-        for name in ("length", "stride", "batch_size")
+        for name in ("length", "batch_size")
         if getattr(args, name) is not None and getattr(args, name) < 1
     ]
     problems += [
         f"--{name} must be one of {', '.join(choices)}, got {getattr(args, name)!r}"
         for name, choices in (
             ("split", ("train", "valid", "test")),
-            ("protocol", CHOICES["eval_protocol"]),
+            ("protocol", PROTOCOLS),
             ("dtype", ("auto", "float32", "bfloat16", "float16")),
         )
         if getattr(args, name) not in choices
@@ -118,22 +121,15 @@ def main(argv: list[str] | None = None) -> dict:
     transformers.utils.logging.disable_progress_bar()
     content = pydoc_bytes() if args.dataset_path is None else file_bytes(args.dataset_path)
     trust = {"trust_remote_code": args.trust_remote_code}
-    length, stride = check_protocol(load_config(args.model, **trust), args.protocol, args.length, args.stride)
+    protocol = choose_protocol(load_config(args.model, **trust), args)
     accelerator = Accelerator()
     model, _ = load_model(AutoModelForCausalLM, args.model, dtype=args.dtype, **trust)
-    result = evaluate_split(
-        accelerator.prepare(model),
-        content,
-        args.split,
-        accelerator,
-        protocol=args.protocol,
-        length=length,
-        stride=stride,
-        batch_size=args.batch_size,
-    )
-    streams = f"; {result['bytes_per_stream']} bytes per stream" if "streams" in result else ""
-    score = f"{result['bits_per_byte']:.4f} bits per byte"
-    accelerator.print(f"{args.split}: {score} ({describe_protocol(result)}){streams}")
+    result = evaluate_split(accelerator.prepare(model), content, args.split, accelerator, protocol, args.batch_size)
+    accelerator.print(f"{args.split}: {result['bits_per_byte']:.4f} bits per byte ({describe_protocol(result)})")
+    if args.by_position is not None and accelerator.is_main_process:
+        names = {"model": args.model, "split": args.split, "protocol": describe_protocol(result)}
+        rows = [{**names, **row} for row in result["by_position"]]
+        write_rows(args.by_position, POSITION_COLUMNS, rows)
     return result
 
 

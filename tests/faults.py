@@ -25,7 +25,7 @@ GENERATION, STATIC, FEATURES = "test_generation.py", "test_static_cache.py", "te
 MODELING, HEADS, OPS, SYNTHESIZER = "test_modeling.py", "test_heads.py", "test_ops.py", "test_synthesizer.py"
 REMOTE, MODES, PACKING = "test_remote_code.py", "test_ops_modes.py", "test_packing.py"
 INPUTS, CACHE, COMPATIBILITY = "test_model_inputs.py", "test_cache.py", "test_compatibility.py"
-ECOSYSTEM = "test_ecosystem.py"
+ECOSYSTEM, STREAMING = "test_ecosystem.py", "test_streaming.py"
 
 FAULTS: list[Fault] = []
 
@@ -215,6 +215,46 @@ def _(original):
         self.known_length = known
 
     return _count
+
+
+# Streams and refresh
+
+
+@fault("a window begins one token late", "streaming.TokenStream._start_anew", STREAMING)
+def _(original):
+    def _start_anew(self):
+        self.refresh_overlap -= 1
+        original(self)
+        self.refresh_overlap += 1
+
+    return _start_anew
+
+
+@fault("the state that expects next keeps its length", "cache_state.StateLayer.forget_length", STREAMING)
+def _(original):
+    return lambda self: None
+
+
+@fault("a long prompt is read whole", "modeling_causal_lm.StateGenerationMixin._find_windows", STREAMING)
+def _(original):
+    def _find_windows(input_ids, attention_mask, cache, *sizes):
+        return None if cache is None else original(input_ids, attention_mask, cache, *sizes)
+
+    return staticmethod(_find_windows)
+
+
+@fault(
+    "what was read before a start is not forgotten", "modeling_causal_lm.StateGenerationMixin._read_anew", STREAMING
+)
+def _(original):
+    def _read_anew(self, input_ids, attention_mask, cache):
+        cache.reset = lambda: None
+        try:
+            original(self, input_ids, attention_mask, cache)
+        finally:
+            del cache.reset
+
+    return _read_anew
 
 
 # The operator's state and padding

@@ -34,6 +34,7 @@ import modeling_aft
 from modeling_aft import ByteTokenizer, compatibility
 from modeling_aft.compatibility import CACHE_NAME, CACHE_NAMES, NEWEST, OLDEST
 from shared.bits_per_byte import evaluate_bits_per_byte
+from shared.protocols import Protocol
 
 
 ROOT = Path(__file__).parents[1]
@@ -312,6 +313,6 @@ def test_training_and_saving_use_nothing_that_goes(variant, tmp_path):
 
 def test_scoring_uses_nothing_that_goes():
     model, text = make_model("conv-nopos", dtype=torch.float32), make_ids(100, batch=1)[0].numpy().astype("uint8")
-    options = {"protocol": "carried", "length": 8, "stride": 8, "batch_size": 2}
+    protocol = Protocol("carried", 8, stream_length=20)
     with nothing_deprecated():
-        evaluate_bits_per_byte(model, lambda start, stop: text[start:stop], Accelerator(cpu=True), 1, 50, **options)
+        evaluate_bits_per_byte(model, lambda start, stop: text[start:stop], Accelerator(cpu=True), 1, 50, protocol, 2)

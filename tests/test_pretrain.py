@@ -185,7 +185,10 @@ def test_all_problems_are_in_one_error(inputs, tmp_path):
         pytest.param({"model_override": "window_size=-1"}, "window_size", id="value-of-field"),
         pytest.param({"model_override": "vocab_size=100"}, "at least 256", id="vocabulary"),
         pytest.param({"model_preset": "nowhere.json"}, "no such file: nowhere.json", id="no-preset"),
-        pytest.param({"eval_protocol": "carried"}, "eval_protocol .*tables end", id="carried-with-tables"),
+        pytest.param({"eval_protocol": "carried"}, "--eval_stream_length .*tables .* end", id="carried-with-tables"),
+        pytest.param(
+            {"eval_refresh_every": 8}, "left out without --eval_protocol refreshed", id="refresh-of-segments"
+        ),
         pytest.param({"num_epochs": 1}, "num_epochs", id="steps-and-epochs"),
         pytest.param({"dataset": "pydoc"}, "dataset_path", id="path-of-pydoc"),
         pytest.param({"sample_prompt": "a" * 32}, "sample_prompt", id="long-prompt"),
@@ -642,13 +645,20 @@ def test_default_data_needs_no_path(inputs, tmp_path):
     assert events(tmp_path / "run", "config")[0]["data"].startswith("pydoc topics of Python")
 
 
-def test_length_free_model_is_evaluated_with_carried_state(inputs, tmp_path):
+@pytest.mark.parametrize(
+    "protocol, of_protocol, described",
+    [
+        ("carried", {"stream_length": 100}, "L = 100"),
+        ("refreshed", {"refresh_every": 40, "refresh_overlap": 8}, "R = 40, O = 8"),
+    ],
+)
+def test_length_free_model_is_evaluated_in_streams(inputs, tmp_path, protocol, of_protocol, described):
     override = ["aft_type=simple", "position_embedding_type=none"]
-    argv = flags(inputs, tmp_path / "run", max_steps=1, eval_protocol="carried") + ["--model_override", *override]
-    main(argv)
+    changes = {"eval_protocol": protocol, **{f"eval_{name}": value for name, value in of_protocol.items()}}
+    main(flags(inputs, tmp_path / "run", max_steps=1, **changes) + ["--model_override", *override])
     test = events(tmp_path / "run", "evaluation")[-1]
-    assert (test["protocol"], test["streams"]) == ("carried", 8)
-    assert "carried" in (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+    assert {name: test[name] for name in ("protocol", *of_protocol)} == {"protocol": protocol, **of_protocol}
+    assert f"{protocol}, T = 32, {described}, " in (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("components", [["dense"], ["random", "dot_product"]], ids="+".join)

@@ -19,7 +19,9 @@ WRONG = {  # flags that are refused at once, and with what
     "compare.py": ([NOWHERE], "plan: no such file: "),
     "draw_model.py": ([NOWHERE, "--output_dir", NOWHERE], "models: nowhere/"),
     "finetune.py": (["--model", "m", "--text_file", NOWHERE], "finetune.py: --text_file must be a file, got "),
+    "draw_positions.py": ([NOWHERE, "--output", "a.svg"], "files: no such file: "),
     "generate.py": (["--model", "m", "--dtype", NOWHERE], "generate.py: --dtype must be float32, bfloat16 or "),
+    "stream.py": ([NOWHERE, "--dtype", NOWHERE], "stream.py: --dtype must be one of auto, float32, bfloat16, float16"),
     "push_to_hub.py": ([NOWHERE, "me/model"], "nowhere/"),
     "release.py": ([NOWHERE, "out", "--dtype", NOWHERE], "release.py: --dtype must be one of float32, "),
 }

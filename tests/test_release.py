@@ -88,7 +88,7 @@ def test_every_score_is_what_its_command_prints(released, name, monkeypatch):
     card = ModelCard.load(released / f"my-{name}" / "README.md")
     events = read_log(released / f"my-{name}" / "run.jsonl")
     scores = [event for event in events if event["event"] == "evaluation" and "command" in event]
-    protocols = ["segments", "sliding", "carried"] if name == "conv" else ["segments", "sliding"]
+    protocols = ["segments", "sliding", *(["carried", "refreshed"] if name == "conv" else [])]
     assert [(e["split"], e["protocol"]) for e in scores] == [(s, p) for s in ("test", "valid") for p in protocols]
     for event in scores:
         assert event["command"] in card.content

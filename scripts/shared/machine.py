@@ -34,6 +34,11 @@ def peak_bytes(run: Callable, device: str) -> int | None:
     return (resident_kib("VmHWM") - before) * 1024
 
 
+def peak_resident_bytes() -> int | None:
+    """The most memory that this process has held; None where the system does not tell."""
+    return resident_kib("VmHWM") * 1024 if Path("/proc/self/status").exists() else None
+
+
 def resident_kib(field: str) -> int:
     lines = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field))

@@ -58,6 +58,7 @@ from shared.optimization import all_finite, create_optimizers, learning_rate, se
 from shared.pretraining_arguments import (
     MAY_DIFFER_ON_RESUME,
     check_arguments,
+    evaluation_protocol,
     has_length_limit,
     parse_arguments,
     prompt_bytes,
@@ -227,10 +228,8 @@ class Run:
                 self.accelerator,
                 start,
                 min(start + max_bytes, stop) if max_bytes else stop,
-                protocol=self.args.eval_protocol,
-                length=self.args.sequence_length,
-                stride=self.args.eval_stride,
-                batch_size=self.args.eval_batch_size,
+                evaluation_protocol(self.args),
+                self.args.eval_batch_size,
             )
             if not math.isfinite(result["bits_per_byte"]):
                 raise FloatingPointError(f"the score is {result['bits_per_byte']} bits per byte")

@@ -19,6 +19,7 @@ from transformers import AutoConfig, HfArgumentParser, PreTrainedConfig
 
 from shared.console import one_line
 from shared.memory_needs import check_memory
+from shared.protocols import PROTOCOLS, Protocol
 from shared.redaction import public_address, public_path, readable
 from shared.settings_files import read_json, read_yaml
 
@@ -31,14 +32,15 @@ CHOICES = {
     "mixed_precision": ("no", "bf16", "fp16"),
     "optimizer": ("adamw", "muon"),
     "lr_decay": ("cosine", "linear", "inverse_sqrt", "constant"),
-    "eval_protocol": ("segments", "sliding", "carried"),
+    "eval_protocol": PROTOCOLS,
 }
 # Flags that hold a path: in a preset, a relative one starts at the preset's folder.
 PATHS = ("model_preset", "dataset_path", "cache_dir", "output_dir")
 # Flags that leave the weights as they are, so that a resumed run may change them.
 MAY_DIFFER_ON_RESUME = {
     *("training_preset", "model_preset", "model_override", "dataset", "dataset_path", "dataset_url", "cache_dir"),
-    *("eval_protocol", "eval_stride", "eval_every", "eval_bytes", "eval_batch_size", "log_every", "tensorboard"),
+    *("eval_protocol", "eval_stride", "eval_stream_length", "eval_refresh_every", "eval_refresh_overlap"),
+    *("eval_every", "eval_bytes", "eval_batch_size", "log_every", "tensorboard"),
     *("sample_every", "sample_bytes", "sample_prompt", "save_every", "keep_checkpoints", "output_dir", "resume"),
     "overwrite",
 }
@@ -118,8 +120,11 @@ class OutputArguments:
     _argument_group_name = "evaluation and output"
 
     output_dir: str = flag("runs/pretraining", "Folder of the run: log, checkpoints and the final model.")
-    eval_protocol: str = flag("segments", "segments, sliding or carried (see score.py).")
-    eval_stride: int | None = flag(None, "Stride of the sliding protocol; None is half of sequence_length.")
+    eval_protocol: str = flag("segments", "segments, sliding, carried or refreshed (see score.py).")
+    eval_stride: int | None = flag(None, "Stride of sliding; None is half of sequence_length.")
+    eval_stream_length: int | None = flag(None, "Bytes of a stream of carried; None is the whole split.")
+    eval_refresh_every: int | None = flag(None, "Bytes that refreshed reads between one start and the next.")
+    eval_refresh_overlap: int | None = flag(None, "How many of them refreshed had read before.")
     eval_every: int = flag(200, "Steps between evaluations on valid; 0 = only at the end.")
     eval_bytes: int = flag(0, "Score only the first so many bytes of valid; 0 = all. The test split is always whole.")
     eval_batch_size: int | None = flag(None, "Windows per process in one evaluation; None is micro_batch_size.")
@@ -275,6 +280,13 @@ def has_length_limit(config: PreTrainedConfig) -> bool:
     return getattr(config, "has_position_table", hasattr(config, "max_position_embeddings"))
 
 
+def evaluation_protocol(args: argparse.Namespace) -> Protocol:
+    """The protocol of the evaluations of a run. A stride is always there, as half of T, and read by sliding alone."""
+    stride = args.eval_stride if args.eval_protocol == "sliding" else None
+    others = (args.eval_stream_length, args.eval_refresh_every, args.eval_refresh_overlap)
+    return Protocol(args.eval_protocol, args.sequence_length, stride, *others)
+
+
 def check_arguments(args: argparse.Namespace, num_processes: int) -> PreTrainedConfig:
     """
     Fills in the values that follow from others, and returns the model configuration.
@@ -349,10 +361,9 @@ def check_arguments(args: argparse.Namespace, num_processes: int) -> PreTrainedC
         if args.sequence_length and has_length_limit(config):
             check(args.sequence_length <= length, "sequence_length", f"at most max_position_embeddings ({length})")
             check(len(prompt) < length, "sample_prompt", f"shorter than {length} bytes")
-            check(args.eval_protocol != "carried", "eval_protocol", "another: this model's position tables end")
-    if args.sequence_length:
-        args.eval_stride = args.eval_stride or max(args.sequence_length // 2, 1)
-        check(args.eval_stride <= args.sequence_length, "eval_stride", f"at most {args.sequence_length}")
+        if args.sequence_length:
+            args.eval_stride = args.eval_stride or max(args.sequence_length // 2, 1)
+            problems += evaluation_protocol(args).problems(length if has_length_limit(config) else None, "--eval_")
     args.eval_batch_size = args.eval_batch_size or args.micro_batch_size
     if not problems:
         problems = check_memory(args, config, num_processes)

@@ -24,6 +24,7 @@ from shared.redaction import public_path
 CARD_TEMPLATE = Path(__file__).resolve().parents[2] / "model_cards" / "template.md"
 MEANINGLESS_ELSEWHERE = {"training_preset", *PATHS}  # arguments that no card shows; the command is on it
 HUB_DATASETS = {"enwik8": "LTCB/enwik8"}  # names on the Hub of the known files of byte_data
+LETTERS = {"length": "T", "stride": "S", "stream_length": "L", "refresh_every": "R", "refresh_overlap": "O"}
 PAPERS = {
     "aft": "an [Attention Free Transformer](https://arxiv.org/abs/2105.14103)",
     "synthesizer": "a [Synthesizer](https://arxiv.org/abs/2005.00743)",
@@ -138,9 +139,8 @@ def plot_training_curve(events: list[dict], path: Path) -> None:
 
 def describe_protocol(evaluation: dict) -> str:
     """The protocol of an evaluation in words, e.g. `segments, T = 256, 23310 bytes, float32`."""
-    parts = [evaluation["protocol"], f"T = {evaluation['length']}"]
-    parts += [f"S = {evaluation['stride']}"] if "stride" in evaluation else []
-    parts += [f"{evaluation['streams']} streams"] if "streams" in evaluation else []
+    parts = [evaluation["protocol"]]
+    parts += [f"{letter} = {evaluation[name]}" for name, letter in LETTERS.items() if name in evaluation]
     return ", ".join([*parts, f"{evaluation['bytes_scored']} bytes", evaluation["dtype"]])
 
 

@@ -1,0 +1,121 @@
+# Copyright 2026 The modeling_aft authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""The protocols that `score.py` names: which windows of a text are read, and which bytes of each are scored."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+
+PROTOCOLS = ("segments", "sliding", "carried", "refreshed")
+# Of the file for the scores by position, a row for each range from `first` to `last`.
+POSITION_COLUMNS = ("model", "split", "protocol", "first", "last", "bits_per_byte", "bytes_scored")
+FIELDS_OF = {  # what belongs to one protocol alone
+    "stride": "sliding",
+    "stream_length": "carried",
+    "refresh_every": "refreshed",
+    "refresh_overlap": "refreshed",
+}
+
+
+class Window(NamedTuple):
+    """
+    Bytes that a model reads from an empty state; a byte that is predicted is a label.
+
+    Attributes:
+        first: first label. The inputs are one byte earlier.
+        scored: first label that is scored; those before it are context.
+        end: end of the labels.
+        origin: where the positions of the labels are counted from: the first label of the window or of its stream.
+    """
+
+    first: int
+    scored: int
+    end: int
+    origin: int
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """
+    How bytes are scored. What belongs to another protocol is None.
+
+    Attributes:
+        protocol (`str`): one of PROTOCOLS.
+        length (`int`): T, bytes of a window of `segments` and `sliding`. Of the others, how many bytes are read at
+            once, which changes no score.
+        stride (`int`, *optional*): S of `sliding`, in bytes.
+        stream_length (`int`, *optional*): L of `carried`, bytes of a stream; None for the whole range.
+        refresh_every, refresh_overlap (`int`, *optional*): R and O of `refreshed`: how many bytes are read between one
+            start and the next, and how many of them had been read before.
+    """
+
+    protocol: str
+    length: int
+    stride: int | None = None
+    stream_length: int | None = None
+    refresh_every: int | None = None
+    refresh_overlap: int | None = None
+
+    def problems(self, limit: int | None, prefix: str = "--") -> list[str]:
+        """
+        What is wrong with it, in the names of flags that begin with `prefix`.
+
+        Args:
+            limit: where the position tables of the model end, in bytes; None if it has none.
+        """
+        found = []
+
+        def check(ok: bool, name: str, allowed: str) -> None:
+            if not ok:
+                found.append(f"{prefix}{name} must be {allowed}, got {getattr(self, name)}")
+
+        for name, protocol in FIELDS_OF.items():
+            value = getattr(self, name)
+            if protocol != self.protocol:
+                check(value is None, name, f"left out without {prefix}protocol {protocol}")
+            elif protocol != "carried":
+                check(value is not None, name, f"given with {prefix}protocol {protocol}")
+            check(value is None or value >= 1, name, "at least 1")
+        if found:
+            return found
+        within = f"at most max_position_embeddings ({limit}), where the position tables of the model end"
+        if self.protocol == "sliding":
+            check(self.stride <= self.length, "stride", f"at most T ({self.length})")
+        elif self.protocol == "carried" and limit is not None:
+            check(self.stream_length is not None and self.stream_length <= limit, "stream_length", within)
+        elif self.protocol == "refreshed":
+            check(self.refresh_overlap < self.refresh_every, "refresh_overlap", f"less than R ({self.refresh_every})")
+            check(limit is None or self.refresh_every <= limit, "refresh_every", within)
+        return found
+
+    def windows(self, start: int, stop: int) -> Iterator[Window]:
+        """The windows over the labels [start, stop), in order; each label is scored in one of them."""
+        whole = stop - start
+        size = {"carried": self.stream_length or whole, "refreshed": self.refresh_every}.get(
+            self.protocol, self.length
+        )
+        overlap = {"sliding": self.length - (self.stride or 0), "refreshed": self.refresh_overlap}.get(
+            self.protocol, 0
+        )
+        scored = start
+        while scored < stop:
+            first = max(scored - overlap, start)
+            end = min(first + size, stop)
+            if self.protocol == "sliding":
+                first = max(end - size, start)  # the last window, too, is whole
+            yield Window(first, scored, end, start if self.protocol == "refreshed" else first)
+            scored = end
+
+    def describe(self, start: int, stop: int) -> dict:
+        """What names it beside a score of the labels [start, stop); a stream is no longer than they are."""
+        name = {key: value for key, value in asdict(self).items() if value is not None}
+        if self.protocol == "carried":
+            name["stream_length"] = min(self.stream_length or stop - start, stop - start)
+        return name
