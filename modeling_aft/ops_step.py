@@ -12,7 +12,7 @@ there can be."""
 import torch
 from torch import Tensor
 
-from .ops_state import AFTState, Call, completed, compute_dtype, decayed, falling, gated, spread, without_padding
+from .ops_state import AFTState, Call, completed, compute_dtype, falling, gated, spread, without_padding
 from .ops_windows import bias_rows
 
 
@@ -48,7 +48,7 @@ def step(call: Call) -> tuple[Tensor, AFTState | None]:
         out = (logits.softmax(1)[..., None] * values.unflatten(-1, split)).sum(1).flatten(-2)
         values = values[:, 1:]
     # The key that leaves the window joins the older ones.
-    maximum, oldest = decayed(maximum, decay, 1), keys[:, 0].to(maximum.dtype)
+    maximum, oldest = maximum if decay is None else maximum - decay, keys[:, 0]
     largest = torch.maximum(maximum, oldest)
     reference = largest.clamp_min(torch.finfo(largest.dtype).min)
     weight = (oldest - reference).to(normalizer.dtype).exp()

@@ -353,9 +353,9 @@ def _(original):
     return lambda gradients, start: original(gradients, start) / 2
 
 
-@fault("a step does not let the state fade", "ops_step.decayed", GENERATION)
+@fault("a step does not let the state fade", "ops_step.falling", GENERATION)
 def _(original):
-    return lambda key, decay, distance: key
+    return lambda maximum, decay: maximum + (0 if decay is None else decay)
 
 
 @fault("the decay of a model is that of its first key channel", "modeling_attention_free.Decay.forward", GENERATION)
