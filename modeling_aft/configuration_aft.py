@@ -8,7 +8,8 @@
 # specific language governing permissions and limitations under the License.
 """Configuration of the Attention Free Transformer (arXiv 2105.14103)."""
 
-from .configuration_common import MixerConfig, strict_config
+from .configuration_common import ACTIVATIONS, MixerConfig, strict_config
+from .ops_state import QUERY_ACTIVATIONS
 
 
 AFT_TYPES = ("full", "local", "simple", "conv")
@@ -37,7 +38,7 @@ class AFTConfig(MixerConfig):
             Activation of the feed-forward layer, a name from `transformers.activations.ACT2FN`.
         max_position_embeddings (`int`, defaults to 1024):
             Length T of the learned tables: position embeddings, and the position biases of full and local. Nothing
-            limits the length of simple and conv with `position_embedding_type="none"`.
+            limits the length of simple and conv without learned position embeddings.
         window_size (`int`, defaults to 32):
             s of local and conv: offsets `|t - t'| < s` carry a learned bias, so 1 is the diagonal and 0 is
             AFT-simple. Outside the window the bias is 0 (weight 1), not minus infinity. Unused by full and simple.
@@ -47,12 +48,33 @@ class AFTConfig(MixerConfig):
         num_attention_heads (`int`, defaults to 1):
             h of conv: the number of bias sets, and the width of the keys. The other types have one bias set shared by
             all channels, and do not read this field.
+        query_activation (`str`, defaults to `"sigmoid"`):
+            What is made of the query before it multiplies the average: `"sigmoid"` (the paper's), `"tanh"`, `"relu"`
+            or `"identity"`.
+        key_activation (`str`, defaults to `"none"`):
+            `"tanh"` bounds the keys to (-1, 1), `"none"` leaves them as they are.
+        conv_reparameterization (`bool`, defaults to `True`):
+            Whether the biases of conv are standardised, scaled and shifted (eq. 8). Otherwise they are learned as they
+            are, from 0. Unused by the other types.
         position_embedding_type (`str`, defaults to `"learned"`):
-            `"learned"` adds a learned vector per position to the token embedding, `"none"` adds nothing.
+            `"learned"` adds a learned vector per position to the token embedding, `"sinusoidal"` sines and cosines of
+            the position, which need no table, `"none"` nothing.
         hidden_dropout_prob (`float`, defaults to 0.1):
             Dropout on the embeddings and on the output of every mixer and feed-forward layer.
         layer_norm_eps (`float`, defaults to 1e-05):
             Epsilon of the layer norms.
+        norm_type (`str`, defaults to `"layer"`):
+            What stands before mixers, feed-forward layers and head: `"layer"` norms, or `"dyt"`,
+            `weight * tanh(alpha * x) + bias` with one learned alpha, 0.5 at first (arXiv 2503.10622).
+        linear_fan_in (`int`, *optional*):
+            k, the number of inputs of each output of the linear layers inside of blocks. Which ones is drawn with the
+            weights. `None`, or k not below the number of inputs, means all.
+        linear_activation (`str`, defaults to `"none"`):
+            `"tanh"` stands behind every linear layer inside of blocks, `"none"` is nothing.
+        qkv_bias (`bool`, defaults to `False`):
+            Whether the projection to queries, keys and values has a bias.
+        lm_head_bias (`bool`, defaults to `False`):
+            Whether the language-model head has a bias.
         initializer_range (`float`, defaults to 0.02):
             Standard deviation of the initial linear and embedding weights.
         tie_word_embeddings (`bool`, defaults to `True`):
@@ -82,6 +104,9 @@ class AFTConfig(MixerConfig):
     aft_type: str = "local"
     window_size: int = 32
     position_bias_rank: int | None = 256
+    query_activation: str = "sigmoid"
+    key_activation: str = "none"
+    conv_reparameterization: bool = True
 
     @property
     def layer_types(self) -> list[str]:
@@ -91,7 +116,8 @@ class AFTConfig(MixerConfig):
     @property
     def _state_fields(self) -> tuple[str, ...]:
         of_type = {"local": ("window_size",), "conv": ("window_size", "num_attention_heads")}
-        return (*super()._state_fields, "aft_type", *of_type.get(self.aft_type, ()))
+        keys = () if self.key_activation == "none" else ("key_activation",)
+        return (*super()._state_fields, "aft_type", *of_type.get(self.aft_type, ()), *keys)
 
     @property
     def has_position_table(self) -> bool:
@@ -111,6 +137,10 @@ class AFTConfig(MixerConfig):
         if self.aft_type == "local" and self.window_size > self.max_position_embeddings:
             allowed = f"at most max_position_embeddings ({self.max_position_embeddings})"
             problems.append(self._problem("window_size", allowed))
+        if self.query_activation not in QUERY_ACTIVATIONS:
+            problems.append(self._problem("query_activation", f"one of {', '.join(QUERY_ACTIVATIONS)}"))
+        if self.key_activation not in ACTIVATIONS:
+            problems.append(self._problem("key_activation", f"one of {', '.join(ACTIVATIONS)}"))
         if self.aft_type == "conv":
             problems += self._heads_problem()
         return problems

@@ -18,6 +18,7 @@ from .compatibility import list_in_library
 from .configuration_aft import AFTConfig
 from .modeling_causal_lm import MixerForCausalLM, StateGenerationMixin
 from .modeling_heads import MixerForMaskedLM, MixerForSequenceClassification, MixerForTokenClassification
+from .modeling_linear import activated, make_linear
 from .modeling_stack import Mixer, MixerBlock, MixerPreTrainedModel
 from .modeling_text import MixerModel
 from .modeling_tokens import read_tokens
@@ -129,17 +130,22 @@ def banded_product(u: torch.Tensor, v: torch.Tensor, left: int, right: int) -> t
 
 
 class ConvPositionBias(PositionBias):
-    """The bias of AFT-conv (eq. 6): one per head and offset, standardised and then scaled and shifted (eq. 8)."""
+    """The bias of AFT-conv (eq. 6): one per head and offset, standardised and then scaled and shifted (eq. 8), unless
+    the config has it learned as it is."""
 
     def __init__(self, config, left: int, right: int):
         super().__init__()
         heads = config.num_attention_heads
+        scaled = config.conv_reparameterization
         self.weight = nn.Parameter(torch.empty(heads, left + 1 + right))
-        self.gamma = nn.Parameter(torch.empty(heads))
-        self.beta = nn.Parameter(torch.empty(heads))
+        self.gamma = nn.Parameter(torch.empty(heads)) if scaled else None
+        self.beta = nn.Parameter(torch.empty(heads)) if scaled else None
 
     def draw_weights(self, std: float):
-        # gamma = beta = 0: the layer starts as AFT-simple; the weight must not be constant.
+        # The bias is 0: the layer starts as AFT-simple. What is standardised must not be constant.
+        if self.gamma is None:
+            initialization.zeros_(self.weight)
+            return
         initialization.normal_(self.weight, mean=0.0, std=1.0)
         initialization.zeros_(self.gamma)
         initialization.zeros_(self.beta)
@@ -148,6 +154,8 @@ class ConvPositionBias(PositionBias):
         """[H, 1, taps] for any positions."""
         dtype = compute_dtype(self.weight)
         weight = self.weight.to(dtype)
+        if self.gamma is None:
+            return weight[:, None].clone()  # not a view of a parameter, which needs a gradient where none is kept
         centred = weight - weight.mean(1, keepdim=True)
         variance = centred.square().mean(1, keepdim=True)
         # A single tap has no spread: what is left of it is beta.
@@ -212,8 +220,10 @@ class AFTMixer(Mixer):
         width = config.hidden_size
         key_width = config.num_attention_heads if config.aft_type == "conv" else width
         self.widths = [width, key_width, width]
-        self.qkv_proj = nn.Linear(width, sum(self.widths), bias=False)
-        self.o_proj = nn.Linear(width, width)
+        self.query_activation, self.key_activation = config.query_activation, config.key_activation
+        self.linear_activation = config.linear_activation
+        self.qkv_proj = make_linear(config, width, sum(self.widths), bias=config.qkv_bias)
+        self.o_proj = make_linear(config, width, width)
         left = config.window_size - 1
         right = 0 if causal else left
         self.position_bias = None
@@ -258,7 +268,9 @@ class AFTMixer(Mixer):
                 "`output_attentions` must be False where a cache holds tokens, got True: AFT keeps sums of them, and "
                 "no weights. Give the whole text with `use_cache=False`."
             )
-        query, key, value = self.qkv_proj(hidden_states).split(self.widths, -1)
+        projected = activated(self.qkv_proj(hidden_states), self.linear_activation)
+        query, key, value = projected.split(self.widths, -1)
+        key = activated(key, self.key_activation)
         weights_of_keys = None
         if output_attentions:
             weights_of_keys = self._weights(key, tokens)
@@ -269,7 +281,7 @@ class AFTMixer(Mixer):
             mixed, state = attend(call._replace(state=state, return_state=cache is not None))
         if cache is not None:
             commit_state(cache, self.layer_idx, state, NewTokens(key, value, tokens))
-        return self.o_proj(mixed), weights_of_keys
+        return activated(self.o_proj(mixed), self.linear_activation), weights_of_keys
 
     def _call(self, query, key, value, tokens: Tokens) -> Call:
         bias = {}
@@ -280,7 +292,8 @@ class AFTMixer(Mixer):
                 if positions is None:
                     positions = torch.arange(key.shape[1], device=key.device)
                 bias = {self.position_bias.argument: self.position_bias(positions)}
-        return Call(query, key, value, **bias, causal=self.is_causal, tokens=tokens)
+        activation = self.query_activation
+        return Call(query, key, value, **bias, causal=self.is_causal, query_activation=activation, tokens=tokens)
 
     def _mix_documents(self, group, query, key, value):
         return attend(self._call(query, key, value, group.seen_by(self.is_causal)))[0]
