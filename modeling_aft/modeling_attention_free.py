@@ -268,9 +268,7 @@ class AFTMixer(Mixer):
                 "`output_attentions` must be False where a cache holds tokens, got True: AFT keeps sums of them, and "
                 "no weights. Give the whole text with `use_cache=False`."
             )
-        projected = activated(self.qkv_proj(hidden_states), self.linear_activation)
-        query, key, value = projected.split(self.widths, -1)
-        key = activated(key, self.key_activation)
+        query, key, value = self.split(self.qkv_proj(hidden_states))
         weights_of_keys = None
         if output_attentions:
             weights_of_keys = self._weights(key, tokens)
@@ -282,6 +280,11 @@ class AFTMixer(Mixer):
         if cache is not None:
             commit_state(cache, self.layer_idx, state, NewTokens(key, value, tokens))
         return activated(self.o_proj(mixed), self.linear_activation), weights_of_keys
+
+    def split(self, projected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries [B, T, D], keys [B, T, D or H] and values [B, T, D] for the operator, from what `qkv_proj` gives."""
+        query, key, value = activated(projected, self.linear_activation).split(self.widths, -1)
+        return query, activated(key, self.key_activation), value
 
     def _call(self, query, key, value, tokens: Tokens) -> Call:
         bias = {}

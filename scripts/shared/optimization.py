@@ -42,9 +42,9 @@ def parameter_groups(model: nn.Module, weight_decay: float, position_lr_scale: f
 
     Returns:
         For each of these names that has parameters, a group for a torch optimizer, whose `lr_scale` multiplies the
-        learning rate: "linear", the weights of linear layers; "sparse", those of sparse ones, whose rows share no
-        inputs; "head", a linear layer's weight that scores tokens, tied to the embedding or not; "position", the biases
-        and logits of positions; "rest". The last two do not decay.
+        learning rate: "linear", the weights of linear layers; "sparse", those of sparse ones, which are no matrices;
+        "head", a linear layer's weight that scores tokens, tied to the embedding or not; "position", the biases and
+        logits of positions; "rest". The last two do not decay.
     """
     head = model.get_output_embeddings()
     linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear) and module is not head}
