@@ -10,7 +10,7 @@
 Trains a model to add numbers digit by digit, as characters, and counts the sums that it gets right.
 
     python scripts/addition.py --output_dir runs/addition
-    python scripts/addition.py --output_dir runs/addition --digits 2 --max_steps 1000
+    python scripts/addition.py --output_dir runs/addition --digits 2 --max_steps 6000 --learning_rate 2e-3
 
 A row of the data is an equation of N digits, "017+985=1002" and a line end: 3 N + 4 characters of 13. The sums that
 are counted are of pairs that training never shows.
@@ -49,7 +49,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for the trained model")
     parser.add_argument("--model_preset", type=Path, default=preset, help="configuration of a model of 13 tokens")
     parser.add_argument("--digits", type=int, default=3, help="N, of both numbers (default: %(default)s)")
-    parser.add_argument("--max_steps", type=int, default=3000, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--max_steps", type=int, default=20_000, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=128, help="equations per step (default: %(default)s)")
     parser.add_argument("--optimizer", default="adamw", help="adamw, or muon and adamw (default: %(default)s)")
     parser.add_argument("--learning_rate", type=float, default=5e-4, help="at its peak (default: %(default)s)")
