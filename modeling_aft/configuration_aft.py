@@ -10,7 +10,8 @@
 
 import math
 
-from .configuration_common import MixerConfig, strict_config
+from .configuration_common import ACTIVATIONS, MixerConfig, strict_config
+from .ops_state import QUERY_ACTIVATIONS
 
 
 AFT_TYPES = ("full", "local", "simple", "conv")
@@ -41,8 +42,8 @@ class AFTConfig(MixerConfig):
             Activation of the feed-forward layer, a name from `transformers.activations.ACT2FN`.
         max_position_embeddings (`int`, defaults to 1024):
             Length T of the learned tables: position embeddings, and the absolute position biases of full and local.
-            Nothing limits the length of simple, conv, and local with relative biases, with
-            `position_embedding_type="none"`.
+            Nothing limits the length of simple, conv, and local with relative biases, without learned position
+            embeddings.
         window_size (`int`, defaults to 32):
             s of local and conv: offsets `|t - t'| < s` carry a learned bias, so 1 is the diagonal and 0 is
             AFT-simple. Outside the window the bias is 0 (weight 1), not minus infinity. Unused by full and simple.
@@ -64,12 +65,33 @@ class AFTConfig(MixerConfig):
         decay_min_half_life, decay_max_half_life (`float`, default to 4.0 and 4096.0):
             The half-lives, in tokens, that the key channels of each layer begin with: `rate = ln 2 / half-life`, and
             the half-lives rise from the first channel to the last by equal factors. Unused without a decay.
+        query_activation (`str`, defaults to `"sigmoid"`):
+            What is made of the query before it multiplies the average: `"sigmoid"` (the paper's), `"tanh"`, `"relu"`
+            or `"identity"`.
+        key_activation (`str`, defaults to `"none"`):
+            `"tanh"` bounds the keys to (-1, 1), `"none"` leaves them as they are.
+        conv_reparameterization (`bool`, defaults to `True`):
+            Whether the biases of conv are standardised, scaled and shifted (eq. 8). Otherwise they are learned as they
+            are, from 0. Unused by the other types.
         position_embedding_type (`str`, defaults to `"learned"`):
-            `"learned"` adds a learned vector per position to the token embedding, `"none"` adds nothing.
+            `"learned"` adds a learned vector per position to the token embedding, `"sinusoidal"` sines and cosines of
+            the position, which need no table, `"none"` nothing.
         hidden_dropout_prob (`float`, defaults to 0.1):
             Dropout on the embeddings and on the output of every mixer and feed-forward layer.
         layer_norm_eps (`float`, defaults to 1e-05):
             Epsilon of the layer norms.
+        norm_type (`str`, defaults to `"layer"`):
+            What stands before mixers, feed-forward layers and head: `"layer"` norms, or `"dyt"`,
+            `weight * tanh(alpha * x) + bias` with one learned alpha, 0.5 at first (arXiv 2503.10622).
+        linear_fan_in (`int`, *optional*):
+            k, the number of inputs of each output of the linear layers inside of blocks. Which ones is drawn with the
+            weights. `None`, or k not below the number of inputs, means all.
+        linear_activation (`str`, defaults to `"none"`):
+            `"tanh"` stands behind every linear layer inside of blocks, `"none"` is nothing.
+        qkv_bias (`bool`, defaults to `False`):
+            Whether the projection to queries, keys and values has a bias.
+        lm_head_bias (`bool`, defaults to `False`):
+            Whether the language-model head has a bias.
         initializer_range (`float`, defaults to 0.02):
             Standard deviation of the initial linear and embedding weights.
         tie_word_embeddings (`bool`, defaults to `True`):
@@ -103,6 +125,9 @@ class AFTConfig(MixerConfig):
     decay: str | None = None
     decay_min_half_life: float | int = 4.0
     decay_max_half_life: float | int = 4096.0
+    query_activation: str = "sigmoid"
+    key_activation: str = "none"
+    conv_reparameterization: bool = True
 
     @property
     def layer_types(self) -> list[str]:
@@ -113,7 +138,8 @@ class AFTConfig(MixerConfig):
     def _state_fields(self) -> tuple[str, ...]:
         of_type = {"local": ("window_size",), "conv": ("window_size", "num_attention_heads")}
         decay = () if self.decay is None else ("decay",)
-        return (*super()._state_fields, "aft_type", *of_type.get(self.aft_type, ()), *decay)
+        keys = () if self.key_activation == "none" else ("key_activation",)
+        return (*super()._state_fields, "aft_type", *of_type.get(self.aft_type, ()), *decay, *keys)
 
     @property
     def key_width(self) -> int:
@@ -152,6 +178,10 @@ class AFTConfig(MixerConfig):
         if self.aft_type == "local" and not relative and self.window_size > self.max_position_embeddings:
             allowed = f"at most max_position_embeddings ({self.max_position_embeddings})"
             problems.append(self._problem("window_size", allowed))
+        if self.query_activation not in QUERY_ACTIVATIONS:
+            problems.append(self._problem("query_activation", f"one of {', '.join(QUERY_ACTIVATIONS)}"))
+        if self.key_activation not in ACTIVATIONS:
+            problems.append(self._problem("key_activation", f"one of {', '.join(ACTIVATIONS)}"))
         if self.aft_type == "conv" or relative:
             problems += self._heads_problem()
         return problems

@@ -17,7 +17,9 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 
-POSITION_EMBEDDING_TYPES = ("learned", "none")
+POSITION_EMBEDDING_TYPES = ("learned", "sinusoidal", "none")
+NORM_TYPES = ("layer", "dyt")
+ACTIVATIONS = ("none", "tanh")  # of linear layers and of keys
 
 
 def strict_config(config_class):
@@ -60,7 +62,12 @@ class MixerConfig(PreTrainedConfig):
     num_attention_heads: int = 1
     position_embedding_type: str = "learned"
     hidden_dropout_prob: float | int = 0.1
+    norm_type: str = "layer"
     layer_norm_eps: float = 1e-5
+    linear_fan_in: int | None = None
+    linear_activation: str = "none"
+    qkv_bias: bool = False
+    lm_head_bias: bool = False
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
     use_cache: bool = True
@@ -109,6 +116,14 @@ class MixerConfig(PreTrainedConfig):
             problems.append(self._problem("hidden_act", "a name in transformers.activations.ACT2FN"))
         if self.position_embedding_type not in POSITION_EMBEDDING_TYPES:
             problems.append(self._problem("position_embedding_type", f"one of {', '.join(POSITION_EMBEDDING_TYPES)}"))
+        if self.position_embedding_type == "sinusoidal" and self.hidden_size % 2:
+            problems.append(self._problem("hidden_size", "even with sinusoidal position embeddings"))
+        if self.norm_type not in NORM_TYPES:
+            problems.append(self._problem("norm_type", f"one of {', '.join(NORM_TYPES)}"))
+        if self.linear_fan_in is not None and self.linear_fan_in < 1:
+            problems.append(self._problem("linear_fan_in", "None or at least 1"))
+        if self.linear_activation not in ACTIVATIONS:
+            problems.append(self._problem("linear_activation", f"one of {', '.join(ACTIVATIONS)}"))
         if not 0 <= self.hidden_dropout_prob < 1:
             problems.append(self._problem("hidden_dropout_prob", "in [0, 1)"))
         if not 0 < self.layer_norm_eps < math.inf:

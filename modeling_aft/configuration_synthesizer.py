@@ -45,9 +45,10 @@ class SynthesizerConfig(MixerConfig):
             N, the length of the synthesized rows, and so the longest input (save for a mixture of dot_product alone
             without position embeddings).
         num_attention_heads (`int`, defaults to 8): H, a divisor of `hidden_size`.
-        position_embedding_type (`str`, defaults to `"learned"`): `"learned"` or `"none"`.
+        position_embedding_type (`str`, defaults to `"learned"`): `"learned"`, `"sinusoidal"` or `"none"`.
         hidden_dropout_prob (`float`, defaults to 0.1): Dropout on embeddings and on each layer's output.
         layer_norm_eps (`float`, defaults to 1e-05): Epsilon of the layer norms.
+        norm_type, linear_fan_in, linear_activation, qkv_bias, lm_head_bias: As in [`AFTConfig`].
         initializer_range (`float`, defaults to 0.02): Standard deviation of the initial weights.
         tie_word_embeddings (`bool`, defaults to `True`): Whether head and token embedding share their weight.
         use_cache (`bool`, defaults to `True`): Whether the model returns its cache when it is not training.

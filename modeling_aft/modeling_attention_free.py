@@ -20,6 +20,7 @@ from .compatibility import list_in_library
 from .configuration_aft import AFTConfig
 from .modeling_causal_lm import MixerForCausalLM, StateGenerationMixin
 from .modeling_heads import MixerForMaskedLM, MixerForSequenceClassification, MixerForTokenClassification
+from .modeling_linear import activated, make_linear
 from .modeling_stack import Mixer, MixerBlock, MixerPreTrainedModel
 from .modeling_text import MixerModel
 from .modeling_tokens import read_tokens
@@ -131,7 +132,7 @@ def banded_product(u: torch.Tensor, v: torch.Tensor, left: int, right: int) -> t
 
 
 class RelativePositionBias(PositionBias):
-    """The bias of AFT-local by offset instead of by position: one per head and offset."""
+    """A bias per head and offset, learned as it is."""
 
     def __init__(self, config, left: int, right: int):
         super().__init__()
@@ -142,18 +143,17 @@ class RelativePositionBias(PositionBias):
 
     def forward(self, positions: torch.Tensor) -> torch.Tensor:
         """[H, 1, taps] for any positions."""
-        return self.weight[:, None]
+        # Not a view of a parameter, which would need a gradient where none is kept.
+        return self.weight[:, None].to(compute_dtype(self.weight), copy=True)
 
 
-class ConvPositionBias(PositionBias):
+class ConvPositionBias(RelativePositionBias):
     """The bias of AFT-conv (eq. 6): one per head and offset, standardised and then scaled and shifted (eq. 8)."""
 
     def __init__(self, config, left: int, right: int):
-        super().__init__()
-        heads = config.num_attention_heads
-        self.weight = nn.Parameter(torch.empty(heads, left + 1 + right))
-        self.gamma = nn.Parameter(torch.empty(heads))
-        self.beta = nn.Parameter(torch.empty(heads))
+        super().__init__(config, left, right)
+        self.gamma = nn.Parameter(torch.empty(config.num_attention_heads))
+        self.beta = nn.Parameter(torch.empty(config.num_attention_heads))
 
     def draw_weights(self, std: float):
         # gamma = beta = 0: the layer starts as AFT-simple; the weight must not be constant.
@@ -163,13 +163,12 @@ class ConvPositionBias(PositionBias):
 
     def forward(self, positions: torch.Tensor) -> torch.Tensor:
         """[H, 1, taps] for any positions."""
-        dtype = compute_dtype(self.weight)
-        weight = self.weight.to(dtype)
+        weight = self.weight.to(compute_dtype(self.weight))
         centred = weight - weight.mean(1, keepdim=True)
         variance = centred.square().mean(1, keepdim=True)
         # A single tap has no spread: what is left of it is beta.
         standardised = centred * torch.where(variance > 0, variance, torch.ones_like(variance)).rsqrt()
-        bias = self.gamma[:, None].to(dtype) * standardised + self.beta[:, None].to(dtype)
+        bias = self.gamma[:, None].to(weight.dtype) * standardised + self.beta[:, None].to(weight.dtype)
         return bias[:, None]
 
 
@@ -251,8 +250,10 @@ class AFTMixer(Mixer):
         self.is_causal = causal
         width = config.hidden_size
         self.widths = [width, config.key_width, width]
-        self.qkv_proj = nn.Linear(width, sum(self.widths), bias=False)
-        self.o_proj = nn.Linear(width, width)
+        self.query_activation, self.key_activation = config.query_activation, config.key_activation
+        self.linear_activation = config.linear_activation
+        self.qkv_proj = make_linear(config, width, sum(self.widths), bias=config.qkv_bias)
+        self.o_proj = make_linear(config, width, width)
         left = config.window_size - 1
         right = 0 if causal else left
         self.position_bias = None
@@ -262,7 +263,8 @@ class AFTMixer(Mixer):
             relative = config.position_bias_type == "relative"
             self.position_bias = (RelativePositionBias if relative else LocalPositionBias)(config, left, right)
         elif config.aft_type == "conv" and config.window_size > 0:
-            self.position_bias = ConvPositionBias(config, left, right)
+            scaled = config.conv_reparameterization
+            self.position_bias = (ConvPositionBias if scaled else RelativePositionBias)(config, left, right)
         self.decay = None if config.decay is None else Decay(config)
         self.limit = None
         if isinstance(self.position_bias, TablePositionBias):
@@ -299,7 +301,7 @@ class AFTMixer(Mixer):
                 "`output_attentions` must be False where a cache holds tokens, got True: AFT keeps sums of them, and "
                 "no weights. Give the whole text with `use_cache=False`."
             )
-        query, key, value = self.qkv_proj(hidden_states).split(self.widths, -1)
+        query, key, value = self.split(self.qkv_proj(hidden_states))
         weights_of_keys = None
         if output_attentions:
             weights_of_keys = self._weights(key, tokens)
@@ -310,7 +312,12 @@ class AFTMixer(Mixer):
             mixed, state = attend(call._replace(state=state, return_state=cache is not None))
         if cache is not None:
             commit_state(cache, self.layer_idx, state, NewTokens(key, value, tokens, call.decay))
-        return self.o_proj(mixed), weights_of_keys
+        return activated(self.o_proj(mixed), self.linear_activation), weights_of_keys
+
+    def split(self, projected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries [B, T, D], keys [B, T, D or H] and values [B, T, D] for the operator, from what `qkv_proj` gives."""
+        query, key, value = activated(projected, self.linear_activation).split(self.widths, -1)
+        return query, activated(key, self.key_activation), value
 
     def _call(self, query, key, value, tokens: Tokens) -> Call:
         bias = {}
@@ -321,8 +328,16 @@ class AFTMixer(Mixer):
                 if positions is None:
                     positions = torch.arange(key.shape[1], device=key.device)
                 bias = {self.position_bias.argument: self.position_bias(positions)}
-        decay = None if self.decay is None else self.decay()
-        return Call(query, key, value, **bias, decay=decay, causal=self.is_causal, tokens=tokens)
+        return Call(
+            query,
+            key,
+            value,
+            **bias,
+            decay=None if self.decay is None else self.decay(),
+            causal=self.is_causal,
+            query_activation=self.query_activation,
+            tokens=tokens,
+        )
 
     def _mix_documents(self, group, query, key, value):
         return attend(self._call(query, key, value, group.seen_by(self.is_causal)))[0]

@@ -59,7 +59,7 @@ class MixerForCausalLM(MixerWithHead):
             raise ValueError("`is_decoder` must be True for a causal language model, got False.")
         self.model = self.model_class(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
     @can_return_tuple

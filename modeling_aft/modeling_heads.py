@@ -29,7 +29,7 @@ class MixerForMaskedLM(MixerWithHead):
         if config.is_decoder:
             raise ValueError("`is_decoder` must be False for a masked language model, got True.")
         self.model = self.model_class(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
     @can_return_tuple

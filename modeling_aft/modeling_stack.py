@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .compatibility import CACHE_NAMES
+from .modeling_linear import activated, make_linear
 from .ops_tokens import Tokens
 
 
@@ -32,6 +33,31 @@ def draw_weights(module: nn.Module, std: float) -> None:
         initialization.zeros_(module.bias)
     elif hasattr(module, "draw_weights"):
         module.draw_weights(std)
+
+
+class DynamicTanh(nn.Module):
+    """weight * tanh(alpha * x) + bias in the place of a norm, with one alpha (arXiv 2503.10622)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.empty(1))
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width))
+
+    def draw_weights(self, std: float):
+        initialization.constant_(self.alpha, 0.5)
+        initialization.ones_(self.weight)
+        initialization.zeros_(self.bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.weight * torch.tanh(self.alpha * hidden_states) + self.bias
+
+
+def make_norm(config) -> nn.Module:
+    """What stands before mixers, feed-forward layers and heads."""
+    if config.norm_type == "dyt":
+        return DynamicTanh(config.hidden_size)
+    return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
 
 class Mixer(nn.Module):
@@ -51,12 +77,14 @@ class FeedForward(nn.Module):
     def __init__(self, config):
         super().__init__()
         intermediate_size = config.intermediate_size or 4 * config.hidden_size
-        self.up_proj = nn.Linear(config.hidden_size, intermediate_size)
+        self.up_proj = make_linear(config, config.hidden_size, intermediate_size)
         self.act_fn = ACT2FN[config.hidden_act]
-        self.down_proj = nn.Linear(intermediate_size, config.hidden_size)
+        self.down_proj = make_linear(config, intermediate_size, config.hidden_size)
+        self.linear_activation = config.linear_activation
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+        hidden_states = self.act_fn(activated(self.up_proj(hidden_states), self.linear_activation))
+        return activated(self.down_proj(hidden_states), self.linear_activation)
 
 
 class MixerBlock(GradientCheckpointingLayer):
@@ -75,9 +103,9 @@ class MixerBlock(GradientCheckpointingLayer):
     def __init__(self, config, layer_idx: int = 0, causal: bool = True, draw: bool = True):
         super().__init__()
         self._checkpoints = False
-        self.mixer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mixer_norm = make_norm(config)
         self.mixer = self.mixer_class(config, layer_idx, causal, draw)
-        self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.feed_forward_norm = make_norm(config)
         self.feed_forward = FeedForward(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
@@ -143,7 +171,7 @@ class MixerStack(MixerPreTrainedModel):
         config = self.config
         blocks = (self.block_class(config, i, causal, draw=False) for i in range(config.num_hidden_layers))
         self.layers = nn.ModuleList(blocks)
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm = make_norm(config)
         self.gradient_checkpointing = False
 
     def run_blocks(

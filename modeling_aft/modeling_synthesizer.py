@@ -20,6 +20,7 @@ from .compatibility import list_in_library
 from .configuration_synthesizer import SynthesizerConfig
 from .modeling_causal_lm import MixerForCausalLM, StateGenerationMixin
 from .modeling_heads import MixerForMaskedLM, MixerForSequenceClassification, MixerForTokenClassification
+from .modeling_linear import activated, make_linear
 from .modeling_stack import Mixer, MixerBlock, MixerPreTrainedModel
 from .modeling_text import MixerModel
 from .modeling_tokens import read_tokens
@@ -201,8 +202,10 @@ class SynthesizerMixer(Mixer):
         # The query is the dot product's, and the first layer of the dense types.
         self.has_query = bool({"dense", "factorized_dense", "dot_product"} & set(self.names))
         self.has_key = "dot_product" in self.names
-        self.qkv_proj = nn.Linear(width, (self.has_query + self.has_key + 1) * width, bias=False)
-        self.o_proj = nn.Linear(width, width)
+        self.linear_activation = config.linear_activation
+        parts = self.has_query + self.has_key + 1
+        self.qkv_proj = make_linear(config, width, parts * width, bias=config.qkv_bias)
+        self.o_proj = make_linear(config, width, width)
         self.logits = nn.ModuleDict({name: LOGITS[name](config) for name in self.names if name in LOGITS})
         self.mixture_logits = None
         if len(self.names) > 1:
@@ -242,11 +245,12 @@ class SynthesizerMixer(Mixer):
         if tokens is None:
             tokens = read_tokens(hidden_states, limit=self.limit)
         mixture = self.mixture_weights()  # here, as hooks that fetch offloaded weights do so for `forward` alone
-        projected = self.qkv_proj(hidden_states)
+        projected = activated(self.qkv_proj(hidden_states), self.linear_activation)
         if tokens.packing is not None:
             mix = partial(self._mix_documents, mixture)
             weights = tokens.packing.map_pairs(partial(mix, True), projected) if output_attentions else None
-            return self.o_proj(tokens.packing.map(partial(mix, False), projected)), weights
+            out = tokens.packing.map(partial(mix, False), projected)
+            return activated(self.o_proj(out), self.linear_activation), weights
         state = read_state(cache, self.layer_idx)
         if state is not None or output_attentions or tokens.pairs is not None:
             query, key, value = self._split(projected)
@@ -262,7 +266,7 @@ class SynthesizerMixer(Mixer):
         if cache is not None:
             commit_state(cache, self.layer_idx, state, new)
             weights = None if weights is None else cache.layers[self.layer_idx].columns(weights)
-        return self.o_proj(out), weights
+        return activated(self.o_proj(out), self.linear_activation), weights
 
     def _mix_documents(self, mixture, output_attentions, group, projected):
         if not output_attentions:

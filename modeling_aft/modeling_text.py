@@ -8,6 +8,8 @@
 # specific language governing permissions and limitations under the License.
 """The text model: embeddings of tokens and positions below a stack of blocks, and what is checked before it runs."""
 
+import math
+
 import torch
 from torch import nn
 from transformers import DynamicCache
@@ -32,6 +34,13 @@ MODEL_KEYWORDS = frozenset(
 HEAD_KEYWORDS = MODEL_KEYWORDS - {"tokens"} | {"token_type_ids", "seq_idx", "cu_seq_lens_q"}
 
 logger = logging.get_logger(__name__)
+
+
+def sinusoids(positions: torch.Tensor, width: int) -> torch.Tensor:
+    """[..., width] float64 for positions [...]: sine and cosine in turn, their wavelengths from 2 pi to 2 pi 10^4."""
+    channel = torch.arange(width, dtype=torch.float64, device=positions.device)
+    frequency = torch.exp(-math.log(1e4) * 2 / width * (channel // 2))
+    return torch.sin(positions[..., None] * frequency + math.pi / 2 * (channel % 2))
 
 
 class MixerModel(MixerStack):
@@ -114,6 +123,9 @@ class MixerModel(MixerStack):
         hidden_states = self._embed(input_ids, tokens) if inputs_embeds is None else inputs_embeds
         if self.embed_positions is not None:
             hidden_states = hidden_states + self.embed_positions(tokens.positions)
+        elif self.config.position_embedding_type == "sinusoidal":
+            table = sinusoids(tokens.positions, hidden_states.shape[-1])
+            hidden_states = hidden_states + table.to(hidden_states.dtype)
         hidden_states = self.dropout(hidden_states)
         if cache is not None:
             state = cache.layers[0].state

@@ -14,6 +14,16 @@ from modeling_aft import (
 
 LIMIT = 48  # max_position_embeddings of the models below
 
+# What both families have beside what a variant is named after.
+UNUSUAL = {
+    "position_embedding_type": "sinusoidal",
+    "norm_type": "dyt",
+    "linear_fan_in": 4,
+    "linear_activation": "tanh",
+    "qkv_bias": True,
+    "lm_head_bias": True,
+    "tie_word_embeddings": False,
+}
 AFT_VARIANTS = {
     "full": {"aft_type": "full"},
     "full-dense": {"aft_type": "full", "position_bias_rank": None},
@@ -34,6 +44,13 @@ AFT_VARIANTS = {
         "position_embedding_type": "none",
         "decay": "learned",
     },
+    "z1t": {
+        "aft_type": "conv",
+        "query_activation": "tanh",
+        "key_activation": "tanh",
+        "conv_reparameterization": False,
+        **UNUSUAL,
+    },
 }
 SYNTHESIZER_VARIANTS = {
     **{
@@ -51,6 +68,7 @@ SYNTHESIZER_VARIANTS = {
             "dense+random+factorized_dense+dot_product",
         )
     },
+    "dense-unusual": {"synthesizer_type": "dense", **UNUSUAL},
     "dot_product-nopos": {
         "synthesizer_type": "mixture",
         "mixture_components": ["dot_product"],
@@ -58,7 +76,7 @@ SYNTHESIZER_VARIANTS = {
     },
 }
 VARIANTS = {**AFT_VARIANTS, **SYNTHESIZER_VARIANTS}
-UNLIMITED = ["simple-nopos", "conv-nopos", "relative-decay", "dot_product-nopos"]
+UNLIMITED = ["simple-nopos", "conv-nopos", "relative-decay", "z1t", "dot_product-nopos"]
 FIXED_STATE = [name for name in AFT_VARIANTS if "full" not in name]
 
 
@@ -88,6 +106,8 @@ def make_model(variant, head=True, dtype=torch.float64, **changes):
     model = model_classes(variant)[head](make_config(variant, **changes)).to(dtype).eval()
     with torch.no_grad():
         for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
+            if not parameter.is_floating_point():
+                continue  # which inputs an output has
             if parameter.dim() == 1 and "position_bias" not in name:
                 parameter.add_(0.1 * torch.randn_like(parameter))
             else:

@@ -26,6 +26,7 @@ MODELING, HEADS, OPS, SYNTHESIZER = "test_modeling.py", "test_heads.py", "test_o
 REMOTE, MODES, PACKING = "test_remote_code.py", "test_ops_modes.py", "test_packing.py"
 INPUTS, CACHE, COMPATIBILITY = "test_model_inputs.py", "test_cache.py", "test_compatibility.py"
 ECOSYSTEM, STREAMING = "test_ecosystem.py", "test_streaming.py"
+LINEAR, CONVERTER = "test_linear.py", "test_convert_z1t.py"
 
 FAULTS: list[Fault] = []
 
@@ -819,6 +820,30 @@ def _(original):
             cls.heads[cls.auto_class] = cls
 
     return __init_subclass__
+
+
+@fault("an output may have one input twice", "modeling_linear.SparseLinear._draw_indices", LINEAR)
+def _(original):
+    return lambda self: torch.randint_like(self.indices, self.in_features)
+
+
+@fault("a tanh behind linear layers and keys is left out", "modeling_linear.activated", CONVERTER)
+def _(original):
+    return lambda tensor, activation: tensor
+
+
+@fault("dynamic tanh scales behind the tanh", "modeling_stack.DynamicTanh.forward", MODELING)
+def _(original):
+    return lambda self, hidden_states: self.weight * self.alpha * torch.tanh(hidden_states) + self.bias
+
+
+@fault("sinusoids are sines first and cosines behind them", "modeling_text.sinusoids", MODELING)
+def _(original):
+    def sinusoids(positions, width):
+        table = original(positions, width)
+        return torch.cat([table[..., ::2], table[..., 1::2]], -1)
+
+    return sinusoids
 
 
 def main(arguments: list[str] | None = None) -> int:

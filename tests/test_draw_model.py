@@ -29,7 +29,7 @@ def test_biases_are_those_of_the_mixer(variant, causal):
     model = make_model(variant, head=False, dtype=torch.float32, is_decoder=causal)
     mixer, length = model.layers[1].mixer, 20
     hidden = torch.randn(1, length, 16)
-    query, key, value = mixer.qkv_proj(hidden)[0].split(mixer.widths, -1)
+    query, key, value = mixer.split(mixer.qkv_proj(hidden)[0])
     found = model_pictures.position_bias(mixer, length)
     assert (found is None) == (variant in ("simple", "simple-nopos", "local-0"))
     pairs = np.zeros((1, length, length)) if found is None else model_pictures.as_pairs(*found, length, causal)
@@ -37,8 +37,10 @@ def test_biases_are_those_of_the_mixer(variant, causal):
     if causal:
         logits = logits.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf)
     weights = logits.softmax(2).repeat_interleave(value.shape[1] // len(logits), dim=0)
-    mixed = torch.sigmoid(query) * (weights * value.T[:, None]).sum(2).T
-    torch.testing.assert_close(mixer.o_proj(mixed), mixer(hidden)[0][0], rtol=1e-4, atol=1e-4)
+    gate = torch.tanh if variant == "z1t" else torch.sigmoid
+    out = mixer.o_proj(gate(query) * (weights * value.T[:, None]).sum(2).T)
+    out = out.tanh() if variant == "z1t" else out
+    torch.testing.assert_close(out, mixer(hidden)[0][0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("variant", ["full", "local", "conv"])
@@ -90,6 +92,16 @@ def test_receptive_field_follows_the_bias():
     shares = model_pictures.receptive_field(model, make_ids(12))
     np.testing.assert_allclose(shares.sum(1), 1, rtol=1e-5)
     assert shares[1, 3] > 0.999 > shares[0].max()
+
+
+@pytest.mark.parametrize("variant", ["conv", "z1t"])
+def test_receptive_field_is_that_of_the_attention_weights(variant):
+    model, ids = make_model(variant, head=False), make_ids(12)
+    shares = model_pictures.receptive_field(model, ids)
+    for found, weights in zip(shares, model(ids, output_attentions=True).attentions, strict=True):
+        of_pairs = weights.mean((0, 1))[6:]  # of the queries of the second half
+        expected = [of_pairs.diagonal(6 - distance).sum() / 6 for distance in range(12)]
+        np.testing.assert_allclose(found, torch.stack(expected).detach(), rtol=1e-4, atol=1e-6)
 
 
 def test_receptive_field_is_the_same_in_blocks(monkeypatch):

@@ -16,6 +16,7 @@ from transformers import (
     StaticCache,
 )
 
+from modeling_aft.modeling_linear import SparseLinear
 from modeling_aft.modeling_tokens import read_tokens
 from modeling_aft.ops import aft_attention_weights
 
@@ -273,13 +274,16 @@ def test_attentions_of_aft_are_the_weights_of_its_averages(variant, is_decoder):
     mask[0, :3] = 0
     output = model(ids, attention_mask=mask, output_attentions=True, output_hidden_states=True)
     mixer, block = model.layers[0].mixer, model.layers[0]
-    channels = 4 if variant.startswith("conv") else 16
+    channels = 4 if model.config.aft_type == "conv" else 16
     assert [tuple(weights.shape) for weights in output.attentions] == [(2, channels, 9, 9)] * 2
     total = output.attentions[0].sum(-1)
     torch.testing.assert_close(total, mask[:, None].double().expand_as(total))
-    query, key, value = mixer.qkv_proj(block.mixer_norm(output.hidden_states[0])).split(mixer.widths, -1)
+    projected = mixer.qkv_proj(block.mixer_norm(output.hidden_states[0]))
+    query, key, value = (projected.tanh() if variant == "z1t" else projected).split(mixer.widths, -1)
+    gate = query.tanh() if variant == "z1t" else query.sigmoid()
     weights = output.attentions[0].repeat_interleave(16 // channels, 1)
-    mixed = mixer.o_proj(query.sigmoid() * torch.einsum("bdts,bsd->btd", weights, value))
+    mixed = mixer.o_proj(gate * torch.einsum("bdts,bsd->btd", weights, value))
+    mixed = mixed.tanh() if variant == "z1t" else mixed
     hidden = block.mixer_norm(output.hidden_states[0])
     expected, _ = mixer(hidden, read_tokens(hidden, mask))
     torch.testing.assert_close(mixed[mask.bool()], expected[mask.bool()])
@@ -326,4 +330,5 @@ def test_linear_layers_are_plain(variant, head):
     model = with_head(variant, head)
     assert all(type(module) is nn.Linear for module in model.modules() if isinstance(module, nn.Linear))
     blocks = [module for module in model.modules() if type(module).__name__.endswith("Block")]
-    assert all(sum(type(m) is nn.Linear for m in block.modules()) == 4 for block in blocks)
+    expected = SparseLinear if model.config.linear_fan_in else nn.Linear
+    assert all(sum(type(m) is expected for m in block.modules()) == 4 for block in blocks)

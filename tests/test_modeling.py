@@ -5,11 +5,12 @@ import math
 
 import pytest
 import torch
-from families import LIMIT, UNLIMITED, VARIANTS, make_config, make_ids, make_model, model_classes
+from families import AFT_VARIANTS, LIMIT, UNLIMITED, VARIANTS, make_config, make_ids, make_model, model_classes
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from modeling_aft import AFTConfig, AFTForCausalLM, AFTModel, SynthesizerConfig
+from modeling_aft.modeling_text import sinusoids
 
 
 variants = pytest.mark.parametrize("variant", VARIANTS)
@@ -61,7 +62,13 @@ def test_position_ids_may_have_one_row(variant):
     [
         ({"aft_type": "conv", "hidden_size": 16, "num_attention_heads": 3}, "num_attention_heads.*divisor.*16.*3"),
         ({"aft_type": "local", "window_size": 65, "max_position_embeddings": 64}, "window_size.*64.*65"),
-        ({"position_embedding_type": "rotary"}, "position_embedding_type.*learned, none.*rotary"),
+        ({"position_embedding_type": "rotary"}, "position_embedding_type.*learned, sinusoidal, none.*rotary"),
+        ({"position_embedding_type": "sinusoidal", "hidden_size": 15}, "hidden_size.*even.*15"),
+        ({"norm_type": "rms"}, "norm_type.*layer, dyt.*rms"),
+        ({"linear_fan_in": 0}, "linear_fan_in.*None or at least 1.*0"),
+        ({"linear_activation": "relu"}, "linear_activation.*none, tanh.*relu"),
+        ({"query_activation": "softmax"}, "query_activation.*sigmoid, tanh, relu, identity.*softmax"),
+        ({"key_activation": "relu"}, "key_activation.*none, tanh.*relu"),
         ({"decay": "linear"}, "`decay`.*learned, fixed.*linear"),
         ({"aft_type": "full", "decay": "learned"}, "`decay`.*full.*learned"),
         ({"decay_min_half_life": 0.0}, "decay_min_half_life.*positive.*0.0"),
@@ -108,6 +115,42 @@ def test_relative_biases_are_those_of_a_table_whose_rows_are_equal():
     absolute.load_state_dict(weights)
     ids = make_ids(LIMIT)
     torch.testing.assert_close(relative(ids).logits, absolute(ids).logits)
+
+
+def test_the_kind_of_a_state_names_what_keys_are_made_of_only_where_something_is():
+    """Caches that were saved before there was a choice fit still."""
+    plain, bounded = make_config("simple"), make_config("simple", key_activation="tanh")
+    assert "key_activation" not in plain.state_kind
+    assert json.loads(bounded.state_kind) == {**json.loads(plain.state_kind), "key_activation": "tanh"}
+
+
+def test_sinusoids_are_sine_and_cosine_in_turn():
+    positions = torch.tensor([[0, 1, 1_000_000]])
+    found = sinusoids(positions, 6)
+    for pair in range(3):
+        angle = positions.double() * 1e4 ** (-pair / 3)
+        torch.testing.assert_close(found[..., 2 * pair], torch.sin(angle), atol=1e-7, rtol=0)
+        torch.testing.assert_close(found[..., 2 * pair + 1], torch.cos(angle), atol=1e-7, rtol=0)
+
+
+def test_sinusoidal_positions_are_added_to_the_tokens():
+    """Those that the tokens have, padding aside: the same vectors as a learned table that holds them."""
+    model = make_model("conv", position_embedding_type="sinusoidal")
+    learned = make_model("conv")
+    weights = {**model.state_dict(), "model.embed_positions.weight": sinusoids(torch.arange(LIMIT), 16)}
+    learned.load_state_dict(weights)
+    ids, mask = make_ids(12), torch.ones(2, 12, dtype=torch.long)
+    mask[0, :5] = 0
+    expected = learned(ids, attention_mask=mask).logits
+    torch.testing.assert_close(model(ids, attention_mask=mask).logits, expected)
+
+
+def test_dynamic_tanh_is_its_formula():
+    model = make_model("conv", norm_type="dyt")
+    norm, hidden = model.model.norm, torch.randn(2, 3, 16, dtype=torch.float64)
+    torch.testing.assert_close(norm(hidden), norm.weight * (norm.alpha * hidden).tanh() + norm.bias)
+    fresh = AFTModel(make_config("conv", norm_type="dyt")).norm
+    assert fresh.alpha.item() == 0.5 and bool((fresh.weight == 1).all()) and not fresh.bias.any()
 
 
 def test_a_config_changed_after_its_creation_is_checked_by_the_model_and_when_saved(tmp_path):
@@ -324,14 +367,14 @@ def test_save_and_load_is_bit_exact(variant, tied, tmp_path):
 @variants
 def test_no_buffers_and_a_fresh_model_is_initialised(variant):
     model = model_classes(variant)[1](make_config(variant))
-    # Buffers are a matrix and rates that are never trained, and every file holds them.
-    buffers = {name.split("mixer.")[1] for name, _ in model.named_buffers()}
-    assert buffers <= {"logits.fixed_random.table", "decay.weight"}
+    # The only buffers are what is never trained: a matrix, rates, the inputs of outputs. Every file holds them.
+    buffers = {name.rsplit(".", 1)[1] for name, _ in model.named_buffers() if not name.endswith("decay.weight")}
+    assert buffers <= {"table", "indices"}
     assert {name for name, _ in model.named_buffers()} <= model.state_dict().keys()
     for name, parameter in model.state_dict().items():
         assert parameter.isfinite().all(), name
-    if "conv" in variant:
-        # gamma = beta = 0: at the start AFT-conv is AFT-simple.
+    if variant in AFT_VARIANTS and model.config.aft_type == "conv":
+        # At the start AFT-conv is AFT-simple.
         bias = model.model.layers[0].mixer.position_bias(torch.arange(5))
         assert (bias == 0).all()
 

@@ -345,6 +345,14 @@ def test_parameter_groups(variant, position, tied):
     assert found["linear"] == linear - {"lm_head.weight"}
 
 
+def test_sparse_weights_decay_and_are_no_matrices_for_muon():
+    from modeling_aft import AFTConfig, AFTForCausalLM
+
+    groups = parameter_groups(AFTForCausalLM(AFTConfig(aft_type="conv", hidden_size=32, linear_fan_in=4)), 0.5)
+    assert "linear" not in groups and len(groups["sparse"]["params"]) == 4 * 12
+    assert groups["sparse"]["weight_decay"] == 0.5 and groups["sparse"]["lr_scale"] == 1.0
+
+
 def test_optimizers_and_their_learning_rates():
     from modeling_aft import AFTConfig, AFTForCausalLM
 

@@ -13,10 +13,12 @@ SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 NOWHERE = "nowhere/\u043c\u043e\u0434\u0435\u043b\u044c-\u4e2d-\udcff"  # the last is a byte of a path that is no UTF-8
 ESCAPED = NOWHERE.encode("ascii", "backslashreplace").decode()
 WRONG = {  # flags that are refused at once, and with what
+    "addition.py": (["--output_dir", "out", "--model_preset", NOWHERE], "--model_preset: no such file: nowhere/"),
     "benchmark.py": (["train", "--models", NOWHERE], "--models must be files or of aft-simple,"),
     "roofline.py": (["--output_dir", NOWHERE], "--output_dir must hold operator-cpu.csv"),
     "score.py": ([NOWHERE, "--dtype", NOWHERE], "--dtype must be one of auto, float32, bfloat16, float16"),
     "compare.py": ([NOWHERE], "plan: no such file: "),
+    "convert_z1t.py": ([NOWHERE, "out", "--tanh_linear", "--tanh_mlp"], "checkpoint: no such file: nowhere/"),
     "draw_model.py": ([NOWHERE, "--output_dir", NOWHERE], "models: nowhere/"),
     "finetune.py": (["--model", "m", "--text_file", NOWHERE], "finetune.py: --text_file must be a file, got "),
     "draw_positions.py": ([NOWHERE, "--output", "a.svg"], "files: no such file: "),

@@ -21,10 +21,15 @@ def make_mixer(variant, **changes) -> SynthesizerMixer:
     return make_model(variant, head=False, **changes).layers[0].mixer
 
 
-def projections(mixer) -> dict[str, torch.Tensor]:
-    """The weights [D, D] of the query, key and value, where there are any."""
+def linear(mixer, layer, hidden) -> torch.Tensor:
+    """A linear layer, and the tanh behind it where there is one."""
+    return layer(hidden).tanh() if mixer.linear_activation == "tanh" else layer(hidden)
+
+
+def projections(mixer, hidden) -> dict[str, torch.Tensor]:
+    """The query, key and value [T, D] of hidden [T, D], where there are any."""
     names = ["query"] * mixer.has_query + ["key"] * mixer.has_key + ["value"]
-    return dict(zip(names, mixer.qkv_proj.weight.split(HEADS * SIZE), strict=True))
+    return dict(zip(names, linear(mixer, mixer.qkv_proj, hidden).split(HEADS * SIZE, -1), strict=True))
 
 
 def equation(mixer, name, hidden, head):
@@ -32,14 +37,14 @@ def equation(mixer, name, hidden, head):
     length = len(hidden)
     part = slice(head * SIZE, (head + 1) * SIZE)
     if name == "dot_product":
-        query, key = (hidden @ projections(mixer)[which][part].T for which in ("query", "key"))
+        query, key = (projections(mixer, hidden)[which][:, part] for which in ("query", "key"))
         return query @ key.T / math.sqrt(SIZE)
     module = mixer.logits[name]
     if name in ("random", "fixed_random"):
         return module.table[head, :length, :length]
     if name == "factorized_random":
         return (module.query_factors[head] @ module.key_factors[head].T)[:length, :length]
-    first = torch.relu(hidden @ projections(mixer)["query"][part].T)
+    first = torch.relu(projections(mixer, hidden)["query"][:, part])
     if name == "dense":
         return (first @ module.weight[head] + module.bias[head])[:, :length]
     a, b = (first @ w[head] + c[head] for w, c in ((module.weight_a, module.bias_a), (module.weight_b, module.bias_b)))
@@ -58,8 +63,8 @@ def definition(mixer, hidden):
             logits = sum(alpha * equation(mixer, n, x, h) for alpha, n in zip(alphas, mixer.names, strict=True))
             weights[b, h] = logits.masked_fill(future, -math.inf).softmax(-1)
             part = slice(h * SIZE, (h + 1) * SIZE)
-            out[b, :, part] = weights[b, h] @ (x @ projections(mixer)["value"][part].T)
-    return mixer.o_proj(out), weights
+            out[b, :, part] = weights[b, h] @ projections(mixer, x)["value"][:, part]
+    return linear(mixer, mixer.o_proj, out), weights
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 31, LIMIT])
@@ -182,7 +187,7 @@ def test_mixture_weights_are_a_softmax_per_head_and_mix_logits():
 
 def test_dot_product_alone_is_the_vanilla_transformer():
     mixer, hidden = make_mixer("dot_product"), torch.randn(2, 20, 16, dtype=torch.float64)
-    split = ((hidden @ p.T).unflatten(-1, (HEADS, SIZE)).transpose(1, 2) for p in projections(mixer).values())
+    split = (p.unflatten(-1, (HEADS, SIZE)).transpose(1, 2) for p in projections(mixer, hidden).values())
     expected = torch.nn.functional.scaled_dot_product_attention(*split, is_causal=True)
     torch.testing.assert_close(mixer(hidden)[0], mixer.o_proj(expected.transpose(1, 2).flatten(2)))
 

@@ -100,7 +100,7 @@ def receptive_field(model, windows: torch.Tensor) -> np.ndarray:
 
     def keep(index):
         def hook(projection, inputs, output):
-            keys[index] = output.split(model.layers[index].mixer.widths, -1)[1].float()
+            keys[index] = model.layers[index].mixer.split(output)[1].float()
 
         return hook
 

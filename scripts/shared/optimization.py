@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from modeling_aft.modeling_attention_free import PositionBias
+from modeling_aft.modeling_linear import SparseLinear
 from modeling_aft.modeling_synthesizer import FactorizedRandomLogits, RandomLogits
 
 
@@ -41,11 +42,13 @@ def parameter_groups(model: nn.Module, weight_decay: float, position_lr_scale: f
 
     Returns:
         For each of these names that has parameters, a group for a torch optimizer, whose `lr_scale` multiplies the
-        learning rate: "linear", the weights of linear layers; "head", a linear layer's weight that scores tokens,
-        tied to the embedding or not; "position", the biases and logits of positions; "rest". Only the first two decay.
+        learning rate: "linear", the weights of linear layers; "sparse", those of sparse ones, which are no matrices;
+        "head", a linear layer's weight that scores tokens, tied to the embedding or not; "position", the biases and
+        logits of positions; "rest". The last two do not decay.
     """
     head = model.get_output_embeddings()
     linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear) and module is not head}
+    sparse = {id(module.weight) for module in model.modules() if isinstance(module, SparseLinear)}
     position = {
         id(parameter)
         for module in model.modules()
@@ -56,13 +59,14 @@ def parameter_groups(model: nn.Module, weight_decay: float, position_lr_scale: f
     def name(parameter: nn.Parameter) -> str:
         if head is not None and parameter is head.weight:
             return "head"
-        return "linear" if id(parameter) in linear else "position" if id(parameter) in position else "rest"
+        of_layers = {"linear": linear, "sparse": sparse, "position": position}
+        return next((key for key, group in of_layers.items() if id(parameter) in group), "rest")
 
     groups = {}
     for parameter in model.parameters():
         groups.setdefault(name(parameter), {"params": []})["params"].append(parameter)
     for key, group in groups.items():
-        group["weight_decay"] = weight_decay if key in ("linear", "head") else 0.0
+        group["weight_decay"] = weight_decay if key in ("linear", "sparse", "head") else 0.0
         group["lr_scale"] = position_lr_scale if key == "position" else 1.0
     return groups
 

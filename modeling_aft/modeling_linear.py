@@ -1,0 +1,81 @@
+# Copyright 2026 The modeling_aft authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""The linear layers inside of blocks: dense, or with few inputs per output; and what may follow on them."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization
+
+from .ops_modes import is_exporting, is_transformed
+
+
+def activated(tensor: torch.Tensor, activation: str) -> torch.Tensor:
+    """tanh of a tensor, or with "none" the tensor."""
+    return tensor.tanh() if activation == "tanh" else tensor
+
+
+def make_linear(config, in_features: int, out_features: int, bias: bool = True) -> nn.Module:
+    """A linear layer inside of a block: sparse where `config.linear_fan_in` is less than all inputs."""
+    fan_in = config.linear_fan_in
+    if fan_in is None or fan_in >= in_features:
+        return nn.Linear(in_features, out_features, bias=bias)
+    return SparseLinear(in_features, out_features, fan_in, bias=bias)
+
+
+class SparseLinear(nn.Module):
+    """
+    A linear layer of which every output has `fan_in` inputs: y_o = sum_j weight[o, j] x[indices[o, j]] + bias[o].
+
+    The indices are drawn with the weights, without repetition in a row, and are saved with them, but not trained. What
+    it keeps for the gradients is as large as its input.
+
+    Args:
+        in_features, out_features (`int`): the widths of input and output.
+        fan_in (`int`): k, the number of inputs of each output.
+        bias (`bool`): whether there is a bias.
+    """
+
+    def __init__(self, in_features: int, out_features: int, fan_in: int, bias: bool = True):
+        super().__init__()
+        self.in_features, self.out_features, self.fan_in = in_features, out_features, fan_in
+        self.weight = nn.Parameter(torch.empty(out_features, fan_in))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.register_buffer("indices", torch.zeros(out_features, fan_in, dtype=torch.int32))
+
+    def draw_weights(self, std: float):
+        # Outputs are as large as those of a dense layer.
+        initialization.normal_(self.weight, mean=0.0, std=std * (self.in_features / self.fan_in) ** 0.5)
+        if self.bias is not None:
+            initialization.zeros_(self.bias)
+        initialization.copy_(self.indices, self._draw_indices())
+
+    def _draw_indices(self) -> torch.Tensor:
+        """[out, k] int32: any k of the inputs for each output, by Floyd's algorithm."""
+        indices = torch.empty_like(self.indices)
+        for place, last in enumerate(range(self.in_features - self.fan_in, self.in_features)):
+            drawn = torch.randint(last + 1, (self.out_features,), dtype=indices.dtype, device=indices.device)
+            taken = (indices[:, :place] == drawn[:, None]).any(1)
+            indices[:, place] = drawn.masked_fill(taken, last)
+        return indices
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[..., in] to [..., out], in the dtype of the input."""
+        dtype = hidden_states.dtype
+        if is_transformed() or is_exporting():  # what is below has no rules there, but is faster and keeps less
+            out = (hidden_states[..., self.indices] * self.weight.to(dtype)).sum(-1)
+            return out if self.bias is None else out + self.bias.to(dtype)
+        features = hidden_states.reshape(-1, self.in_features).T  # [in, tokens]: rows to look up, scale and add
+        out = F.embedding_bag(self.indices, features, per_sample_weights=self.weight.to(dtype), mode="sum").T
+        if self.bias is not None:
+            out = out + self.bias.to(dtype)
+        return out.reshape(*hidden_states.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, fan_in={self.fan_in}"

@@ -1,0 +1,111 @@
+"""Linear layers of few inputs per output: the formula, its gradients, what is drawn, what is saved."""
+
+import pytest
+import torch
+from families import make_config, make_ids, make_model
+from torch import nn
+from torch.func import grad
+
+from modeling_aft import AFTForCausalLM
+from modeling_aft.modeling_linear import SparseLinear, make_linear
+
+
+def make_sparse(in_features=11, out_features=7, fan_in=3, bias=True, dtype=torch.float64):
+    torch.manual_seed(0)
+    layer = SparseLinear(in_features, out_features, fan_in, bias).to(dtype)
+    layer.draw_weights(0.5)
+    return layer
+
+
+def dense_weight(layer: SparseLinear) -> torch.Tensor:
+    """[out, in] with the weights where the indices say."""
+    zeros = layer.weight.new_zeros(layer.out_features, layer.in_features)
+    return zeros.scatter_add(1, layer.indices.long(), layer.weight)
+
+
+@pytest.mark.parametrize("shape", [(11,), (4, 11), (2, 5, 11)], ids=["vector", "matrix", "batch"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+def test_output_and_gradients_are_those_of_a_dense_layer(bias, shape):
+    layer = make_sparse(bias=bias)
+    nn.init.normal_(layer.weight)
+    if bias:
+        nn.init.normal_(layer.bias)
+    inputs = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    parameters = [inputs, *layer.parameters()]
+    found, expected = layer(inputs), nn.functional.linear(inputs, dense_weight(layer), layer.bias)
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn_like(found)
+    gradients = (torch.autograd.grad(out, parameters, weights) for out in (found, expected))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+    of_inputs = grad(lambda inputs: (layer(inputs) * weights).sum())(inputs.detach())
+    torch.testing.assert_close(of_inputs, torch.autograd.grad(layer(inputs), inputs, weights)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    layer, inputs = make_sparse(dtype=torch.float32), torch.randn(4, 11)
+    expected = layer(inputs)
+    assert layer(inputs.to(dtype)).dtype == dtype  # what autocast hands on
+    found = layer.to(dtype)(inputs.to(dtype))
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02)
+
+
+def test_memory_for_the_gradients_does_not_grow_with_the_fan_in():
+    saved = []
+    for fan_in in (2, 8):
+        kept, inputs = [], torch.randn(500, 16, dtype=torch.float64, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()), lambda t: t):
+            make_sparse(16, 64, fan_in)(inputs)
+        saved.append(sum(kept))
+    assert saved[1] - saved[0] <= 64 * 6 * 4  # weights and indices alone
+
+
+@pytest.mark.parametrize("fan_in", [1, 4, 10, 11])
+def test_indices_are_drawn_without_repetition_and_reach_every_input(fan_in):
+    layer = make_sparse(11, 2000, fan_in)
+    rows = layer.indices.sort(1).values
+    assert rows.dtype == torch.int32 and rows.min() == 0 and rows.max() == 10
+    assert bool((rows[:, 1:] > rows[:, :-1]).all())
+    share = torch.bincount(layer.indices.flatten(), minlength=11) / 2000
+    torch.testing.assert_close(share, torch.full((11,), fan_in / 11), atol=0.05, rtol=0)  # 4.5 standard deviations
+
+
+def test_outputs_begin_as_large_as_those_of_a_dense_layer():
+    torch.manual_seed(0)
+    inputs = torch.randn(100, 256)
+    layer, dense = make_sparse(256, 400, 4, dtype=torch.float32), nn.Linear(256, 400)
+    nn.init.normal_(dense.weight, std=0.5)
+    nn.init.zeros_(dense.bias)
+    assert layer(inputs).std().item() == pytest.approx(dense(inputs).std().item(), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("fan_in", "expected"), [(None, nn.Linear), (3, SparseLinear), (8, nn.Linear), (9, nn.Linear)], ids=str
+)
+def test_a_layer_is_sparse_where_it_has_more_inputs(fan_in, expected):
+    assert type(make_linear(make_config("conv", linear_fan_in=fan_in), 8, 5)) is expected
+
+
+def test_models_draw_their_indices_and_keep_them(tmp_path):
+    torch.manual_seed(0)
+    model = AFTForCausalLM(make_config("z1t")).eval()
+    layers = [module for module in model.modules() if isinstance(module, SparseLinear)]
+    assert len(layers) == 8 and not torch.equal(layers[0].indices, layers[4].indices)
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(1)
+    loaded = AFTForCausalLM.from_pretrained(tmp_path)
+    for name, buffer in model.named_buffers():
+        assert torch.equal(loaded.get_buffer(name), buffer), name
+    torch.testing.assert_close(loaded(make_ids(9)).logits, model(make_ids(9)).logits)
+
+
+def test_the_dense_model_with_the_same_weights_says_the_same():
+    sparse, dense = make_model("z1t"), make_model("z1t", linear_fan_in=None)
+    weights = {name: tensor for name, tensor in sparse.state_dict().items() if not name.endswith("indices")}
+    for name, module in sparse.named_modules():
+        if isinstance(module, SparseLinear):
+            weights[f"{name}.weight"] = dense_weight(module)
+    dense.load_state_dict(weights)
+    torch.testing.assert_close(sparse(make_ids(20)).logits, dense(make_ids(20)).logits)
