@@ -21,7 +21,7 @@ from .cache_files import check_kind
 from .compatibility import CACHE_NAME, BaseModelOutputWithPast, one_cache, refuse_unknown
 from .modeling_stack import MixerPreTrainedModel, MixerStack
 from .modeling_tokens import infer_mask, read_tokens
-from .ops_modes import can_read
+from .ops_modes import can_read, widest_dtype
 from .ops_tokens import Tokens
 
 
@@ -37,8 +37,9 @@ logger = logging.get_logger(__name__)
 
 
 def sinusoids(positions: torch.Tensor, width: int) -> torch.Tensor:
-    """[..., width] float64 for positions [...]: sine and cosine in turn, their wavelengths from 2 pi to 2 pi 10^4."""
-    channel = torch.arange(width, dtype=torch.float64, device=positions.device)
+    """[..., width] float64, where the device has it, for positions [...]: sine and cosine in turn, their wavelengths
+    from 2 pi to 2 pi 10^4."""
+    channel = torch.arange(width, dtype=widest_dtype(positions.device), device=positions.device)
     frequency = torch.exp(-math.log(1e4) * 2 / width * (channel // 2))
     return torch.sin(positions[..., None] * frequency + math.pi / 2 * (channel % 2))
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .ops_modes import widest_dtype
 from .ops_operators import flops_of, gradients_inside_operator, operator
 from .ops_panel import panel_average, panel_for_export
 from .ops_state import decayed, gated, merge, nothing, summarize, with_past
@@ -65,7 +66,7 @@ def windowed_export(window: Window) -> Tensor:
     key, value, rows, decay = window.key, window.value, window.rows, window.decay
     initial, dtype = window.initial, window.dtype
     if decay is not None:  # over a whole text it leaves the range of float32
-        dtype = torch.float64
+        dtype = widest_dtype(key.device)
         rows, decay = (None if tensor is None else tensor.to(dtype) for tensor in (rows, decay))
         initial = tuple(tensor.to(dtype) for tensor in initial)
     if window.causal:

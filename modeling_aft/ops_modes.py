@@ -61,6 +61,11 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager:
     return torch.autocast(device, enabled=False) if under_autocast else nullcontext()
 
 
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """float64, or float32 on the devices of Apple, which have none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def leading(table: Tensor, dim: int, length: int) -> Tensor:
     """The first `length` places of `table` along `dim`: a view, or in an exported program a copy, because the strides
     of a view would depend on whether all of the table is used."""

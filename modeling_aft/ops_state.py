@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .ops_modes import widest_dtype
 from .ops_tokens import Tokens, compact
 
 
@@ -170,7 +171,7 @@ def past_of(state: AFTState | None, key: Tensor, value: Tensor, dtype: torch.dty
 
 def falling(maximum: Tensor, decay: Tensor | None) -> Tensor:
     """The maximum of a state in the dtype in which it can fall by the decay token by token."""
-    return maximum if decay is None or maximum.device.type == "mps" else maximum.double()
+    return maximum if decay is None else maximum.to(widest_dtype(maximum.device))
 
 
 def decayed(key: Tensor, decay: Tensor | None, distance: Tensor | int) -> Tensor:
