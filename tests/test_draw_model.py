@@ -33,7 +33,11 @@ def test_biases_are_those_of_the_mixer(variant, causal):
     found = model_pictures.position_bias(mixer, length)
     assert (found is None) == (variant in ("simple", "simple-nopos", "local-0"))
     pairs = np.zeros((1, length, length)) if found is None else model_pictures.as_pairs(*found, length, causal)
-    logits = key.T[:, None] + torch.from_numpy(pairs).float()  # [D or H, T, T]
+    pairs = torch.from_numpy(pairs).float().repeat_interleave(key.shape[1] // len(pairs), 0)
+    logits = key.T[:, None] + pairs  # [D or H, T, T]
+    if "decay" in variant:
+        distance = (torch.arange(length)[:, None] - torch.arange(length)).abs()
+        logits = logits - mixer.decay()[:, None, None] * distance
     if causal:
         logits = logits.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf)
     weights = logits.softmax(2).repeat_interleave(value.shape[1] // len(logits), dim=0)
@@ -94,7 +98,7 @@ def test_receptive_field_follows_the_bias():
     assert shares[1, 3] > 0.999 > shares[0].max()
 
 
-@pytest.mark.parametrize("variant", ["conv", "z1t"])
+@pytest.mark.parametrize("variant", ["full", "local", "conv", "simple", "conv-decay", "relative-decay", "z1t"])
 def test_receptive_field_is_that_of_the_attention_weights(variant):
     model, ids = make_model(variant, head=False), make_ids(12)
     shares = model_pictures.receptive_field(model, ids)

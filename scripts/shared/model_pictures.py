@@ -27,7 +27,7 @@ STATIC = ("random", "fixed_random", "factorized_random")  # components whose log
 @torch.no_grad()
 def position_bias(mixer, length: int) -> tuple[str, np.ndarray] | None:
     """
-    What a mixer adds to its weights' exponents for positions alone.
+    What a mixer adds to its weights' exponents for positions alone, without a decay.
 
     Returns:
         "pairs" and float [H, T, T], rows are queries; or "window" and float [H, T or 1, offsets] in the order of
@@ -120,11 +120,15 @@ def receptive_field(model, windows: torch.Tensor) -> np.ndarray:
         bias = torch.from_numpy(bias).float()[:, queries]  # [1 or H, T / 2, T]
         if causal:
             bias = bias.masked_fill(places > queries[:, None], -torch.inf)
+        channels = keys[index].shape[2]
+        decay = torch.zeros(channels) if layer.mixer.decay is None else layer.mixer.decay()
         block = max(1, BLOCK // keys[index][0].numel())  # queries at a time: [block, T, channels]
         for window in keys[index]:
             for part in range(0, len(queries), block):
                 rows = slice(part, part + block)
-                weights = (window + bias[:, rows].permute(1, 2, 0)).softmax(1).mean(2)  # [block, T]
+                of_keys = bias[:, rows].permute(1, 2, 0)
+                of_keys = of_keys.repeat_interleave(channels // of_keys.shape[2], 2) - decay * distance[rows, :, None]
+                weights = (window + of_keys).softmax(1).mean(2)  # [block, T]
                 shares[index].index_add_(0, distance[rows].flatten(), weights.double().flatten())
     return (shares / (len(windows) * len(queries))).numpy()
 
