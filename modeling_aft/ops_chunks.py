@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from .ops_modes import widest_dtype
 from .ops_operators import flops_of, gradients_inside_operator, operator
 from .ops_panel import panel_average, panel_for_export
-from .ops_state import decayed, gated, merge, nothing, summarize, with_past
+from .ops_state import decayed, finite, gated, merge, nothing, summarize, with_past
 from .ops_windows import Window
 
 
@@ -177,19 +177,19 @@ def _average(key, value, rows, causal, initial, decay, panel, in_one=False, with
     pad = (chunks + 1) * chunk - left - length
     key = F.pad(key, (0, 0, 0, pad), value=-torch.inf).unflatten(1, (chunks + 1, chunk))
     value = F.pad(value, (0, 0, 0, pad)).unflatten(1, (chunks + 1, chunk))
-    if decay is not None:  # each key counts as what is left of it at the end of its chunk
-        distance = torch.arange(chunk - 1, -1, -1, device=key.device)[:, None]
-        sums = summarize(decayed(key[:, :-1], decay, distance), value[:, :-1], dim=2)
-        maximum, *others = _exclusive_scan(sums, initial, decay * chunk)
-        sums = [(decayed(maximum, decay, left + chunk), *others)]
-    else:
+    if decay is None:
         sums = [_exclusive_scan(summarize(key[:, :-1], value[:, :-1], dim=2), initial)]
+    else:
+        sums = [_fading_sums(key[:, :-1], value[:, :-1], initial, decay)]
     if not causal:
         sums.append(_later_sums(key, value, left + right))
     sums = [torch.stack(t, 2) for t in zip(*sums, strict=True)]  # [B, chunks, Z, .]
     key, value = (torch.cat([t[:, :-1], t[:, 1:, : left + right]], 2) for t in (key, value))  # [B, chunks, S, .]
     if decay is not None:
-        key = decayed(key, decay, torch.arange(left + chunk - 1, -1, -1, device=key.device)[:, None])
+        maximum = decayed(sums[0], decay, left + chunk)  # at the end of the panel
+        reference = finite(torch.maximum(key.amax(2), maximum.amax(2).to(key.dtype)).detach())[:, :, None]
+        distance = torch.arange(left + chunk - 1, -1, -1, device=key.device)[:, None]
+        key, sums[0] = decayed(key - reference, decay, distance), (maximum - reference).to(key.dtype)
 
     bias = _panel_bias(rows, length, chunk, chunks, left, right, causal)  # [heads, 1 or B, 1 or chunks, C, Z + S]
     layout = _panel_layout(bias)
@@ -198,9 +198,23 @@ def _average(key, value, rows, causal, initial, decay, panel, in_one=False, with
     average = _from_panel(average, heads, batch, chunks, layout)[:, :length]
     if not with_log:
         return average, None
-    logs = _from_panel(logs, heads, batch, chunks, layout)[:, :length]
-    # Its keys are those at the end of the chunk.
-    return average, decayed(logs, decay, torch.arange(length, device=key.device)[:, None] % chunk - (chunk - 1))
+    logs = _from_panel(logs, heads, batch, chunks, layout).unflatten(1, (chunks, chunk)) + reference
+    # Its keys are those at the end of the panel.
+    logs = decayed(logs, decay, torch.arange(1 - chunk, 1, device=key.device)[:, None])
+    return average, logs.flatten(1, 2)[:, :length]
+
+
+def _fading_sums(key, value, initial, decay):
+    """Sums of all keys before each chunk of [B, chunks, C, .], as they are where the last of those stands. What falls
+    is in the widest dtype, and each chunk near 0 while it is added up: nothing taken off a large key is lost."""
+    chunk, dtype = key.shape[2], key.dtype
+    reference = finite(key.detach().amax(2))
+    distance = torch.arange(chunk - 1, -1, -1, device=key.device)[:, None]
+    maximum, *others = summarize(decayed(key - reference[:, :, None], decay, distance), value, dim=2)
+    wide = widest_dtype(key.device)
+    sums, initial = (maximum.to(wide) + reference, *others), (initial[0].to(wide), *initial[1:])
+    maximum, *others = _exclusive_scan(sums, initial, decay * chunk)
+    return maximum, *(tensor.to(dtype) for tensor in others)
 
 
 def _later_sums(key, value, reach):

@@ -196,12 +196,15 @@ def window_state(
     if decay is not None:
         leaving = length if count is None else count[:, None]
         distance = leaving - 1 - torch.arange(length, device=key.device)  # from the last of those
-        older_key = decayed(older_key, decay, distance[..., None])
-        maximum = falling(initial[0], decay)
-        initial = (decayed(maximum, decay.to(maximum.dtype), leaving), *initial[1:])
+        reference = finite(older_key.detach().amax(1))  # or what is taken off a large key is lost
+        older_key = decayed(older_key - reference[:, None], decay, distance[..., None])
+        maximum = decayed(falling(initial[0], decay), decay, leaving)
+        initial = (maximum - reference, *initial[1:])
     constant, normalizer, average = merge(initial, summarize(older_key, older_value, dim=1))
     maximum = torch.maximum(initial[0], older_key.amax(1).to(initial[0].dtype))
     normalizer = normalizer * (finite(constant) - finite(maximum)).exp()  # a factor of 1, with its gradient
+    if decay is not None:
+        maximum = maximum + reference
     # Copies, because slices would keep the tensors of the whole text alive.
     window = window_key.clone(), window_value.clone()
     return AFTState(None, *window, None, maximum, normalizer.to(key.dtype), average.to(key.dtype))
