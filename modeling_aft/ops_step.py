@@ -49,10 +49,11 @@ def step(call: Call) -> tuple[Tensor, AFTState | None]:
         values = values[:, 1:]
     # The key that leaves the window joins the older ones.
     maximum, oldest = maximum if decay is None else maximum - decay, keys[:, 0]
+    both = torch.stack([maximum, oldest])
     largest = torch.maximum(maximum, oldest)
     reference = largest.clamp_min(torch.finfo(largest.dtype).min)
-    weight = (oldest - reference).to(normalizer.dtype).exp()
-    normalizer = (maximum - reference).to(normalizer.dtype).exp() * normalizer + weight
+    scale, weight = (both - reference).to(normalizer.dtype).exp().unbind()
+    normalizer = scale * normalizer + weight
     share = (weight / normalizer.clamp_min(_NOTHING))[..., None]
     oldest = values[:, 0].to(average.dtype).unflatten(-1, split)
     average = torch.lerp(average.unflatten(-1, split), oldest, share).flatten(-2)
