@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from .ops_chunks import windowed_chunks
 from .ops_operators import differentiable_gradients, flops_of, gradients_inside_operator, operator
-from .ops_state import QUERY_ACTIVATIONS, decayed, largest
+from .ops_state import QUERY_ACTIVATIONS, decayed, largest, moment
 from .ops_windows import Window
 
 
@@ -60,7 +60,7 @@ class _Plan:
         first_shift: [h, k], the same of the sum of the keys before the first, which is that right before it.
         fall: [h, 1, w], the factor of columns from a chunk to the next; None for a single one.
 
-    `overlap` says whether there are rows in two panels.
+    With a decay, `overlap` says whether there are rows in two panels.
     """
 
     def __init__(self, key: Tensor, value: Tensor, rows: Tensor, decay: Tensor | None):
@@ -75,8 +75,8 @@ class _Plan:
         self.shared = row_batch == 1 and steps == 1  # one matrix of weights for all chunks
         self.per_row = row_batch > 1  # matrices for each row of the batch
         self.by_head = self.shared and self.heads > 1
-        self.overlap = self.reach > 0 and self.padded_length > self.chunk
         self.shift = self.first_shift = self.fall = None
+        self.overlap = False
         if decay is not None:
             self.add_decay(self.keys(decay))
 
@@ -88,6 +88,7 @@ class _Plan:
             row = row % self.chunk
             columns = torch.cat([decay, decay.repeat_interleave(self.ratio, 1)], 1)
             self.fall = columns.mul(-self.chunk).exp()[:, None]
+            self.overlap = self.reach > 0
         if self.overlap:
             origin -= self.chunk
         self.shift = (row - origin)[:, None, None] * decay
@@ -162,7 +163,7 @@ class _Plan:
         """The rows of a panel, in the order in which they are added to what lies beyond, and whether the sum then
         falls by a chunk: the first rows of keys lie a chunk before their queries, the last ones of queries a chunk
         behind their keys."""
-        if self.fall is None or not self.overlap:
+        if not self.overlap:
             return [(slice(None), False)]
         own, next_ = slice(self.chunk), slice(self.chunk, None)
         return [(next_, True), (own, False)] if of_keys else [(own, True), (next_, False)]
@@ -188,7 +189,7 @@ class _Plan:
         out = out.unflatten(1, (chunks, self.chunk))
         if self.by_head:
             columns = self.side_by_side(panels, of_keys)
-            if self.fall is not None and self.overlap:
+            if self.overlap:
                 beyond = beyond * self.fall[:, 0]
             first = beyond.permute(2, 0, 1, 3).flatten(1)[:, None].expand(-1, self.chunk, -1)
             product = torch.baddbmm(first, weights[:, 0, 0], columns)
@@ -427,7 +428,7 @@ def _backward(plan, grad, sums, query, key, value, rows, activation, needs_rows,
             newer, carry[batch] = _newer(plan, columns, carry[batch], chunks)
             # With respect to exp(k), and to exp(k) v.
             plan.multiply(weights, columns, newer, d_sums, of_keys=True)
-            if plan.fall is not None and plan.overlap:  # those that are in one panel alone fell there
+            if plan.overlap:  # those that are in one panel alone fell there
                 d_sums.unflatten(1, (chunks, -1))[:, :, : plan.chunk - plan.reach].mul_(plan.fall[:, 0])
             d_weight, d_term = plan.parts(d_sums[:, :own])
             _fill(plan, key_columns, key[batch], value[batch], time.start - plan.reach)
@@ -437,7 +438,7 @@ def _backward(plan, grad, sums, query, key, value, rows, activation, needs_rows,
             if needs_decay:  # before it is rounded
                 d_weight.mul_(weight)
                 d_key[batch, steps] = d_weight.flatten(-2)
-                d_decay += _moment(d_weight.sum(0).flatten(-2), time.start - plan.length / 2)
+                d_decay += moment(d_weight.sum(0).flatten(-2), time.start - plan.length / 2)
             else:
                 torch.mul(d_weight, weight, out=plan.keys(d_key[batch, steps]))
             if needs_rows:
@@ -449,12 +450,6 @@ def _backward(plan, grad, sums, query, key, value, rows, activation, needs_rows,
             if time.start == 0:
                 carry[batch] += columns[:, : plan.reach].sum(1)
     return d_query, d_key, d_value, d_rows.mul_(factors), d_decay, carry
-
-
-def _moment(gradients: Tensor, start: float) -> Tensor:
-    """The sum [K] of the gradients of keys [T, K], times where each stands: start, start + 1, ..."""
-    places = torch.arange(len(gradients), dtype=torch.float64) + start
-    return places @ gradients.double()
 
 
 @operator("windowed_backward")
@@ -469,11 +464,7 @@ def windowed_backward(
     needs_decay: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `windowed` with respect to its first seven arguments, `inputs` (rows: 0 unless `needs_rows`), and
-    to the decay (empty unless `needs_decay`).
-
-    A query loses nothing if all its keys are larger by the same: the gradients of its logits add up to 0. So that of
-    the decay, which is the sum of (t' - t) times that of each pair, is the sum of t' times the gradient of each key.
-    """
+    to the decay (empty unless `needs_decay`)."""
     query, key, value, rows, maximum, normalizer, average = inputs
     plan = _Plan(key, value, rows, decay)
     if not _Bounds(*bounds.tolist()).hold_for(grad, query, activation):
@@ -487,13 +478,13 @@ def windowed_backward(
     scale = plan.keys(maximum.exp())
     if plan.shift is not None:
         scale = scale * plan.first_shift.exp()
-        if plan.fall is not None and plan.overlap:
+        if plan.overlap:
             scale = scale * plan.fall[:, 0, : plan.key_width]
     d_average = (d_term * (scale * plan.keys(normalizer))[..., None]).flatten(-3)
     d_normalizer = ((d_weight + _product(d_term, plan.values(average))) * scale).flatten(-2)
     d_maximum = d_normalizer * normalizer
     if needs_decay:
-        d_decay += _moment(d_maximum.sum(0, keepdim=True), -1 - plan.length / 2)
+        d_decay += moment(d_maximum.sum(0, keepdim=True), -1 - plan.length / 2)
     return *grads, d_maximum, d_normalizer, d_average, d_decay.to(sums.dtype)
 
 

@@ -179,6 +179,18 @@ def decayed(key: Tensor, decay: Tensor | None, distance: Tensor | int) -> Tensor
     return key if decay is None else key - decay * distance
 
 
+def moment(gradients: Tensor, start: float) -> Tensor:
+    """
+    The sum [K] of the gradients of keys [T, K], times where each stands: start, start + 1, ..., in float64.
+
+    It is the gradient of the decay, wherever 0 is. A query loses nothing if all its keys are larger by the same: the
+    gradients of its logits add up to 0. So the sum of (t' - t) times that of each pair is the sum of t' times the
+    gradient of each key.
+    """
+    places = torch.arange(len(gradients), dtype=torch.float64, device=gradients.device) + start
+    return places @ gradients.double()
+
+
 def window_state(
     key: Tensor, value: Tensor, left: int, count: Tensor | None, initial, decay: Tensor | None
 ) -> AFTState:

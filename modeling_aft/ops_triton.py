@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from .ops_operators import flops_of, operator_namespace
-from .ops_state import compute_dtype, decayed, spread
+from .ops_state import compute_dtype, decayed, moment, spread
 from .ops_windows import Window
 
 
@@ -858,11 +858,7 @@ def _windowed_backward(
     needs_decay: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, rows (empty unless `needs_rows`), initial and decay (empty unless
-    `needs_decay`).
-
-    The gradients of the logits of a query add up to 0. So that of the decay, which is the sum of (t' - t) times that
-    of each pair, is the sum of t' times the gradient of each key.
-    """
+    `needs_decay`)."""
     inputs = _inputs(query, key, value, rows, decay)
     sizes, constants, options = _plan(query, key, value, rows, decay, query_activation, _BACKWARD)
     batch, blocks, chunks = sizes.batches, sizes.blocks, sizes.chunks
@@ -900,10 +896,9 @@ def _windowed_backward(
     d_decay = states.new_empty(0)
     if needs_decay:
         middle = key.shape[1] / 2
-        places = torch.arange(key.shape[1], dtype=torch.float64, device=key.device) - middle
-        d_decay = places @ d_key.sum(0).double()
-        place = sizes.left + _BLOCK_T - 1 - middle  # of the initial sum
-        d_decay += place * d_maximum.sum(0).double().unflatten(0, (-1, constants.SHARED)).sum(1)
+        d_initial_key = d_maximum.double().unflatten(1, (-1, constants.SHARED)).sum((0, 2))
+        d_decay = moment(d_key.sum(0), -middle)
+        d_decay += moment(d_initial_key[None], sizes.left + _BLOCK_T - 1 - middle)
         d_decay = d_decay.to(decay.dtype)
     return d_query, d_key.to(key.dtype), d_value, d_rows, d_initial, d_decay
 

@@ -349,7 +349,7 @@ def _(original):
     return lambda sums, fall: original(sums, None)
 
 
-@fault("the gradient of the decay is half of what it is", "ops_cpu._moment", OPS)
+@fault("the gradient of the decay is half of what it is", "ops_cpu.moment", OPS)
 def _(original):
     return lambda gradients, start: original(gradients, start) / 2
 
