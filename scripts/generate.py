@@ -32,7 +32,7 @@ from transformers.generation.streamers import BaseStreamer
 from shared.atomic_files import write_whole
 from shared.console import any_text, run_program
 from shared.pretraining_arguments import has_length_limit
-from shared.saved_models import TRUST_HELP, load, load_config, load_model
+from shared.saved_models import DTYPES, TRUST_HELP, load, load_config, load_model
 
 
 class ByteStreamer(BaseStreamer):
@@ -95,7 +95,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             ("repetition_penalty", 1e-6 <= args.repetition_penalty <= 1e6, "in [1e-6, 1e6]"),
             ("seed", 0 <= args.seed < 2**32, "in [0, 2**32)"),
             ("device", is_device(args.device), "a device that is here"),
-            ("dtype", args.dtype in ("float32", "bfloat16", "float16"), "float32, bfloat16 or float16"),
+            ("dtype", args.dtype in DTYPES, "float32, bfloat16 or float16"),
         )
         if not ok
     ]

@@ -44,14 +44,13 @@ from shared.drawing import save_figure
 from shared.model_code import remove_code
 from shared.model_pictures import draw_model, draw_receptive_fields, load_models
 from shared.pretraining import sample_text
-from shared.pretraining_arguments import has_length_limit
+from shared.pretraining_arguments import has_fixed_state, has_length_limit
 from shared.protocols import Protocol
 from shared.redaction import public_path, readable
 from shared.run_log import MEANINGLESS_ELSEWHERE, fill_model_card, plot_training_curve, read_log, today
-from shared.saved_models import load_model
+from shared.saved_models import DTYPES, load_model
 
 
-DTYPES = ("float32", "bfloat16", "float16")
 BATCH_SIZE = 16  # windows at once in an evaluation
 CAPTIONS = {
     "bias-map": "What each layer has learned about positions: its biases.",
@@ -130,7 +129,7 @@ def describe_company(models: dict) -> str:
 def choose_protocols(config, length: int) -> list[Protocol]:
     """Those that a model trained on windows of `length` bytes is scored by."""
     protocols = [Protocol("segments", length), Protocol("sliding", length, stride=max(length // 4, 1))]
-    if config.model_type == "aft" and not has_length_limit(config):
+    if has_fixed_state(config) and not has_length_limit(config):
         protocols.append(Protocol("carried", length))
         overlap = max(length // 2, 1)
         protocols.append(Protocol("refreshed", length, refresh_every=2 * length, refresh_overlap=overlap))

@@ -42,7 +42,7 @@ from shared.console import any_text, run_program
 from shared.pretraining_arguments import has_length_limit
 from shared.protocols import POSITION_COLUMNS, PROTOCOLS, Protocol
 from shared.run_log import describe_protocol
-from shared.saved_models import TRUST_HELP, load_config, load_model
+from shared.saved_models import DTYPES, TRUST_HELP, load_config, load_model
 
 
 def choose_protocol(config, args: argparse.Namespace) -> Protocol:
@@ -99,7 +99,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         for name, choices in (
             ("split", ("train", "valid", "test")),
             ("protocol", PROTOCOLS),
-            ("dtype", ("auto", "float32", "bfloat16", "float16")),
+            ("dtype", ("auto", *DTYPES)),
         )
         if getattr(args, name) not in choices
     ]

@@ -44,13 +44,12 @@ from transformers import AutoModelForCausalLM
 from modeling_aft import TokenStream
 from shared.console import any_text, run_program
 from shared.machine import peak_resident_bytes
-from shared.saved_models import TRUST_HELP, load_config, load_model
+from shared.saved_models import DTYPES, TRUST_HELP, load_config, load_model
 
 
 AT_ONCE = 4096  # most bytes of a read
 WAIT = 0.2  # seconds between looks at a file that may grow, and at signals
 FIRST_MARKED = 10  # lines before one can be marked
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 NOTES = {"lines": 0, "mean": 0.0, "squares": 0.0, "offset": 0}
 
 
@@ -200,7 +199,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             ("--expect", args.expect is None or args.expect >= 1, "at least 1"),
             ("--mark", math.isfinite(args.mark), "a finite number"),
             ("--width", args.width >= 0, "at least 0"),
-            ("--dtype", args.dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
+            ("--dtype", args.dtype in ("auto", *DTYPES), f"one of auto, {', '.join(DTYPES)}"),
         )
         if not ok
     ]

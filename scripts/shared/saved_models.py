@@ -23,6 +23,7 @@ from shared.console import one_line
 with contextlib.suppress(ImportError):  # without the package, --trust_remote_code runs the code beside the weights
     import modeling_aft  # noqa: F401  (registers the model types)
 
+DTYPES = ("float32", "bfloat16", "float16")  # that weights may be loaded in
 TRUST_HELP = "run the code that comes with a model of a type that is not installed"
 
 
