@@ -44,12 +44,8 @@ def no_training(run, command, seconds):
 
 
 @pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch):
-    """Runs here and in new processes use the CPU, also on a machine with a GPU."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+def without_processes(on_the_cpu, monkeypatch):
     monkeypatch.setattr(compare, "run_process", in_this_process)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def make_inputs(folder: Path) -> Path:

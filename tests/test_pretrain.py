@@ -46,12 +46,7 @@ MODEL = {
 }
 
 
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch):
-    """Runs here and in subprocesses use the CPU, also on a machine with a GPU."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
 @pytest.fixture(scope="module")

@@ -32,11 +32,7 @@ NOTE = ["--dataset_note", "the same bytes over and over"]
 FLAGS = ["--max_steps", "3", "--warmup_steps", "1", "--batch_size", "2", "--sample_bytes", "5", "--save_every", "0"]
 
 
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
 @pytest.fixture(scope="module")
