@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from modeling_aft import ByteTokenizer
 from shared.checkpointing import complete_checkpoints
-from shared.optimization import create_optimizers, learning_rate, parameter_groups, set_learning_rate
+from shared.optimization import Muon, create_optimizers, learning_rate, parameter_groups, set_learning_rate
 from shared.pretraining import seed_step
 from shared.pretraining_arguments import check_arguments, parse_arguments
 from shared.run_log import read_log
@@ -354,7 +354,7 @@ def test_optimizers_and_their_learning_rates():
     model = AFTForCausalLM(AFTConfig(hidden_size=32, num_hidden_layers=1, max_position_embeddings=LENGTH))
     args = parse_arguments(["--optimizer", "muon", "--position_lr_scale", "5", "--adam_beta2", "0.9"])
     muon, adamw = optimizers = create_optimizers(model, args)
-    assert (type(muon), type(adamw)) == (torch.optim.Muon, torch.optim.AdamW)
+    assert (type(muon), type(adamw)) == (Muon, torch.optim.AdamW)
     assert adamw.defaults["betas"] == (0.9, 0.9)
     linear = {module.weight for name, module in model.named_modules() if name.endswith("_proj")}
     assert set(muon.param_groups[0]["params"]) == linear
@@ -377,6 +377,49 @@ def test_numbers_about_positions_have_their_own_learning_rate(variant):
         if ".position_bias." in name or ".random." in name or ".factorized_random." in name
     }
     assert found == expected
+
+
+@pytest.mark.parametrize("shape", [(24, 8), (8, 24), (16, 16), (1, 5)], ids=str)
+def test_muon_is_that_of_torch_in_float32(shape):
+    """Against torch's, which rounds to bfloat16, and the singular values against the polynomial in float64."""
+    torch.manual_seed(0)
+    start, grads = torch.randn(shape), [torch.randn(shape) for _ in range(3)]
+    ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    options = {"params": [], "weight_decay": 0.1}
+    pair = [
+        (ours, Muon([{**options, "params": [ours]}], lr=0.02)),
+        (theirs, torch.optim.Muon([{**options, "params": [theirs]}], lr=0.02, adjust_lr_fn="match_rms_adamw")),
+    ]
+    for grad in grads:
+        before = ours.detach().clone()
+        for weight, optimizer in pair:
+            weight.grad = grad.clone()
+            optimizer.step()
+        step = ((before * (1 - 0.02 * 0.1) - ours) / (0.02 * 0.2 * math.sqrt(max(shape)))).detach().double()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0.02 * 0.2 * math.sqrt(max(shape)) * 0.03)
+    torch.testing.assert_close(pair[0][1].state[ours], pair[1][1].state[theirs])
+    average, momentum = torch.zeros(shape, dtype=torch.float64), pair[0][1].defaults["momentum"]
+    for grad in grads:
+        average = momentum * average + (1 - momentum) * grad
+    left, values, right = torch.linalg.svd(momentum * average + (1 - momentum) * grad, full_matrices=False)
+    values = values / values.norm()
+    a, b, c = pair[0][1].defaults["ns_coefficients"]
+    for _ in range(5):
+        values = a * values + b * values**3 + c * values**5
+    torch.testing.assert_close(step, left @ torch.diag(values) @ right, rtol=0, atol=1e-3)
+
+
+def test_muon_runs_a_closure_with_gradients_and_skips_what_has_none():
+    used, unused = (torch.nn.Parameter(torch.ones(2, 3)) for _ in range(2))
+    optimizer = Muon([{"params": [used, unused]}], lr=0.1)
+
+    def closure() -> torch.Tensor:
+        loss = used.sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) == 6
+    assert (used != 1).all() and (unused == 1).all() and unused not in optimizer.state
 
 
 def test_muon_refuses_models_without_linear_layers():

@@ -12,7 +12,7 @@ import argparse
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from modeling_aft.modeling_attention_free import PositionBias
 from modeling_aft.modeling_linear import SparseLinear
@@ -71,11 +71,58 @@ def parameter_groups(model: nn.Module, weight_decay: float, position_lr_scale: f
     return groups
 
 
+class Muon(torch.optim.Muon):
+    """
+    `torch.optim.Muon` whose steps have the root mean square of AdamW's (`match_rms_adamw`), and whose Newton-Schulz
+    iteration is in float32 for weights on a CPU. That of torch is in bfloat16, which most CPUs only emulate: there it
+    takes twenty times as long, and far longer than the pass through a small model.
+
+    Args:
+        params (`list[dict]`): groups of matrices [out, in].
+        lr (`float`): the learning rate.
+    """
+
+    def __init__(self, params: list[dict], lr: float):
+        super().__init__(params, lr=lr, adjust_lr_fn="match_rms_adamw")
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        if any(weight.device.type != "cpu" for group in self.param_groups for weight in group["params"]):
+            return super().step(closure)
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                momentum, state = group["momentum"], self.state[weight]
+                average = state.setdefault("momentum_buffer", torch.zeros_like(weight.grad))
+                average.lerp_(weight.grad, 1 - momentum)
+                update = weight.grad.lerp(average, momentum) if group["nesterov"] else average
+                update = orthogonal(update.float(), group["ns_coefficients"], group["ns_steps"], group["eps"])
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(weight.shape)))
+        return loss
+
+
+def orthogonal(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """
+    A matrix with the singular vectors of another and singular values near 1, [out, in] like it: `steps` of the
+    iteration X -> aX + b(XX')X + c(XX')(XX')X with the coefficients (a, b, c), from the matrix over its norm.
+    """
+    a, b, c = coefficients
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    wide = wide / wide.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = wide @ wide.T
+        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
+    return wide if matrix.shape[0] <= matrix.shape[1] else wide.T
+
+
 def create_optimizers(model: nn.Module, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
     """
     What trains a model: AdamW for all parameters, or with `args.optimizer` "muon" Muon for the weights of linear
-    layers and AdamW for the others. Muon's steps get the root mean square of AdamW's (`match_rms_adamw`), so that one
-    learning rate serves both.
+    layers and AdamW for the others. One learning rate serves both.
 
     Raises:
         ValueError: Muon is asked for, and the model has no linear layers beside its head.
@@ -85,8 +132,7 @@ def create_optimizers(model: nn.Module, args: argparse.Namespace) -> list[torch.
     if args.optimizer == "muon":
         if "linear" not in groups:
             raise ValueError(f"--optimizer must be adamw: {type(model).__name__} has no linear layers, got 'muon'")
-        hidden = groups.pop("linear")
-        optimizers.append(torch.optim.Muon([hidden], lr=args.learning_rate, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon([groups.pop("linear")], lr=args.learning_rate))
     betas = (args.adam_beta1, args.adam_beta2)
     return [*optimizers, torch.optim.AdamW(list(groups.values()), lr=args.learning_rate, betas=betas)]
 
