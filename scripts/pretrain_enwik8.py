@@ -16,8 +16,8 @@ Pre-trains a byte-level causal language model and scores it in bits per byte.
 The model is whatever AutoConfig makes of --model_preset. A training window is T bytes and, as labels, the byte after
 each of them. batch_size counts windows over all processes and accumulated micro-batches, and the batch of a step is a
 pure function of seed and step, so processes and micro-batches change only the rounding. Dropout is seeded by seed,
-step and process, so a resumed run continues exactly. With --carry_state each row of the batch reads a stream of its
-own, and goes on with the state that the step before has left; checkpoints hold these states.
+step and process, so a resumed run continues exactly. With --carry_state a row of the batch reads stream_length bytes
+in order, and goes on with the state that the step before has left; checkpoints hold these states.
 
 output_dir gets run.jsonl, checkpoints/ and training_curve.png, and at the end everything that from_pretrained needs:
 config, weights, tokenizer, generation config, and a model card (README.md) made from run.jsonl. A run holds the folder

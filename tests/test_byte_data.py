@@ -21,7 +21,6 @@ from shared.byte_data import (
     ENWIK8,
     ByteData,
     KnownFile,
-    TrainingStreams,
     TrainingWindows,
     file_bytes,
     known_file_bytes,
@@ -403,14 +402,14 @@ def test_splits():
 
 
 def training_windows(
-    num_bytes: int = 1000, length: int = 16, batch_size: int = 8, seed: int = 0, kind: type = TrainingWindows
+    num_bytes: int = 1000, length: int = 16, batch_size: int = 8, seed: int = 0, stream_length: int | None = None
 ) -> TrainingWindows:
     # Every value is its own position, so that a window shows where it was read.
     text = np.arange(num_bytes)
-    return kind(lambda start, stop: text[start:stop], num_bytes, length, batch_size, seed)
+    return TrainingWindows(lambda start, stop: text[start:stop], num_bytes, length, batch_size, seed, stream_length)
 
 
-training_streams = partial(training_windows, kind=TrainingStreams)
+training_streams = partial(training_windows, stream_length=48)
 kinds = pytest.mark.parametrize("make", [training_windows, training_streams], ids=["windows", "streams"])
 
 
@@ -458,51 +457,44 @@ def test_a_batch_depends_only_on_seed_and_step(make, step, parts):
     assert (make(seed=1).batch(step, range(8))[0] != whole).any()
 
 
-def test_short_train_split_is_refused():
-    with pytest.raises(ValueError, match="sequence_length 16 needs .* 33 bytes or more, got 32"):
-        training_windows(num_bytes=32, length=16)
+STREAMS = [(1000, 16, 8, 48), (1001, 10, 1, 20), (513, 16, 8, 256), (260, 1, 128, 2)]
+streams = pytest.mark.parametrize("num_bytes, length, batch_size, stream_length", STREAMS)
 
 
-STREAMS = [(1000, 16, 8), (1001, 10, 1), (273, 16, 8), (260, 1, 128)]
-
-
-@pytest.mark.parametrize("num_bytes, length, batch_size", STREAMS)
-def test_a_row_goes_on_where_it_ended(num_bytes, length, batch_size):
-    windows = training_streams(num_bytes, length, batch_size)
-    inputs, labels = epoch(windows, range(3 * windows.steps_per_epoch))
+@streams
+def test_a_row_goes_on_where_it_ended(num_bytes, length, batch_size, stream_length):
+    windows = training_windows(num_bytes, length, batch_size, stream_length=stream_length)
+    steps = stream_length // length
+    inputs, labels = epoch(windows, range(7 * steps))
+    begins = np.array([windows.begins(step) for step in range(7 * steps)])
+    assert begins.tolist() == ([True] + [False] * (steps - 1)) * 7
     follows = inputs[1:, :, 0] == labels[:-1, :, -1]
-    begins = [windows.begins(step) for step in range(len(inputs))]
-    assert begins == [step in (0, windows.steps_per_epoch, 2 * windows.steps_per_epoch) for step in range(len(inputs))]
-    assert follows[~np.array(begins[1:])].all()
-    assert batch_size == 1 or not follows[begins[1:]].all()
+    assert follows[~begins[1:]].all() and not follows[begins[1:]].all()
 
 
-@pytest.mark.parametrize("num_bytes, length, batch_size", STREAMS)
-def test_an_epoch_of_streams_sees_each_byte_once(num_bytes, length, batch_size):
-    windows = training_streams(num_bytes, length, batch_size)
-    inputs, labels = epoch(windows, range(windows.steps_per_epoch))
-    assert inputs.size == windows.windows_per_epoch * length > num_bytes - (batch_size + 1) * length - 1
+@streams
+def test_an_epoch_of_streams_sees_each_byte_once(num_bytes, length, batch_size, stream_length):
+    windows = training_windows(num_bytes, length, 1, stream_length=stream_length)
+    inputs, labels = epoch(windows, range(windows.windows_per_epoch))
+    assert inputs.size == windows.windows_per_epoch * length > num_bytes - 2 * stream_length - 1
     assert sorted(inputs.flatten()) == list(range(inputs.min(), inputs.min() + inputs.size))
     assert inputs.min() >= 0 and labels.max() < num_bytes
 
 
-def test_streams_reach_every_byte():
-    windows = training_streams(num_bytes=50, length=3, batch_size=4)
-    inputs, labels = epoch(windows, range(200 * windows.steps_per_epoch))
-    assert set(inputs.flatten()) == set(range(49)) and set(labels.flatten()) == set(range(1, 50))
+def test_a_stream_of_one_window_is_a_window():
+    plain, streams = training_windows(), training_windows(stream_length=16)
+    for step in range(20):
+        assert (plain.batch(step, range(8))[0] == streams.batch(step, range(8))[0]).all()
+        assert plain.begins(step) and streams.begins(step)
 
 
-def test_epochs_of_streams_differ_in_rows_and_offset():
-    starts = np.stack([training_streams().epoch_order(epoch) for epoch in range(8)])
-    assert len(set(starts.min(1))) > 1 and len(set(starts.argmin(1))) > 1
-
-
-@pytest.mark.parametrize("batch_size, needed", [(1, 49), (8, 273)])
-def test_streams_that_carry_nothing_are_refused(batch_size, needed):
-    training_streams(needed, 16, batch_size)
-    message = f"batch_size {batch_size} with sequence_length 16 needs .* {needed} bytes .*, got {needed - 1}"
+@pytest.mark.parametrize("name, options", [("sequence_length", {}), ("stream_length", {"stream_length": 48})])
+def test_short_train_split_is_refused(name, options):
+    length = options.get("stream_length", 16)
+    training_windows(2 * length + 1, **options)
+    message = f"--{name} must be at most {length - 1}, as a train split of {2 * length} bytes .* got {length}"
     with pytest.raises(ValueError, match=message):
-        training_streams(needed - 1, 16, batch_size)
+        training_windows(2 * length, **options)
 
 
 def test_an_address_that_does_not_answer_is_named(tmp_path):

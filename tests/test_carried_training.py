@@ -18,13 +18,13 @@ from small_runs import STEPS, checkpoints, history
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from shared import pretraining
-from shared.byte_data import TrainingStreams, split_ranges
+from shared.byte_data import TrainingWindows, split_ranges
 from shared.optimization import create_optimizers, learning_rate, set_learning_rate
 from shared.pretraining_arguments import check_arguments, parse_arguments
 from shared.run_log import read_log
 
 
-LENGTH, BATCH, STEPS_PER_EPOCH = 16, 4, 5  # so that the second epoch begins between two checkpoints
+LENGTH, BATCH, STEPS_PER_STREAM = 16, 4, 5  # so that the second streams begin between two checkpoints
 MODEL = {
     "model_type": "aft",
     "aft_type": "conv",
@@ -49,7 +49,8 @@ def inputs(tmp_path_factory) -> Path:
 
 
 def flags(inputs: Path, output_dir: Path | str, **changes) -> list[str]:
-    carried = {"carry_state": True, "sequence_length": LENGTH, "batch_size": BATCH, "micro_batch_size": 2}
+    carried = {"carry_state": True, "sequence_length": LENGTH, "stream_length": STEPS_PER_STREAM * LENGTH}
+    carried |= {"batch_size": BATCH, "micro_batch_size": 2}
     return small_runs.flags(inputs, output_dir, **{**carried, **changes})
 
 
@@ -64,12 +65,12 @@ def whole(inputs, tmp_path_factory) -> Path:
     return folder
 
 
-def streams_of(inputs: Path) -> tuple[np.ndarray, TrainingStreams]:
+def streams_of(inputs: Path) -> tuple[np.ndarray, TrainingWindows]:
     """The text of the train split, and the streams of the runs."""
     content = np.frombuffer((inputs / "text.bin").read_bytes(), np.uint8)
     text = content[slice(*split_ranges(len(content))["train"])]
-    streams = TrainingStreams(lambda start, stop: text[start:stop], len(text), LENGTH, BATCH, seed=0)
-    assert streams.steps_per_epoch == STEPS_PER_EPOCH
+    stream_length = STEPS_PER_STREAM * LENGTH
+    streams = TrainingWindows(lambda start, stop: text[start:stop], len(text), LENGTH, BATCH, 0, stream_length)
     return text, streams
 
 
@@ -94,9 +95,9 @@ def test_a_row_is_read_as_one_text(inputs, tmp_path, aft_type):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run").eval()
     text, streams = streams_of(inputs)
     expected = []
-    for epoch in range(2):
-        starts = [streams.start(epoch * STEPS_PER_EPOCH, row) for row in range(BATCH)]
-        ids = torch.tensor(np.stack([text[start : start + STEPS_PER_EPOCH * LENGTH + 1] for start in starts])).long()
+    for stream in range(2):
+        starts = [streams.start(stream * STEPS_PER_STREAM, row) for row in range(BATCH)]
+        ids = torch.tensor(np.stack([text[start : start + STEPS_PER_STREAM * LENGTH + 1] for start in starts])).long()
         with torch.no_grad():
             logits = model(input_ids=ids[:, :-1]).logits
         nats = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
@@ -116,7 +117,7 @@ def train_plainly(inputs: Path, argv: list[str], carry: bool) -> tuple[list[floa
     for step in range(args.max_steps):
         ids, labels = map(torch.from_numpy, streams.batch(step, range(BATCH)))
         cache = DynamicCache(config=config)
-        if carry and step % STEPS_PER_EPOCH:
+        if carry and step % STEPS_PER_STREAM:
             for layer, state in zip(cache.layers, states, strict=True):
                 layer.load_state_dict(state)
         logits = model(input_ids=ids, cache=cache).logits
@@ -197,7 +198,8 @@ def test_a_checkpoint_without_its_states_is_none(inputs, whole, tmp_path, capsys
 @pytest.mark.parametrize(
     "changes, message",
     [
-        pytest.param({"carry_state": False}, "carry_state is False but was True", id="not-carried"),
+        pytest.param({"carry_state": False, "stream_length": None}, "carry_state is False but was", id="not-carried"),
+        pytest.param({"stream_length": 32}, "stream_length is 32 but was 80", id="other-streams"),
         pytest.param({"micro_batch_size": 4}, "micro_batch_size is 4 but was 2", id="other-micro-batches"),
     ],
 )
@@ -209,8 +211,9 @@ def test_resume_refuses_another_way_of_carrying(inputs, whole, changes, message)
 def test_log_and_card_say_that_the_state_was_carried(whole):
     config, *_ = read_log(whole / "run.jsonl")
     assert config["arguments"]["carry_state"] is True
-    assert config["windows_per_epoch"] == BATCH * STEPS_PER_EPOCH
-    assert "| carry_state | `True` |" in (whole / "README.md").read_text(encoding="utf-8")
+    assert config["arguments"]["stream_length"] == STEPS_PER_STREAM * LENGTH
+    card = (whole / "README.md").read_text(encoding="utf-8")
+    assert "| carry_state | `True` |" in card and f"| stream_length | `{STEPS_PER_STREAM * LENGTH}` |" in card
 
 
 def test_compiled_run_is_the_same(inputs, tmp_path, monkeypatch):
@@ -229,7 +232,8 @@ def test_compiled_run_is_the_same(inputs, tmp_path, monkeypatch):
 TABLES = "carry_state must be left out: this model's position tables end, got True"
 GROWING = "carry_state must be left out: this model, .*, has no state of fixed size, got True"
 GRADIENTS = "gradient_checkpointing must be left out with --carry_state"
-SHORT = "batch_size 12 with sequence_length 16 needs .* 401 bytes"
+SHORT = "--stream_length must be at most 179, as a train split of 360 bytes .* got"
+MULTIPLE = r"--stream_length must be 2 sequence_length or more, a multiple of it \(16\), got"
 
 
 @pytest.mark.parametrize(
@@ -242,7 +246,12 @@ SHORT = "batch_size 12 with sequence_length 16 needs .* 401 bytes"
         pytest.param({"model_type": "gpt2", "n_embd": 8, "n_head": 1, "n_layer": 1}, {}, GROWING, id="gpt2"),
         pytest.param({"model_type": "mamba", "hidden_size": 8, "num_hidden_layers": 1}, {}, GROWING, id="mamba"),
         pytest.param({}, {"gradient_checkpointing": True}, GRADIENTS, id="gradient-checkpointing"),
-        pytest.param({}, {"batch_size": 12}, SHORT, id="short-text"),
+        pytest.param({}, {"stream_length": 192}, f"{SHORT} 192", id="short-text"),
+        pytest.param({}, {"stream_length": None}, f"{SHORT} 256", id="short-text-by-default"),
+        pytest.param({}, {"stream_length": 40}, f"{MULTIPLE} 40", id="no-multiple"),
+        pytest.param({}, {"stream_length": 16}, f"{MULTIPLE} 16", id="nothing-to-carry"),
+        pytest.param({}, {"stream_length": 0}, "--stream_length must be at least 1, got 0", id="no-length"),
+        pytest.param({}, {"carry_state": False}, "stream_length must be left out without --carry_state", id="windows"),
     ],
 )
 def test_what_cannot_carry_a_state_is_refused(inputs, tmp_path, config, changes, message):
@@ -262,4 +271,7 @@ def test_activation_checkpointing_of_a_launch_file_is_refused(inputs, tmp_path, 
     monkeypatch.setattr(pretraining, "Accelerator", lambda **options: accelerator)
     with pytest.raises(ValueError, match="--carry_state must be left out with fsdp_activation_checkpointing"):
         pretraining.make_accelerator(parse_arguments(flags(inputs, tmp_path / "run")))
-    assert pretraining.make_accelerator(parse_arguments(flags(inputs, "", carry_state=False))) is accelerator
+    assert (
+        pretraining.make_accelerator(parse_arguments(flags(inputs, "", carry_state=False, stream_length=None)))
+        is accelerator
+    )

@@ -36,7 +36,13 @@ def folder(tmp_path_factory) -> Path:
     arguments = {"dataset_path": folder / "text.bin", "cache_dir": folder / "cache"}
     arguments |= {"batch_size": 4, "max_steps": 4, "save_every": 2, "log_every": 1, "warmup_steps": 1}
     arguments |= {"eval_every": 0, "sample_bytes": 0}
-    carried = {"carry_state": True, "sequence_length": 64, "micro_batch_size": 1, "eval_batch_size": 2}
+    carried = {
+        "carry_state": True,
+        "sequence_length": 64,
+        "stream_length": 256,
+        "micro_batch_size": 1,
+        "eval_batch_size": 2,
+    }
     runs = {
         name: [
             text

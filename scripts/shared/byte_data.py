@@ -291,9 +291,11 @@ class ByteData:
 
 class TrainingWindows:
     """
-    The windows of the train split in training order. Each epoch cuts the split at a new offset into windows of
-    `length` inputs and as many labels (the next bytes), and visits them in a new order. Everything is a pure function
-    of the seed and the step, so there is no state to save, and any number of processes sees the same batch.
+    The windows of the train split in training order. Each epoch cuts the split at a new offset into streams of
+    `stream_length` inputs and as many labels (the next bytes), and visits them in a new order. A row of the batch
+    reads one stream, a window of `length` at each step, and then the next: all rows begin one at the same steps.
+    Everything is a pure function of the seed and the step, so there is no state to save, and any number of processes
+    sees the same batch.
 
     Args:
         read (`Callable`): `read(start, stop)` returns bytes of the split.
@@ -301,33 +303,51 @@ class TrainingWindows:
         length (`int`): inputs per window.
         batch_size (`int`): windows per step, over all processes and micro-batches.
         seed (`int`): decides offsets and orders.
+        stream_length (`int`, *optional*): inputs per stream, a multiple of `length`; a window is one by default.
 
     Raises:
-        ValueError: the train split is shorter than two windows.
+        ValueError: the train split is shorter than two streams.
     """
 
     def __init__(
-        self, read: Callable[[int, int], np.ndarray], num_bytes: int, length: int, batch_size: int, seed: int
+        self,
+        read: Callable[[int, int], np.ndarray],
+        num_bytes: int,
+        length: int,
+        batch_size: int,
+        seed: int,
+        stream_length: int | None = None,
     ):
-        # One window less than fits, so that every offset below `length` leaves the same number of windows.
-        self.windows_per_epoch = (num_bytes - 1) // length - 1
-        if self.windows_per_epoch < 1:
-            raise ValueError(
-                f"sequence_length {length} needs a train split of {2 * length + 1} bytes or more, got {num_bytes}"
-            )
         self.read, self.length, self.batch_size, self.seed = read, length, batch_size, seed
+        self.stream_length = stream_length or length
+        self.steps_per_stream = self.stream_length // length
+        # One stream less than fits, so that every offset below its length leaves the same number.
+        self.streams_per_epoch = (num_bytes - 1) // self.stream_length - 1
+        if self.streams_per_epoch < 1:
+            name = "sequence_length" if stream_length is None else "stream_length"
+            raise ValueError(
+                f"--{name} must be at most {(num_bytes - 1) // 2}, as a train split of {num_bytes} bytes must hold "
+                f"two and a byte more, got {self.stream_length}"
+            )
+        self.windows_per_epoch = self.streams_per_epoch * self.steps_per_stream
         # A batch touches two epochs at most, unless it is larger than an epoch.
         self.epoch_order = lru_cache(maxsize=2)(self.epoch_order)
 
     def epoch_order(self, epoch: int) -> np.ndarray:
-        """Where the windows of an epoch start, in the order of training: int64 [windows_per_epoch]."""
+        """Where the streams of an epoch start, in the order of training: int64 [streams_per_epoch]."""
         generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
-        return generator.integers(self.length) + generator.permutation(self.windows_per_epoch) * self.length
+        offset = generator.integers(self.stream_length)
+        return offset + generator.permutation(self.streams_per_epoch) * self.stream_length
 
     def start(self, step: int, row: int) -> int:
         """Where the window of a row of the global batch of `step` starts."""
-        epoch, index = divmod(step * self.batch_size + row, self.windows_per_epoch)
-        return int(self.epoch_order(epoch)[index])
+        stream, window = divmod(step, self.steps_per_stream)
+        epoch, index = divmod(stream * self.batch_size + row, self.streams_per_epoch)
+        return int(self.epoch_order(epoch)[index]) + window * self.length
+
+    def begins(self, step: int) -> bool:
+        """Whether the rows begin streams at this step, instead of going on in theirs."""
+        return step % self.steps_per_stream == 0
 
     def batch(self, step: int, rows: range) -> tuple[np.ndarray, np.ndarray]:
         """
@@ -339,41 +359,3 @@ class TrainingWindows:
         starts = [self.start(step, row) for row in rows]
         windows = np.stack([self.read(start, start + self.length + 1) for start in starts]).astype(np.int64)
         return windows[:, :-1], windows[:, 1:]
-
-
-class TrainingStreams(TrainingWindows):
-    """
-    The train split as `batch_size` contiguous streams of equal length, one per row of the batch. A step reads the next
-    window of each, so that a row goes on where it ended in the step before. Each epoch cuts the streams at a new
-    offset, and deals them out to the rows in a new order. All else is as in `TrainingWindows`.
-
-    Raises:
-        ValueError: the train split is too short for two windows in each stream.
-    """
-
-    def __init__(
-        self, read: Callable[[int, int], np.ndarray], num_bytes: int, length: int, batch_size: int, seed: int
-    ):
-        super().__init__(read, num_bytes, length, batch_size, seed)
-        self.steps_per_epoch = self.windows_per_epoch // batch_size
-        if self.steps_per_epoch < 2:
-            raise ValueError(
-                f"batch_size {batch_size} with sequence_length {length} needs a train split of "
-                f"{(2 * batch_size + 1) * length + 1} bytes or more to carry a state, got {num_bytes}"
-            )
-        self.windows_per_epoch = self.steps_per_epoch * batch_size
-        self.num_offsets = num_bytes - self.windows_per_epoch * length  # which leave room for the last label
-
-    def epoch_order(self, epoch: int) -> np.ndarray:
-        """Where the streams of an epoch start, by the rows that read them: int64 [batch_size]."""
-        generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
-        order = generator.permutation(self.batch_size)
-        return generator.integers(self.num_offsets) + order * self.steps_per_epoch * self.length
-
-    def start(self, step: int, row: int) -> int:
-        epoch, index = divmod(step, self.steps_per_epoch)
-        return int(self.epoch_order(epoch)[row]) + index * self.length
-
-    def begins(self, step: int) -> bool:
-        """Whether every row begins a stream at this step, instead of going on in one."""
-        return step % self.steps_per_epoch == 0

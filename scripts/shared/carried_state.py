@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from transformers import DynamicCache
 
 from modeling_aft import load_cache, save_cache
-from shared.byte_data import TrainingStreams
+from shared.byte_data import TrainingWindows
 
 
 class CarriedState:
@@ -25,20 +25,20 @@ class CarriedState:
 
     Args:
         config (`AFTConfig`): that of the model, whose state has a fixed size and no last position.
-        streams (`TrainingStreams`): says at which steps the rows begin anew.
+        windows (`TrainingWindows`): says at which steps the rows begin new streams.
         first_rows (`range`): which row of the global batch each micro-batch of this process begins with.
         accelerator (`Accelerator`): the one that saves and loads the checkpoints.
     """
 
-    def __init__(self, config, streams: TrainingStreams, first_rows: range, accelerator: Accelerator):
-        self.config, self.streams, self.first_rows = config, streams, first_rows
+    def __init__(self, config, windows: TrainingWindows, first_rows: range, accelerator: Accelerator):
+        self.config, self.windows, self.first_rows = config, windows, first_rows
         self.caches: dict[int, DynamicCache] = {}  # by the first row of the micro-batch
         accelerator.register_save_state_pre_hook(lambda models, weights, folder: self.save(Path(folder)))
         accelerator.register_load_state_pre_hook(lambda models, folder: self.load(Path(folder), accelerator.device))
 
     def before(self, step: int, first_row: int) -> DynamicCache:
         """The cache that a micro-batch of `step` goes on from; an empty one where its rows begin anew."""
-        return DynamicCache(config=self.config) if self.streams.begins(step) else self.caches[first_row]
+        return DynamicCache(config=self.config) if self.windows.begins(step) else self.caches[first_row]
 
     def keep(self, first_row: int, cache: DynamicCache) -> None:
         """Takes over the cache that the forward pass of a micro-batch has left behind."""

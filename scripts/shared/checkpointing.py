@@ -208,7 +208,7 @@ def read_state(checkpoint: Path, identity: dict) -> dict:
     state = read_content(checkpoint)
     state.pop("files", None)
     identity = json.loads(json.dumps(identity))
-    saved = {"carry_state": False, **state["identity"]}  # which earlier versions could not do
+    saved = {"carry_state": False, "stream_length": None, **state["identity"]}  # which earlier versions could not do
     differing = [
         f"{name} is {identity.get(name)!r} but was {saved.get(name)!r}"
         for name in sorted(identity.keys() | saved.keys())

@@ -36,7 +36,6 @@ from shared.bits_per_byte import evaluate_bits_per_byte, load_metric
 from shared.byte_data import (
     ENWIK8,
     ByteData,
-    TrainingStreams,
     TrainingWindows,
     differences,
     file_bytes,
@@ -426,8 +425,8 @@ def set_up(args, argv: list[str], config) -> Run:
         load_metric()  # before the training, in which nothing may keep it from loading
         name, data = load_data(args)
     train_start, train_end = data.splits["train"]
-    windows = (TrainingStreams if args.carry_state else TrainingWindows)(
-        data.read, train_end - train_start, args.sequence_length, args.batch_size, args.seed
+    windows = TrainingWindows(
+        data.read, train_end - train_start, args.sequence_length, args.batch_size, args.seed, args.stream_length
     )
     if args.max_steps is None:
         args.max_steps = math.ceil(args.num_epochs * windows.windows_per_epoch / args.batch_size)

@@ -86,6 +86,9 @@ class DataArguments:
         "Let each row of the batch read on where it ended in the step before, with the state of there but not its "
         "gradient; for a model with a state of fixed size and no position tables, such as AFT-conv without positions.",
     )
+    stream_length: int | None = flag(
+        None, "Bytes that a row reads so before it begins elsewhere with an empty state; None is 16 sequence_length."
+    )
 
 
 @dataclass
@@ -311,7 +314,14 @@ def check_arguments(args: argparse.Namespace, num_processes: int) -> PreTrainedC
         check(getattr(args, name) in (*choices, None), name, "one of " + ", ".join(choices))
     for name in ("batch_size", "log_every", "keep_checkpoints"):
         check(getattr(args, name) >= 1, name, "at least 1")
-    for name in ("micro_batch_size", "max_steps", "sequence_length", "eval_stride", "eval_batch_size"):
+    for name in (
+        "micro_batch_size",
+        "max_steps",
+        "sequence_length",
+        "stream_length",
+        "eval_stride",
+        "eval_batch_size",
+    ):
         check(getattr(args, name) is None or getattr(args, name) >= 1, name, "at least 1")
     for name in ("warmup_steps", "weight_decay", "max_grad_norm", "seed", "eval_every", "eval_bytes"):
         check(getattr(args, name) >= 0, name, "at least 0")
@@ -354,6 +364,7 @@ def check_arguments(args: argparse.Namespace, num_processes: int) -> PreTrainedC
         check(not has_length_limit(config), "carry_state", "left out: this model's position tables end")
         twice = "left out with --carry_state: it would read the state twice"
         check(not args.gradient_checkpointing, "gradient_checkpointing", twice)
+    check(args.carry_state or args.stream_length is None, "stream_length", "left out without --carry_state")
     if config is not None:
         length = getattr(config, "max_position_embeddings", None)
         args.sequence_length = args.sequence_length or length
@@ -361,6 +372,10 @@ def check_arguments(args: argparse.Namespace, num_processes: int) -> PreTrainedC
         if args.sequence_length and has_length_limit(config):
             check(args.sequence_length <= length, "sequence_length", f"at most max_position_embeddings ({length})")
             check(len(prompt) < length, "sample_prompt", f"shorter than {length} bytes")
+        if args.sequence_length and args.carry_state:
+            args.stream_length = 16 * args.sequence_length if args.stream_length is None else args.stream_length
+            whole = args.stream_length % args.sequence_length == 0 and args.stream_length > args.sequence_length
+            check(whole, "stream_length", f"2 sequence_length or more, a multiple of it ({args.sequence_length})")
         if args.sequence_length:
             args.eval_stride = args.eval_stride or max(args.sequence_length // 2, 1)
             problems += evaluation_protocol(args).problems(length if has_length_limit(config) else None, "--eval_")
