@@ -13,6 +13,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+TRAINS := $(VENV)/installed-train
 OLDEST := .venv-oldest
 NEWEST := .venv-newest
 TORCH ?= torch
@@ -20,9 +21,8 @@ TORCH ?= torch
 .PHONY: pretrain test test-range test-newest faults bench style clean
 
 # --resume auto: a run that was interrupted continues where its last checkpoint left it.
-pretrain: $(INSTALLED)
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/accelerate launch --config_file configuration/accelerate/cpu.yaml scripts/pretrain_enwik8.py \
-		--training_preset configuration/training/tiny.yaml --output_dir runs/tiny --resume auto
+pretrain: $(TRAINS)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/aft pretrain --preset tiny --output_dir runs/tiny --resume auto
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto
@@ -61,14 +61,17 @@ clean:
 
 # Torch first and by itself: the build that is there decides what the others bring along. The tests of Hugging Face
 # come with the source of transformers, which is fetched here, so that the tests themselves need no network.
-$(INSTALLED): CONSTRAINTS := constraints.txt
+# The environment of pretrain has the extra `train` alone.
+$(TRAINS) $(INSTALLED): CONSTRAINTS := constraints.txt
 $(OLDEST)/installed: CONSTRAINTS := constraints-oldest.txt
-$(INSTALLED) $(OLDEST)/installed: pyproject.toml constraints.txt constraints-oldest.txt
+$(TRAINS): EXTRA := train
+$(INSTALLED) $(OLDEST)/installed: EXTRA := dev
+$(TRAINS) $(INSTALLED) $(OLDEST)/installed: pyproject.toml constraints.txt constraints-oldest.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "Python 3.11 or newer is needed, but $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
 			"Choose another: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install -c $(CONSTRAINTS) torch
-	$(@D)/bin/python -m pip install -c $(CONSTRAINTS) -e ".[dev]"
-	$(@D)/bin/python tests/hf_sources.py
+	$(@D)/bin/python -m pip install -c $(CONSTRAINTS) -e ".[$(EXTRA)]"
+	$(if $(filter dev,$(EXTRA)),$(@D)/bin/python tests/hf_sources.py)
 	touch $@

@@ -20,6 +20,7 @@ from transformers import (
     GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
+    MaxLengthCriteria,
     NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
@@ -172,6 +173,14 @@ class StateGenerationMixin(GenerationMixin):
             return None
         # A copy, because a compiled step is specialised on strides, and those of a slice change with every token.
         return attention_mask[:, -inputs_embeds.shape[1] :].clone(memory_format=torch.contiguous_format)
+
+    def _get_stopping_criteria(self, *args, **kwargs) -> StoppingCriteriaList:
+        """Without the warning of a text that grows beyond `max_position_embeddings`, where that is no limit."""
+        criteria = super()._get_stopping_criteria(*args, **kwargs)
+        for criterion in criteria:
+            if isinstance(criterion, MaxLengthCriteria) and not self.config.has_position_table:
+                criterion.max_position_embeddings = None
+        return criteria
 
     def init_continuous_batching(self, *args, **kwargs):
         """Raises a ValueError, for `generate_batch` and all others that begin here."""

@@ -26,11 +26,11 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from shared.atomic_files import move_model
-from shared.console import run_program
-from shared.optimization import create_optimizers, learning_rate, set_learning_rate
-from shared.pretraining_arguments import make_config
-from shared.settings_files import read_json
+from aft.atomic_files import move_model
+from aft.console import run_program
+from aft.model_configs import make_config
+from aft.optimization import create_optimizers, learning_rate, set_learning_rate
+from aft.settings_files import read_json
 
 
 CHARACTERS = "0123456789+=\n"  # the token ids are their places

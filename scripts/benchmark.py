@@ -41,7 +41,7 @@ import torch
 import transformers
 
 import modeling_aft
-from shared.benchmark_contestants import (
+from aft.benchmark_contestants import (
     WARM_UPS,
     Contestant,
     ceiling_contestants,
@@ -51,9 +51,9 @@ from shared.benchmark_contestants import (
     operator_contestants,
     train_contestants,
 )
-from shared.benchmark_rows import add_rows, read_rows
-from shared.console import any_text, is_out_of_memory, run_program
-from shared.machine import peak_bytes, processor_name
+from aft.benchmark_rows import add_rows, read_rows
+from aft.console import any_text, is_out_of_memory, run_program
+from aft.machine import peak_bytes, processor_name
 
 
 SUITES = {
@@ -295,7 +295,7 @@ def main(argv: list[str] | None = None) -> list[Path]:
     """Runs a suite, or draws; returns the files that were written."""
     args = parse_arguments(argv)
     if args.suite == "pictures":
-        from shared.benchmark_pictures import draw_pictures  # matplotlib comes with the extra `train`
+        from aft.benchmark_pictures import draw_pictures  # matplotlib comes with the extra `train`
 
         return draw_pictures(args.output_dir)
     path = args.output_dir / f"{args.suite}-{args.device}.csv"

@@ -22,10 +22,10 @@ from pathlib import Path
 
 import transformers
 
-from shared.atomic_files import move_model
-from shared.console import run_program
-from shared.settings_files import read_json
-from shared.z1t_checkpoints import check_arrays, make_config, make_model, open_arrays
+from aft.atomic_files import move_model
+from aft.console import run_program
+from aft.settings_files import read_json
+from aft.z1t_checkpoints import check_arrays, make_config, make_model, open_arrays
 
 
 TOLD = ("tanh_linear", "tanh_mlp")  # what shapes do not say

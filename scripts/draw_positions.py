@@ -21,10 +21,10 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from shared.atomic_files import check_file
-from shared.console import any_text, run_program
-from shared.drawing import label, line_style, save_figure, tidy
-from shared.protocols import POSITION_COLUMNS
+from aft.atomic_files import check_file
+from aft.console import any_text, run_program
+from aft.drawing import label, line_style, save_figure, tidy
+from aft.protocols import POSITION_COLUMNS
 
 
 def read_positions(path: Path) -> list[dict]:

@@ -26,11 +26,11 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from aft.atomic_files import write_rows
+from aft.benchmark_contestants import operator_contestants
+from aft.benchmark_rows import read_rows
+from aft.console import any_text, run_program
 from modeling_aft import ops_cpu
-from shared.atomic_files import write_rows
-from shared.benchmark_contestants import operator_contestants
-from shared.benchmark_rows import read_rows
-from shared.console import any_text, run_program
 
 
 KINDS = {"bmm": "products", "baddbmm": "products", "mm": "products", "exp": "exponentials", "exp_": "exponentials"}

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from families import VARIANTS, make_ids, make_model
-from pretrain_enwik8 import main as pretrain
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -24,6 +23,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import DynamicCache, Trainer, TrainingArguments
+
+from aft.commands.pretrain import main as pretrain
 
 
 STEPS, BATCH, LENGTH = 4, 4, 12

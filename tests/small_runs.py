@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from shared.run_log import read_log
+from aft.run_log import read_log
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,7 +56,7 @@ def flags(inputs: Path, output_dir: Path | str, **changes) -> list[str]:
 def run_script(argv: list[str], *, before: str = "", stdout=subprocess.PIPE, **environment):
     """The script in a process of its own, after the statements `before`; bytes are what it prints."""
     code = f"import sys\nsys.path.insert(0, {str(SCRIPT.parent)!r})\n{before}\n"
-    code += "from shared.console import run_program\nfrom pretrain_enwik8 import main\nrun_program(main)"
+    code += "from aft.console import run_program\nfrom pretrain_enwik8 import main\nrun_program(main)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", **environment}
     command = [sys.executable, "-c", code, *argv]
     return subprocess.run(command, env=environment, stdout=stdout, stderr=subprocess.PIPE, timeout=240)

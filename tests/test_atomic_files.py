@@ -1,4 +1,4 @@
-"""scripts/shared/atomic_files.py: a file is the old one or the new one, never a part."""
+"""scripts/aft/atomic_files.py: a file is the old one or the new one, never a part."""
 
 import csv
 import errno
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.atomic_files import write_rows, write_whole
+from aft.atomic_files import write_rows, write_whole
 
 
 @pytest.mark.parametrize("content", ["Zeile für Zeile\n", b"\x00\xff\n"], ids=["text", "bytes"])

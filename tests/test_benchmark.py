@@ -10,9 +10,9 @@ import roofline
 import torch
 from transformers import DynamicCache, StaticCache
 
+from aft import benchmark_contestants, benchmark_rows
 from modeling_aft.compatibility import CACHE_NAME
 from modeling_aft.ops import aft_attention
-from shared import benchmark_contestants, benchmark_rows
 
 
 TINY = ["--device=cpu", "--layers=2", "--width=16", "--heads=2", "--conv_heads=4", "--window=3", "--rank=2"]

@@ -13,12 +13,12 @@ import torch
 from accelerate import Accelerator
 from draw_positions import main as draw_positions
 from launching import ROOT, run_on_two_processes
-from score import main
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from aft.bits_per_byte import METRIC, batches, evaluate_bits_per_byte, load_batch
+from aft.commands.evaluate import main
+from aft.protocols import Protocol, Window
 from modeling_aft import AFTConfig, AFTForCausalLM
-from shared.bits_per_byte import METRIC, batches, evaluate_bits_per_byte, load_batch
-from shared.protocols import Protocol, Window
 
 
 TEXT = np.random.default_rng(0).integers(256, size=1000, dtype=np.uint8)

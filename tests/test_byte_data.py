@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 import pytest
 
-from shared.byte_data import (
+from aft.byte_data import (
     BLOCK_SIZE,
     ENWIK8,
     ByteData,
@@ -369,7 +369,7 @@ def test_several_writers_repair_a_copy(tmp_path):
 
 def test_copy_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     synced, rename = [], os.rename
-    monkeypatch.setattr("shared.byte_data.sync", lambda path: synced.append(path.name))
+    monkeypatch.setattr("aft.byte_data.sync", lambda path: synced.append(path.name))
 
     def check(old, new):
         if old.name == "table":

@@ -12,16 +12,16 @@ import small_runs
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, set_seed
-from pretrain_enwik8 import main
 from safetensors.torch import load_file
 from small_runs import STEPS, checkpoints, history
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from shared import pretraining
-from shared.byte_data import TrainingWindows, split_ranges
-from shared.optimization import create_optimizers, learning_rate, set_learning_rate
-from shared.pretraining_arguments import check_arguments, parse_arguments
-from shared.run_log import read_log
+from aft import pretraining
+from aft.byte_data import TrainingWindows, split_ranges
+from aft.commands.pretrain import main
+from aft.optimization import create_optimizers, learning_rate, set_learning_rate
+from aft.pretraining_arguments import check_arguments, parse_arguments
+from aft.run_log import read_log
 
 
 LENGTH, BATCH, STEPS_PER_STREAM = 16, 4, 5  # so that the second streams begin between two checkpoints

@@ -7,18 +7,22 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from xml.etree import ElementTree
 
-import compare
 import numpy as np
 import pytest
 import small_runs
 from accelerate.state import AcceleratorState
 
+from aft import comparison
+from aft.checkpointing import complete_checkpoints
+from aft.commands.compare import main
+from aft.compare_plan import read_plan
+from aft.compare_table import COLUMNS, RESULT, score_at, value_at
+from aft.comparison import describe_entries, plan_runs
+from aft.model_configs import build_config
+from aft.pretraining_arguments import check_arguments, parse_arguments
+from aft.run_log import read_log
 from modeling_aft.configuration_aft import AFT_TYPES
 from modeling_aft.configuration_synthesizer import SYNTHESIZER_TYPES
-from shared.checkpointing import complete_checkpoints
-from shared.compare_table import COLUMNS, RESULT, score_at, value_at
-from shared.pretraining_arguments import build_config, check_arguments, parse_arguments
-from shared.run_log import read_log
 
 
 PLANS = sorted((Path(__file__).resolve().parent.parent / "configuration" / "compare").glob("*.yaml"))
@@ -34,7 +38,7 @@ runs:
 
 def in_this_process(run, command, seconds):
     """In place of `run_process`, without the time in which a new process imports everything."""
-    compare.train(run, command)
+    comparison.train(run, command)
     AcceleratorState._reset_state(reset_partial_state=True)
     return True
 
@@ -45,7 +49,7 @@ def no_training(run, command, seconds):
 
 @pytest.fixture(autouse=True)
 def without_processes(on_the_cpu, monkeypatch):
-    monkeypatch.setattr(compare, "run_process", in_this_process)
+    monkeypatch.setattr(comparison, "run_process", in_this_process)
 
 
 def make_inputs(folder: Path) -> Path:
@@ -66,8 +70,8 @@ def finished(tmp_path_factory) -> Path:
     folder = make_inputs(tmp_path_factory.mktemp("comparison"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
-        patch.setattr(compare, "run_process", in_this_process)
-        compare.main(flags(folder))
+        patch.setattr(comparison, "run_process", in_this_process)
+        main(flags(folder))
     return folder
 
 
@@ -90,9 +94,9 @@ def table(folder: Path) -> dict[str, dict]:
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
 def test_shipped_plan(path, tmp_path):
-    plan = compare.read_plan(path)
-    planned = compare.plan_runs(plan, tmp_path, plan.seeds[:1], ["--cache_dir", str(tmp_path)])
-    entries = compare.describe_entries(planned)
+    plan = read_plan(path)
+    planned = plan_runs(plan, tmp_path, plan.seeds[:1], ["--cache_dir", str(tmp_path)])
+    entries = describe_entries(planned)
     assert [run.name for run in planned] == list(plan.runs) and plan.reference in plan.runs
     assert len({json.dumps(entry) for entry in entries}) == len(entries)
     for run, entry in zip(planned, entries, strict=True):
@@ -106,8 +110,8 @@ def test_shipped_plan(path, tmp_path):
 
 def arguments(name: str) -> dict:
     [path] = [path for path in PLANS if path.stem == name]
-    plan = compare.read_plan(path)
-    runs = compare.plan_runs(plan, Path("runs"), [0], [])
+    plan = read_plan(path)
+    runs = plan_runs(plan, Path("runs"), [0], [])
     return {run.name: parse_arguments(run.flags) for run in runs}
 
 
@@ -172,7 +176,7 @@ def test_plans_of_windows_and_lengths():
 def test_wrong_plan_is_refused(tmp_path, text, message):
     (tmp_path / "plan.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
-        compare.read_plan(tmp_path / "plan.yaml")
+        read_plan(tmp_path / "plan.yaml")
 
 
 @pytest.mark.parametrize(
@@ -195,15 +199,15 @@ def test_wrong_plan_is_refused(tmp_path, text, message):
     ],
 )
 def test_wrong_flags_are_refused_before_any_training(inputs, monkeypatch, more, message):
-    monkeypatch.setattr(compare, "run_process", no_training)
+    monkeypatch.setattr(comparison, "run_process", no_training)
     with pytest.raises(ValueError, match=message):
-        compare.main(flags(inputs, *more))
+        main(flags(inputs, *more))
     assert not (inputs / "runs").exists()
 
 
 def test_explicit_flags_win_over_the_plan(inputs):
-    plan = compare.read_plan(inputs / "plan.yaml")
-    runs = compare.plan_runs(plan, inputs, [3], ["--max_steps", "9"])
+    plan = read_plan(inputs / "plan.yaml")
+    runs = plan_runs(plan, inputs, [3], ["--max_steps", "9"])
     parsed = [parse_arguments(run.flags) for run in runs]
     assert [(args.max_steps, args.seed, args.batch_size) for args in parsed] == [(9, 3, 4), (9, 3, 2)]
     for args in parsed:
@@ -260,32 +264,32 @@ def test_document_and_picture(finished):
 
 
 def test_finished_runs_are_skipped(finished, monkeypatch):
-    monkeypatch.setattr(compare, "run_process", no_training)
+    monkeypatch.setattr(comparison, "run_process", no_training)
     before = table(finished)
-    compare.main(flags(finished))
+    main(flags(finished))
     assert table(finished) == before
 
 
 def test_only_some_runs_are_trained(inputs):
-    compare.main(flags(inputs, "--only", "simple", "--seeds", "5"))
+    main(flags(inputs, "--only", "simple", "--seeds", "5"))
     assert [path.name for path in (inputs / "runs" / "plan").iterdir()] == ["simple-seed5"]
     assert list(table(inputs)) == ["simple"] and table(inputs)["simple"]["equal_seconds"] == ""
     assert "left out: local" in (inputs / "out" / "compare-plan.md").read_text(encoding="utf-8")
 
 
 def test_table_only_needs_no_data(finished, monkeypatch):
-    monkeypatch.setattr(compare, "run_process", no_training)
+    monkeypatch.setattr(comparison, "run_process", no_training)
     before = table(finished)
-    compare.main(flags(finished, "--table_only", "--seconds", "1e-9", data=False))
+    main(flags(finished, "--table_only", "--seconds", "1e-9", data=False))
     # Nothing was evaluated so early.
     assert [row["valid_at_equal_seconds"] for row in table(finished).values()] == ["", ""]
-    compare.main(flags(finished, "--table_only", data=False))
+    main(flags(finished, "--table_only", data=False))
     assert table(finished) == before
 
 
 def test_table_only_without_finished_runs_is_refused(inputs):
     with pytest.raises(ValueError, match="--table_only needs finished runs"):
-        compare.main(flags(inputs, "--table_only", data=False))
+        main(flags(inputs, "--table_only", data=False))
 
 
 def other_data(folder: Path) -> None:
@@ -306,12 +310,12 @@ def other_model(folder: Path) -> None:
     ],
 )
 def test_changed_entries_are_refused(finished, tmp_path, monkeypatch, change, more, message):
-    monkeypatch.setattr(compare, "run_process", no_training)
+    monkeypatch.setattr(comparison, "run_process", no_training)
     folder = shutil.copytree(finished, tmp_path / "copy")
     if change is not None:
         change(folder)
     with pytest.raises(ValueError, match=message):
-        compare.main(flags(folder, *more, data="--table_only" not in more))
+        main(flags(folder, *more, data="--table_only" not in more))
 
 
 @pytest.mark.parametrize(
@@ -323,41 +327,41 @@ def test_changed_entries_are_refused(finished, tmp_path, monkeypatch, change, mo
     ],
 )
 def test_seeds_that_cannot_be_joined_are_refused(inputs, more, change, message):
-    compare.main(flags(inputs, "--only", "simple", "--seeds", "0"))
+    main(flags(inputs, "--only", "simple", "--seeds", "0"))
     if change is not None:
         change(inputs)
-    compare.main(flags(inputs, "--only", "simple", "--seeds", "1", *more))
+    main(flags(inputs, "--only", "simple", "--seeds", "1", *more))
     with pytest.raises(ValueError, match=f"must have been trained alike, got {message}$"):
-        compare.main(flags(inputs, "--table_only", "--seeds", "0", "1", data=False))
+        main(flags(inputs, "--table_only", "--seeds", "0", "1", data=False))
 
 
 def test_runs_of_other_data_do_not_stand_in_one_table(inputs):
-    compare.main(flags(inputs, "--only", "simple", "--seeds", "0"))
+    main(flags(inputs, "--only", "simple", "--seeds", "0"))
     other_data(inputs)
-    compare.main(flags(inputs, "--only", "local", "--seeds", "1"))
+    main(flags(inputs, "--only", "local", "--seeds", "1"))
     sha256 = "[0-9a-f]{64}"
     with pytest.raises(ValueError, match=f"the same sha256, got local of seed 1 {sha256}, simple of seed 0 {sha256}$"):
-        compare.main(flags(inputs, "--table_only", "--seeds", "0", "1", data=False))
+        main(flags(inputs, "--table_only", "--seeds", "0", "1", data=False))
 
 
 def test_budget_of_the_plan_in_seconds(finished, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "copy")
     (folder / "plan.yaml").write_text(f"{PLAN}\nseconds: 1000\n")
-    compare.main(flags(folder, "--table_only", data=False))
+    main(flags(folder, "--table_only", data=False))
     for row in table(folder).values():  # all training ended before
         assert (row["equal_seconds"], row["valid_at_equal_seconds"]) == ("1000", row["valid"])
     assert (folder / "out" / "compare-plan.md").read_text(encoding="utf-8").count(" * |") == 2
 
 
 def test_interrupted_run_continues(inputs):
-    compare.main(flags(inputs, "--only", "local", "--seeds", "0"))
+    main(flags(inputs, "--only", "local", "--seeds", "0"))
     folder, before = inputs / "runs" / "plan" / "local-seed0", table(inputs)["local"]
     for path in (folder / RESULT, folder / "config.json"):
         path.unlink()
     last = complete_checkpoints(folder / "checkpoints")[-1]
     assert last.name == "step-6"
     last.rename(inputs / "elsewhere")
-    compare.main(flags(inputs, "--only", "local", "--seeds", "0"))
+    main(flags(inputs, "--only", "local", "--seeds", "0"))
     assert [event["step"] for event in events(folder, "resume")] == [4]
     after = table(inputs)["local"]
     assert [after[name] for name in ("valid", "test", "steps")] == [
@@ -369,25 +373,25 @@ def test_failed_runs_are_named_and_the_others_are_in_the_table(inputs, monkeypat
     def fail_one(run, command, seconds):
         return run.name != "local" and in_this_process(run, command, seconds)
 
-    monkeypatch.setattr(compare, "run_process", fail_one)
+    monkeypatch.setattr(comparison, "run_process", fail_one)
     with pytest.raises(RuntimeError, match="local-seed0$"):
-        compare.main(flags(inputs, "--seeds", "0"))
+        main(flags(inputs, "--seeds", "0"))
     assert list(table(inputs)) == ["simple"]
 
 
 def test_time_limit(inputs, monkeypatch):
-    monkeypatch.setattr(compare, "run_process", no_training)
-    assert compare.main(flags(inputs, "--max_hours", "1e-12")) == []
+    monkeypatch.setattr(comparison, "run_process", no_training)
+    assert main(flags(inputs, "--max_hours", "1e-12")) == []
 
 
 def test_process_of_its_own(inputs, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    plan = compare.read_plan(inputs / "plan.yaml")
-    run = compare.plan_runs(plan, inputs / "runs", [0], flags(inputs)[5:])[0]
+    plan = read_plan(inputs / "plan.yaml")
+    run = plan_runs(plan, inputs / "runs", [0], flags(inputs)[5:])[0]
     run.folder.mkdir(parents=True)
-    assert compare.run_process(run, "command", 0.01) and not run.finished
-    assert compare.run_process(run, "command", float("inf")) and run.finished
+    assert comparison.run_process(run, "command", 0.01) and not run.finished
+    assert comparison.run_process(run, "command", float("inf")) and run.finished
     result = json.loads((run.folder / RESULT).read_text())
     assert 0 < result["peak_bytes"] < 2**30 and result["command"] == "command"
 
@@ -407,7 +411,7 @@ def test_score_at(seconds, expected):
 
 def test_table_lies_beside_the_runs_unless_told(inputs):
     more = ["--runs_dir", str(inputs / "runs"), "--only", "simple", "--seeds", "0", *flags(inputs)[5:]]
-    written = compare.main([str(inputs / "plan.yaml"), *more])
+    written = main([str(inputs / "plan.yaml"), *more])
     assert {path.name for path in written} == {f"compare-plan.{suffix}" for suffix in ("csv", "md", "svg")}
     assert {path.parent for path in written} == {inputs / "runs" / "plan"}
 
@@ -416,7 +420,7 @@ def test_failed_process_says_why_in_one_line(inputs, monkeypatch, capfd):
     monkeypatch.undo()
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     with pytest.raises(RuntimeError, match="these runs failed, see above: local-seed0$"):
-        compare.main(flags(inputs, "--only", "local", "--seeds", "0", "--learning_rate", "1e30"))
+        main(flags(inputs, "--only", "local", "--seeds", "0", "--learning_rate", "1e30"))
     printed = capfd.readouterr().err
     assert "Traceback" not in printed and "error: the loss is nan at step" in printed
 
@@ -425,7 +429,7 @@ def test_names_of_runs_are_printed_as_they_are(inputs):
     names = ["_hidden", "a$x$b", "one|two", "\u043c\u043e\u0434\u0435\u043b\u044c"]
     runs = "\n".join(f"  '{name}': {{model_preset: model.json}}" for name in names)
     (inputs / "plan.yaml").write_text(f"{PLAN.partition('reference')[0]}runs:\n{runs}\n", encoding="utf-8")
-    compare.main(flags(inputs, "--seeds", "0"))
+    main(flags(inputs, "--seeds", "0"))
     assert list(table(inputs)) == names
     picture = "".join(ElementTree.parse(inputs / "out" / "compare-plan.svg").getroot().itertext())
     text = (inputs / "out" / "compare-plan.md").read_text(encoding="utf-8")

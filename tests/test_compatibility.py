@@ -31,10 +31,10 @@ from transformers import (
 )
 
 import modeling_aft
+from aft.bits_per_byte import evaluate_bits_per_byte
+from aft.protocols import Protocol
 from modeling_aft import ByteTokenizer, compatibility
 from modeling_aft.compatibility import CACHE_NAME, CACHE_NAMES, NEWEST, OLDEST
-from shared.bits_per_byte import evaluate_bits_per_byte
-from shared.protocols import Protocol
 
 
 ROOT = Path(__file__).parents[1]

@@ -1,4 +1,4 @@
-"""scripts/shared/console.py: programs print any text anywhere, and end with one line on a mistake of their users."""
+"""scripts/aft/console.py: programs print any text anywhere, and end with one line on a mistake of their users."""
 
 import io
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.console import any_text, one_line, run_program
+from aft.console import any_text, one_line, run_program
 
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
@@ -49,7 +49,7 @@ def test_message_is_one_line():
 
 def program(body: str, *, stdout=subprocess.PIPE, options: tuple = (), **environment) -> subprocess.CompletedProcess:
     """A process whose main is the function that `body` defines."""
-    code = f"import sys\nfrom shared.console import run_program\n{body}\nrun_program(main)"
+    code = f"import sys\nfrom aft.console import run_program\n{body}\nrun_program(main)"
     return subprocess.run(
         [sys.executable, *options, "-c", code],
         env={**os.environ, "PYTHONPATH": str(SCRIPTS), "PYTHONUNBUFFERED": "", **environment},

@@ -12,11 +12,11 @@ from accelerate.state import AcceleratorState
 from distributed_worker import BATCH, CARRIED, STEPS, carry_steps, new_optimizer, train_steps, train_with_trainer
 from families import VARIANTS, make_config, make_ids, make_model
 from launching import free_port
-from pretrain_enwik8 import main as pretrain
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import modeling_aft  # noqa: F401  (registers the model types)
+from aft.commands.pretrain import main as pretrain
 
 
 TESTS = Path(__file__).resolve().parent

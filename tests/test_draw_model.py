@@ -2,14 +2,14 @@
 
 from xml.etree import ElementTree
 
-import draw_model
 import numpy as np
 import pytest
 import torch
 from families import AFT_VARIANTS, LIMIT, make_ids, make_model
 from matplotlib.figure import Figure
 
-from shared import drawing, model_pictures
+from aft import drawing, model_pictures
+from aft.commands import draw as draw_model
 
 
 PICTURES = {

@@ -15,7 +15,6 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from families import LIMIT, make_config, model_classes
-from finetune import CLASSIFICATION, TokenWindows, main, split_text
 from launching import run_on_two_processes
 from safetensors.torch import load_file
 from test_remote_code import run_without_package
@@ -30,8 +29,10 @@ from transformers import (
 from transformers import trainer as trainer_module
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from aft.byte_data import pydoc_bytes
+from aft.commands.finetune import main
+from aft.finetuning import CLASSIFICATION, TokenWindows, split_text
 from modeling_aft import ByteTokenizer
-from shared.byte_data import pydoc_bytes
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -176,7 +177,7 @@ def test_smoothed_labels_are_those_of_the_next_byte(family, known, bases, text_f
     """A model that learned to repeat its input would get worse; a class that Trainer does not know would, too."""
     name = {"aft": "AFTForCausalLM", "synthesizer": "SynthesizerForCausalLM"}[family]
     if not known:
-        monkeypatch.setattr("finetune.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", {})
+        monkeypatch.setattr("aft.finetuning.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", {})
         with pytest.raises(ValueError, match=f"--label_smoothing_factor must be 0 for {name}, .* got 0.1"):
             finetune(tmp_path / "run", model=bases[family], text_file=text_file, label_smoothing_factor=0.1)
         assert not (tmp_path / "run").exists()

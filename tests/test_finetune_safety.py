@@ -15,9 +15,9 @@ from test_finetune import finetune, interrupted, leave_no_state, save_model, sta
 from transformers import Trainer
 from transformers.trainer_callback import TrainerState
 
-from shared import finetuning_arguments
-from shared.finetuning_trainer import FinetuningTrainer
-from shared.folder_lock import locked
+from aft import finetuning_arguments
+from aft.finetuning_trainer import FinetuningTrainer
+from aft.folder_lock import locked
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -297,7 +297,7 @@ def test_the_best_checkpoint_is_not_loaded_if_it_is_damaged(base, text, tmp_path
     interrupted(tmp_path / "run", 5, **values)
     assert best == 6 or (tmp_path / "run" / f"checkpoint-{best}").is_dir()
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="best checkpoint cannot be loaded: "):
-        patch.setattr("shared.finetuning_trainer.find_damage", lambda path: f"{path} is damaged")
+        patch.setattr("aft.finetuning_trainer.find_damage", lambda path: f"{path} is damaged")
         finetune(tmp_path / "run", **values, resume_from_checkpoint="auto")
 
 
@@ -344,7 +344,7 @@ def test_a_last_step_that_diverges_fails(base, text, tmp_path):
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_a_score_that_is_no_number_fails(base, text, tmp_path, monkeypatch, number):
-    monkeypatch.setattr("finetune.sum_nats", lambda logits, labels: logits[:, 0, 0] * number)
+    monkeypatch.setattr("aft.finetuning.sum_nats", lambda logits, labels: logits[:, 0, 0] * number)
     with pytest.raises(FloatingPointError, match="eval_bits_per_byte is (nan|inf|-inf)"):
         finetune(tmp_path / "run", model=base, **text, **STEPS)
     assert not (tmp_path / "run" / "config.json").exists()

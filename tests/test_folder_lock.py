@@ -1,4 +1,4 @@
-"""scripts/shared/folder_lock.py: one run per folder, and no lock outlives its process."""
+"""scripts/aft/folder_lock.py: one run per folder, and no lock outlives its process."""
 
 import json
 import os
@@ -11,13 +11,13 @@ from threading import Barrier
 
 import pytest
 
-from shared.folder_lock import HOLDER, locked
+from aft.folder_lock import HOLDER, locked
 
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 HOLD = """
 import pathlib, sys, time
-from shared.folder_lock import locked
+from aft.folder_lock import locked
 with locked(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -99,7 +99,7 @@ def test_full_disk_leaves_no_folder(tmp_path, monkeypatch):
     def full(path, content):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("shared.folder_lock.write_whole", full)
+    monkeypatch.setattr("aft.folder_lock.write_whole", full)
     with pytest.raises(OSError, match="No space"), locked(tmp_path / "run"):
         pass
     assert list(tmp_path.iterdir()) == []

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from generate import ByteStreamer, main
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
+from aft.commands.generate import main
+from aft.generation import ByteStreamer
 from modeling_aft import AFTConfig, AFTForCausalLM, ByteTokenizer
 
 

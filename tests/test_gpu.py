@@ -3,8 +3,8 @@
 import pytest
 import torch
 from families import VARIANTS, make_ids, make_model
-from pretrain_enwik8 import main as pretrain
 
+from aft.commands.pretrain import main as pretrain
 from modeling_aft.ops import aft_attention
 
 

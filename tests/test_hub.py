@@ -34,7 +34,7 @@ from hub_clients import (
 from hub_server import TOKEN, HubServer, Repository
 from huggingface_hub import ModelCard
 
-from shared.run_log import read_log
+from aft.run_log import read_log
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -424,7 +424,7 @@ def test_script_refuses_a_folder_that_would_not_load(hub, author, saved, tmp_pat
     ids=["repo-id", "revision-of-a-pull-request", "empty-message"],
 )
 def test_script_refuses_wrong_flags(author, saved, flags, message):
-    assert re.match(f"ValueError: push_to_hub.py: {message}", author(failure, run_script, saved, *flags))
+    assert re.match(f"ValueError: aft push: {message}", author(failure, run_script, saved, *flags))
 
 
 def test_script_needs_a_token(hub, installed, saved):

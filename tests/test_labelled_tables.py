@@ -1,4 +1,4 @@
-"""scripts/shared/labelled_tables.py: the file that was named, all of it, as it stands there, and what is wrong."""
+"""scripts/aft/labelled_tables.py: the file that was named, all of it, as it stands there, and what is wrong."""
 
 import csv
 import json
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from aft.labelled_tables import EncodedRows, describe_labels, encode_table, read_table
 from modeling_aft import ByteTokenizer
-from shared.labelled_tables import EncodedRows, describe_labels, encode_table, read_table
 
 
 ODD_TEXTS = [

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from push_to_hub import copy_with_code
-from push_to_hub import main as push
 from safetensors import safe_open
 from test_remote_code import run_without_package
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from aft.commands.push import main as push
+from aft.pushing import copy_with_code
+from aft.run_log import fill_model_card, final_scores, read_log
 from modeling_aft import ByteTokenizer
-from shared.run_log import fill_model_card, final_scores, read_log
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,7 +64,7 @@ for loader in (AutoModelForCausalLM, AutoTokenizer):
 @pytest.mark.parametrize("folder", **BY_NAME)
 def test_card_is_what_the_log_makes(folder):
     events = read_log(folder / "run.jsonl")
-    advice = "write fill_model_card(read_log(folder / 'run.jsonl')) of scripts/shared/run_log.py into it"
+    advice = "write fill_model_card(read_log(folder / 'run.jsonl')) of scripts/aft/run_log.py into it"
     assert (folder / "README.md").read_text(encoding="utf-8") == fill_model_card(events), advice
     release = next(event for event in events if event["event"] == "release")
     assert abs(release["storage_cost"]) < 0.005

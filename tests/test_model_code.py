@@ -1,4 +1,4 @@
-"""scripts/shared/model_code.py: code that is taken from a saved model comes back as `save_pretrained` writes it."""
+"""scripts/aft/model_code.py: code that is taken from a saved model comes back as `save_pretrained` writes it."""
 
 import json
 
@@ -6,8 +6,8 @@ import pytest
 from families import make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from aft.model_code import CONFIGURATIONS, add_code, remove_code
 from modeling_aft import ByteTokenizer
-from shared.model_code import CONFIGURATIONS, add_code, remove_code
 
 
 @pytest.mark.parametrize("variant", ["local", "random+dot_product"])

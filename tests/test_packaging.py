@@ -1,5 +1,6 @@
 """The wheel: pure Python, all of the package and nothing else, usable where only the wheel is."""
 
+import os
 import subprocess
 import sys
 import zipfile
@@ -14,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
-    for name in ("pyproject.toml", "README.md", "LICENSE", "modeling_aft"):  # setuptools writes beside what it builds
+    # Links, because setuptools writes beside what it builds.
+    for name in ("pyproject.toml", "README.md", "LICENSE", "modeling_aft", "scripts", "configuration"):
         (folder / name).symlink_to(ROOT / name)
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "."]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
@@ -26,8 +28,12 @@ def wheel(tmp_path_factory):
 def test_is_for_every_platform_and_holds_the_package_alone(wheel):
     assert wheel.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
+    programs, presets = ROOT / "scripts" / "aft", ROOT / "configuration"
+    kept = [path for path in programs.rglob("*") if path.suffix in (".py", ".md")]
     assert {name for name in names if ".dist-info/" not in name} == {
-        f"modeling_aft/{path.name}" for path in (ROOT / "modeling_aft").glob("*.py")
+        *(f"modeling_aft/{path.name}" for path in (ROOT / "modeling_aft").glob("*.py")),
+        *(f"aft/{path.relative_to(programs)}" for path in kept),
+        *(f"aft/configuration/{path.relative_to(presets)}" for path in presets.glob("*/*.*")),
     }
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
@@ -49,3 +55,35 @@ print(model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=2, do_sa
         text=True,
     )
     assert done.stdout.strip() == "torch.Size([1, 5])", done.stderr
+
+
+def test_the_command_trains_from_any_folder_with_the_presets_of_the_wheel(wheel, tmp_path):
+    """From the wheel unpacked: datasets and metrics are files that a library opens."""
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    text = tmp_path / "text.bin"
+    text.write_bytes(b"a text of letters. " * 40)
+    model = ["--model_preset", "aft-simple-tiny", "--model_override", "hidden_size=16", "num_hidden_layers=1"]
+    flags = ["--preset", "tiny", *model, "position_embedding_type=none", "--dataset", "file"]
+    flags += ["--dataset_path", text, "--cache_dir", tmp_path / "cache", "--sequence_length", 16, "--max_steps", 2]
+    flags += ["--warmup_steps", 0, "--sample_prompt", "a", "--sample_bytes", 9, "--output_dir", "runs/tiny"]
+    done = subprocess.run(
+        [sys.executable, "-m", "aft", "pretrain", *map(str, flags)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site"), "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "bits per byte" in done.stdout and "generate --model runs/tiny" in done.stdout
+    assert (tmp_path / "runs/tiny/README.md").is_file()
+    where = "import aft, modeling_aft; print(aft.__file__, modeling_aft.__file__)"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    command = [sys.executable, "-c", where]
+    found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True).stdout
+    assert found.count(str(tmp_path / "site")) == 2
+
+
+def test_the_wheel_has_the_program(wheel):
+    archive = zipfile.ZipFile(wheel)
+    (entry_points,) = [name for name in archive.namelist() if name.endswith("entry_points.txt")]
+    assert "aft = aft.__main__:run" in archive.read(entry_points).decode()

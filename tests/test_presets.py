@@ -13,8 +13,9 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DistributedType
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from aft.model_configs import build_config
+from aft.pretraining_arguments import check_arguments, parse_arguments
 from modeling_aft import AFTConfig, AFTForCausalLM, SynthesizerConfig, SynthesizerForCausalLM
-from shared.pretraining_arguments import build_config, check_arguments, parse_arguments
 
 
 CLASSES = {"aft": (AFTConfig, AFTForCausalLM), "synthesizer": (SynthesizerConfig, SynthesizerForCausalLM)}

@@ -17,18 +17,18 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from families import VARIANTS, make_model
-from generate import main as generate
 from launching import run_on_two_processes
-from pretrain_enwik8 import main
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
+from aft.checkpointing import complete_checkpoints
+from aft.commands.generate import main as generate
+from aft.commands.pretrain import main
+from aft.optimization import Muon, create_optimizers, learning_rate, parameter_groups, set_learning_rate
+from aft.pretraining import seed_step
+from aft.pretraining_arguments import check_arguments, parse_arguments
+from aft.run_log import read_log
 from modeling_aft import ByteTokenizer
-from shared.checkpointing import complete_checkpoints
-from shared.optimization import Muon, create_optimizers, learning_rate, parameter_groups, set_learning_rate
-from shared.pretraining import seed_step
-from shared.pretraining_arguments import check_arguments, parse_arguments
-from shared.run_log import read_log
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -429,7 +429,7 @@ def test_muon_refuses_models_without_linear_layers():
 
 
 def test_muon_refuses_one_loss_scale(inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr("shared.pretraining.Accelerator.mixed_precision", "fp16")  # which wants a GPU
+    monkeypatch.setattr("aft.pretraining.Accelerator.mixed_precision", "fp16")  # which wants a GPU
     with pytest.raises(ValueError, match="--optimizer must be adamw with fp16.*got 'muon'"):
         main(flags(inputs, tmp_path / "run", optimizer="muon"))
     assert not (tmp_path / "run").exists()
@@ -669,7 +669,7 @@ def test_two_processes_equal_one(inputs, without_dropout, tmp_path):
 
 @pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "ascii"])
 def test_sample_is_printed_in_every_encoding(inputs, tmp_path, monkeypatch, encoding):
-    monkeypatch.setattr("shared.pretraining.sample_text", lambda model, args: "\u4e2d \ufffd")
+    monkeypatch.setattr("aft.pretraining.sample_text", lambda model, args: "\u4e2d \ufffd")
     stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict")
     monkeypatch.setattr(sys, "stdout", stdout)
     main(flags(inputs, tmp_path / "run", max_steps=2, sample_every=1))
@@ -681,7 +681,7 @@ def test_wrong_flag_is_one_line():
     command = [sys.executable, str(SCRIPT), "--batch_size", "0"]
     result = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert result.stderr.endswith("error: pretrain_enwik8.py: --batch_size must be at least 1, got 0\n")
+    assert result.stderr.endswith("error: aft pretrain: --batch_size must be at least 1, got 0\n")
 
 
 def test_default_data_needs_no_path(inputs, tmp_path):

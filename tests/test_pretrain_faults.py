@@ -16,17 +16,17 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
-from pretrain_enwik8 import main
 from safetensors import SafetensorError
 from small_runs import ROOT, SCRIPT, STEPS, checkpoints, flags, history, make_inputs, run_script
 
-from shared import checkpointing, pretraining
-from shared.bits_per_byte import load_metric
-from shared.byte_data import KnownFile
-from shared.checkpointing import STATE_FILE, find_checkpoint
-from shared.console import run_program
-from shared.optimization import all_finite
-from shared.run_log import read_log
+from aft import checkpointing, pretraining
+from aft.bits_per_byte import load_metric
+from aft.byte_data import KnownFile
+from aft.checkpointing import STATE_FILE, find_checkpoint
+from aft.commands.pretrain import main
+from aft.console import run_program
+from aft.optimization import all_finite
+from aft.run_log import read_log
 
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
@@ -210,7 +210,7 @@ def test_log_is_on_the_disk_before_the_checkpoint_that_counts_on_it(inputs, tmp_
         calls.append(state["log_lines"])
         checkpointing.save_checkpoint(accelerator, folder, state)
 
-    monkeypatch.setattr("shared.run_log.sync", lambda path: calls.append((path.name, len(read_log(path)))))
+    monkeypatch.setattr("aft.run_log.sync", lambda path: calls.append((path.name, len(read_log(path)))))
     monkeypatch.setattr(pretraining, "save_checkpoint", save)
     main(flags(inputs, tmp_path / "run"))
     saves = [index for index, call in enumerate(calls) if isinstance(call, int)]
@@ -352,7 +352,7 @@ def test_diverged_program_ends_with_one_line(inputs, tmp_path, capsys):
 
 HOLD = """
 import pathlib, sys, time
-from shared.folder_lock import locked
+from aft.folder_lock import locked
 with locked(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

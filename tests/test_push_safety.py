@@ -5,10 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from push_to_hub import find_pictures, main
 
+from aft.commands.push import main
+from aft.model_code import remove_code
+from aft.pushing import find_pictures
 from modeling_aft import AFTConfig, AFTForCausalLM, ByteTokenizer
-from shared.model_code import remove_code
 
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "max_position_embeddings": 32, "position_bias_rank": 2}
@@ -144,7 +145,7 @@ def test_broken_files_are_named(folder, name, content, message):
 
 def test_no_folder_is_no_folder(monkeypatch, folder):
     monkeypatch.chdir(folder)
-    with pytest.raises(ValueError, match="push_to_hub.py: folder must be a path, got ''"):
+    with pytest.raises(ValueError, match="aft push: folder must be a path, got ''"):
         main(["", "me/model", "--dry_run"])
 
 
@@ -155,7 +156,7 @@ def test_no_connection_is_one_error(folder, monkeypatch):
     def create_repo(*args, **options):
         raise Unreachable("connection\nrefused")
 
-    monkeypatch.setattr("push_to_hub.HfApi.create_repo", create_repo)
+    monkeypatch.setattr("aft.pushing.HfApi.create_repo", create_repo)
     with pytest.raises(OSError, match="^me/model was not pushed: Unreachable: connection refused$"):
         main([str(folder), "me/model"])
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from accelerate.commands.launch import launch_command_parser
 
+from aft.__main__ import main as aft
 from modeling_aft import AFTConfig, AFTForCausalLM, ByteTokenizer
 
 
@@ -86,6 +87,23 @@ def flags_of_script(script: str) -> set[str]:
 
 
 @cache
+def flags_of_command(command: str) -> set[str]:
+    """Those that the --help of a command of `aft` names."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit, match="^0$"):
+        aft([command, "--help"])
+    return set(re.findall(r"--[\w-]+", printed.getvalue()))
+
+
+def assert_flags_exist(words: list[str], program: int, known: set[str]):
+    """Checks the flags after a program, and those of `accelerate launch` before it."""
+    before, after = words[:program], words[program + 1 :]
+    assert flags(after) <= known, words
+    if "launch" in before:
+        assert flags(before) <= flags_of_accelerate_launch(), words
+
+
+@cache
 def flags_of_accelerate_launch() -> set[str]:
     return {option for action in launch_command_parser()._actions for option in action.option_strings}
 
@@ -103,12 +121,11 @@ def test_commands_exist(block):
         for word in command:
             if word.startswith(("configuration/", "scripts/", "tests/", "modeling_aft/", "model_cards/")):
                 assert (ROOT / word).exists(), f"{word} in {command}"
-        scripts = [i for i, word in enumerate(command) if re.fullmatch(r"scripts/\w+\.py", word)]
-        if scripts:
-            before, after = command[: scripts[0]], command[scripts[0] + 1 :]
-            assert flags(after) <= flags_of_script(command[scripts[0]]), command
-            if "launch" in before:
-                assert flags(before) <= flags_of_accelerate_launch(), command
+        for i, word in enumerate(command):
+            if re.fullmatch(r"scripts/\w+\.py", word):
+                assert_flags_exist(command, i, flags_of_script(word))
+            elif Path(word).name == "aft" and len(command) > i + 1:
+                assert_flags_exist(command, i, flags_of_command(command[i + 1]))
 
 
 @pytest.mark.parametrize("block", code_blocks("python"))
@@ -211,8 +228,9 @@ def test_figures_of_the_readme_are_those_of_the_benchmarks():
 def test_makefile_calls_what_exists():
     recipes = read("Makefile").replace("\\\n", " ")
     for line in recipes.splitlines():
-        if "scripts/" in line:
-            words = shlex.split(line)
-            script = next(word for word in words if word.startswith("scripts/"))
-            assert flags(words[words.index(script) + 1 :]) <= flags_of_script(script)
-            assert all((ROOT / word).exists() for word in words if word.startswith(("configuration/", "scripts/")))
+        words = shlex.split(line) if line.startswith("\t") and ("scripts/" in line or "/aft " in line) else []
+        for i, word in enumerate(words):
+            if word.startswith("scripts/"):
+                assert (ROOT / word).exists() and flags(words[i + 1 :]) <= flags_of_script(word), line
+            elif word.endswith("/aft"):
+                assert_flags_exist(words, i, flags_of_command(words[i + 1]))

@@ -1,8 +1,8 @@
-"""scripts/shared/redaction.py: no secret of an address and no folder of the machine reaches a log or a card."""
+"""scripts/aft/redaction.py: no secret of an address and no folder of the machine reaches a log or a card."""
 
 import pytest
 
-from shared.redaction import ROOT, public_address, public_path, readable
+from aft.redaction import ROOT, public_address, public_path, readable
 
 
 @pytest.mark.parametrize(

@@ -11,15 +11,16 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from huggingface_hub import ModelCard
-from pretrain_enwik8 import main as pretrain
-from push_to_hub import main as push
-from release import main, public_argument, xz_bits_per_byte
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from score import main as evaluate
 from transformers import AutoModelForCausalLM
 
-from shared.run_log import read_log
+from aft.commands.evaluate import main as evaluate
+from aft.commands.pretrain import main as pretrain
+from aft.commands.push import main as push
+from aft.commands.release import main
+from aft.releasing import public_argument, xz_bits_per_byte
+from aft.run_log import read_log
 
 
 MODELS = {
@@ -88,8 +89,8 @@ def test_every_score_is_what_its_command_prints(released, name, monkeypatch):
     assert [(e["split"], e["protocol"]) for e in scores] == [(s, p) for s in ("test", "valid") for p in protocols]
     for event in scores:
         assert event["command"] in card.content
-        program, script, *flags = shlex.split(event["command"])
-        assert (program, script) == ("python", "scripts/score.py")
+        program, command, *flags = shlex.split(event["command"])
+        assert (program, command) == ("aft", "evaluate")
         assert evaluate(flags)["bits_per_byte"] == pytest.approx(event["bits_per_byte"], rel=1e-6)
         assert f"| {event['split']} | {event['bits_per_byte']:.4f} | {event['protocol']}, T = 16" in card.content
     results = card.data.eval_results
@@ -223,7 +224,7 @@ def test_an_earlier_release_stays_until_the_new_one_is_there(runs, released, dat
     def no_space(events):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("release.fill_model_card", no_space)
+    monkeypatch.setattr("aft.releasing.fill_model_card", no_space)
     with pytest.raises(OSError, match="No space"):
         main([str(runs / "conv"), str(folder), "--dataset_path", str(data), "--overwrite"])
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
@@ -249,7 +250,7 @@ def test_full_disk_is_an_os_error(runs, data, tmp_path, monkeypatch):
     ],
 )
 def test_names_that_cannot_be_are_refused(run, folder, message):
-    with pytest.raises(ValueError, match=f"release.py: .*{message}"):
+    with pytest.raises(ValueError, match=f"aft release: .*{message}"):
         main([run, folder])
 
 

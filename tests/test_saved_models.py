@@ -1,19 +1,19 @@
-"""scripts/shared/saved_models.py: a saved model is loaded whole or not at all, and programs say what is wrong."""
+"""scripts/aft/saved_models.py: a saved model is loaded whole or not at all, and programs say what is wrong."""
 
 import json
 import shutil
 from pathlib import Path
 
-import draw_model
-import generate
 import pytest
-import score
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from aft.commands import draw as draw_model
+from aft.commands import evaluate as score
+from aft.commands import generate
+from aft.saved_models import load_config, load_model
 from modeling_aft import AFTConfig, AFTForCausalLM, AFTForSequenceClassification, AFTModel, ByteTokenizer
-from shared.saved_models import load_config, load_model
 
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "max_position_embeddings": 32, "position_bias_rank": 2}
@@ -157,8 +157,6 @@ def test_a_missing_folder_is_named_as_one(tmp_path, monkeypatch, program, kind):
     elif kind == "file":
         folder.write_bytes(b"a")
     expected = ": no such folder" if kind in ("missing", "relative") else ": must be a folder with a saved model"
-    if program == "draw_model":
-        expected = " must be a folder with a saved model"
     with pytest.raises(ValueError, match=f"(--model|models:) {folder}{expected}"):
         PROGRAMS[program](folder)
 

@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import stream as program
 import torch
 from families import make_model
 from memory import LargestTensor
 
+from aft import line_surprise
+from aft.commands import stream as program
 from modeling_aft import ByteTokenizer
 
 
@@ -64,7 +65,7 @@ def plain_bits(lines: list[bytes]) -> list[float]:
 @pytest.mark.parametrize("at_once", [1, 7, 4096], ids=["byte-by-byte", "parts", "whole"])
 @pytest.mark.parametrize("source", ["file", "stdin"])
 def test_each_line_has_its_surprise(folders, text, capsys, monkeypatch, source, at_once):
-    monkeypatch.setattr(program, "AT_ONCE", at_once)
+    monkeypatch.setattr(line_surprise, "AT_ONCE", at_once)
     argv = [str(folders / "conv-nopos"), "--width", "30"]
     with open(text) as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
@@ -89,7 +90,9 @@ def test_each_line_has_its_surprise(folders, text, capsys, monkeypatch, source, 
 
 
 def test_a_character_that_is_cut_off_is_not_shown():
-    assert [program.readable("a\U0001f600".encode()[:length]) for length in range(1, 6)] == ["a"] * 4 + ["a\U0001f600"]
+    assert [line_surprise.readable("a\U0001f600".encode()[:length]) for length in range(1, 6)] == ["a"] * 4 + [
+        "a\U0001f600"
+    ]
 
 
 def test_marked_lines_are_those_far_above_the_mean_of_all_before(folders, tmp_path, capsys):
@@ -197,7 +200,7 @@ def test_mistakes_are_named(folders, text, tmp_path, model, flags, message):
 
 @pytest.mark.parametrize("content", [b"a line of a text\n", b"\x00"], ids=["lines", "one-long-line"])
 def test_memory_does_not_grow_with_the_stream(folders, tmp_path, content, monkeypatch):
-    monkeypatch.setattr(program, "AT_ONCE", 64)
+    monkeypatch.setattr(line_surprise, "AT_ONCE", 64)
     largest, files = [], []
     for size in (2000, 8000):
         (tmp_path / "text").write_bytes(content * (size // len(content)))

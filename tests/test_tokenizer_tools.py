@@ -23,8 +23,8 @@ from transformers import (
     pipeline,
 )
 
+from aft.vocabulary import rows_needed
 from modeling_aft import ByteTokenizer
-from shared.vocabulary import rows_needed
 
 
 SOME = pytest.mark.parametrize("variant", ["local", "conv-nopos", "dense", "random+dot_product"])

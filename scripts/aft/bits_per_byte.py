@@ -1,0 +1,145 @@
+# Copyright 2026 The modeling_aft authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""Bits per byte of a causal language model on a range of bytes, by one of the protocols that `score.py` names."""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import evaluate
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate.utils import gather_object
+
+from aft.byte_data import split_ranges
+from aft.protocols import Protocol, Window
+
+
+METRIC = Path(__file__).resolve().parent / "metrics" / "bits_per_byte" / "bits_per_byte.py"
+DTYPES = {"bf16": "bfloat16", "fp16": "float16"}  # by the name that accelerate uses
+BUCKETS = 63  # of positions, one for each power of two
+
+
+@cache
+def load_metric(path: Path = METRIC, cache_dir: str | None = None) -> evaluate.Metric:
+    """A metric in a file. `evaluate` copies it to its own folder, and so may fail: load it before any training."""
+    return evaluate.load(str(path), keep_in_memory=True, cache_dir=cache_dir)
+
+
+def batches(
+    protocol: Protocol, start: int, stop: int, rows: int, process: int, num_processes: int
+) -> Iterator[tuple[list[Window], int]]:
+    """
+    The batches of one process, each of `rows` windows, and the bytes of the longest that any process reads meanwhile:
+    all of them must call a sharded model equally often. What is missing is filled up with empty windows.
+    """
+    windows, count = list(protocol.windows(start, stop)), rows * num_processes
+    windows += [Window(start, start, start, start)] * (-len(windows) % count)
+    for index in range(0, len(windows), count):
+        group = windows[index : index + count]
+        yield group[process * rows : (process + 1) * rows], max(window.end - window.first for window in group)
+
+
+def load_batch(read: Callable[[int, int], np.ndarray], batch: list[Window], offset: int, length: int):
+    """
+    The part of `length` bytes of each window that begins `offset` bytes after its first. What a window does not have
+    is filled up at its right, where a causal model cannot see it.
+
+    Returns:
+        Inputs, labels, and the positions of the labels (0 where one is not scored), int64 [rows, length].
+    """
+    text = np.zeros((len(batch), length + 1), dtype=np.int64)
+    positions = np.zeros((len(batch), length), dtype=np.int64)
+    for row, window in enumerate(batch):
+        first, end = window.first + offset, min(window.first + offset + length, window.end)
+        if end > first:
+            text[row, : end - first + 1] = read(first - 1, end)
+            labels = np.arange(first, end)
+            positions[row, : end - first] = np.where(labels < window.scored, 0, labels - window.origin + 1)
+    return torch.from_numpy(text[:, :-1]), torch.from_numpy(text[:, 1:]), torch.from_numpy(positions)
+
+
+@torch.no_grad()
+def evaluate_bits_per_byte(
+    model, read, accelerator, start: int, stop: int, protocol: Protocol, batch_size: int
+) -> dict:
+    """
+    Scores the bytes [start, stop); every process of `accelerator` scores its part and gets the whole result, which
+    does not depend on their number, nor on `batch_size`.
+
+    Args:
+        model: a causal language model whose logits at an input predict the next byte; prepared by `accelerator`.
+        read (`Callable`): `read(start, stop)` returns bytes of the file as uint8.
+        start, stop (`int`): the bytes to score; `start` must be at least 1, because the byte before is the context.
+        protocol (`Protocol`): which windows are read.
+        batch_size (`int`): windows per process that are read at once; if there are fewer, all.
+
+    Returns:
+        `dict`: `bits_per_byte`, `bytes_scored`, what names the protocol, `dtype`, and `by_position`: a `dict` with
+        `first`, `last`, `bits_per_byte` and `bytes_scored` for each range of positions from one power of two to the
+        next. The position of a byte is its number in its window, or of `refreshed` in the stream, from 1 on.
+
+    Raises:
+        ValueError: the range is empty or begins at byte 0.
+        FloatingPointError: the score is NaN or infinite.
+    """
+    if not 1 <= start < stop:
+        raise ValueError(f"the bytes to score must be a range that begins at 1 or later, got [{start}, {stop})")
+    with accelerator.local_main_process_first():
+        metric = load_metric()
+    count = sum(1 for _ in protocol.windows(start, stop))
+    rows = min(batch_size, -(-count // accelerator.num_processes))
+    was_training = model.training
+    model.eval()
+    nats, counts = torch.zeros(BUCKETS, dtype=torch.float64), torch.zeros(BUCKETS, dtype=torch.float64)
+    for batch, longest in batches(protocol, start, stop, rows, accelerator.process_index, accelerator.num_processes):
+        state = {}
+        for offset in range(0, longest, protocol.length):
+            part = load_batch(read, batch, offset, min(protocol.length, longest - offset))
+            inputs, labels, positions = (tensor.to(accelerator.device) for tensor in part)
+            outputs = model(input_ids=inputs, use_cache=longest > protocol.length, **state)
+            if longest > protocol.length:  # by the name that this release of transformers gives it
+                name = "cache" if hasattr(outputs, "cache") else "past_key_values"
+                state = {name: getattr(outputs, name)}
+            losses = F.cross_entropy(outputs.logits.float().flatten(0, 1), labels.flatten(), reduction="none")
+            is_scored = positions.flatten() > 0
+            losses, positions = losses[is_scored].cpu().double(), positions.flatten()[is_scored].cpu()
+            buckets = torch.frexp(positions.double()).exponent - 1  # position p is in bucket floor(log2(p))
+            nats.index_add_(0, buckets, losses)
+            counts.index_add_(0, buckets, torch.ones_like(losses))
+    model.train(was_training)
+    sums = gather_object([torch.stack([nats, counts]).tolist()])  # of each process
+    nats, counts = torch.tensor(sums, dtype=torch.float64).sum(0).tolist()
+    result = metric.compute(nats=nats, byte_counts=[int(number) for number in counts])
+    if not math.isfinite(result["bits_per_byte"]):
+        raise FloatingPointError(f"the score is {result['bits_per_byte']} bits per byte")
+    dtype = DTYPES.get(accelerator.mixed_precision, str(next(model.parameters()).dtype).removeprefix("torch."))
+    by_position = [
+        {
+            "first": 2**bucket,
+            "last": 2 ** (bucket + 1) - 1,
+            "bits_per_byte": total / math.log(2) / number,
+            "bytes_scored": int(number),
+        }
+        for bucket, (total, number) in enumerate(zip(nats, counts, strict=True))
+        if number
+    ]
+    return {**result, **protocol.describe(start, stop), "dtype": dtype, "by_position": by_position}
+
+
+def evaluate_split(model, content: bytes, split: str, accelerator, protocol: Protocol, batch_size: int) -> dict:
+    """Scores a split of a file's content; the other arguments and the result as in `evaluate_bits_per_byte`."""
+    text = np.frombuffer(content, np.uint8)
+    start, stop = split_ranges(len(content))[split]
+    start = max(start, 1)  # nothing stands before the first byte of a file
+    return evaluate_bits_per_byte(
+        model, lambda first, end: text[first:end], accelerator, start, stop, protocol, batch_size
+    )

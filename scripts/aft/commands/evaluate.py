@@ -1,0 +1,96 @@
+# Copyright 2026 The modeling_aft authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""
+Bits per byte of a causal language model on a range of bytes, by a named protocol. Every byte is scored once.
+
+    aft evaluate runs/tiny --split test --protocol segments --length 256
+    aft evaluate runs/tiny --dataset_path FILE --protocol sliding --length 256 --stride 64
+
+- `segments`: independent windows of T bytes, side by side. The first byte of a window is predicted from the one byte
+  before it, the last from T bytes.
+- `sliding`: windows of T bytes at stride S. The first is scored whole, of the others only the last S bytes, so that
+  each of them is predicted from T - S + 1 bytes or more.
+- `carried`: streams of L bytes, side by side, or the whole range as one. A stream is read in parts of T bytes and the
+  state is carried from one to the next, so that a byte is predicted from all bytes of its stream before it.
+- `refreshed`: one stream, in which the model starts anew before it would read more than R bytes, and reads the last O
+  again: a byte is predicted from O + 1 to R bytes before it. It reads R / (R - O) times the bytes of the stream.
+
+No score depends on --batch_size or the number of processes, which say how many windows or streams are read at once;
+nor do those of `carried` and `refreshed` on T, how many bytes of each. --by_position tells the same by the position of
+a byte in its window, or of `carried` and `refreshed` in its stream; scripts/draw_positions.py makes a picture of it.
+
+The byte before the range is context and is not scored, so only the very first byte of a file is never scored.
+"""
+
+import argparse
+from pathlib import Path
+
+from aft.atomic_files import check_file
+from aft.console import any_text
+from aft.flags import DTYPES, TRUST_HELP, FlagParser, check_model_name
+from aft.protocols import PROTOCOLS
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """
+    The flags of this program.
+
+    Raises:
+        ValueError: one error that lists every value that is not allowed.
+    """
+    parser = FlagParser("evaluate", __doc__)
+    parser.add_argument("model", help="folder of a saved model, or a name on the Hub")
+    parser.add_argument("--dataset_path", type=Path, help="file of bytes; Python's documentation when left out")
+    parser.add_argument("--split", default="test", help="train, valid or test (default)")
+    parser.add_argument("--protocol", default="segments", help="segments (default), sliding, carried or refreshed")
+    parser.add_argument("--length", type=int, help="T in bytes (default: max_position_embeddings)")
+    parser.add_argument("--stride", type=int, help="S of sliding, in bytes (default: half of T)")
+    parser.add_argument("--stream_length", type=int, help="L of carried, in bytes (default: the whole range)")
+    parser.add_argument("--refresh_every", type=int, help="R of refreshed, in bytes")
+    parser.add_argument("--refresh_overlap", type=int, help="O of refreshed, in bytes")
+    parser.add_argument("--batch_size", type=int, default=16, help="windows at once (default: %(default)s)")
+    parser.add_argument("--by_position", type=Path, help="csv file for the bits per byte of each range of positions")
+    parser.add_argument("--dtype", default="auto", help="auto (what config.json says; default) or one like float32")
+    parser.add_argument("--trust_remote_code", action="store_true", help=TRUST_HELP)
+    args = parser.parse_args(argv)
+    problems = [
+        f"--{name} must be at least 1, got {getattr(args, name)}"
+        for name in ("length", "batch_size")
+        if getattr(args, name) is not None and getattr(args, name) < 1
+    ]
+    problems += [
+        f"--{name} must be one of {', '.join(choices)}, got {getattr(args, name)!r}"
+        for name, choices in (
+            ("split", ("train", "valid", "test")),
+            ("protocol", PROTOCOLS),
+            ("dtype", ("auto", *DTYPES)),
+        )
+        if getattr(args, name) not in choices
+    ]
+    if problems:
+        raise ValueError("aft evaluate: " + "; ".join(problems))
+    check_model_name(args.model)
+    if args.dataset_path is not None:
+        check_file(args.dataset_path, "--dataset_path")
+    return args
+
+
+@any_text()
+def main(argv: list[str] | None = None) -> dict:
+    """
+    Runs the program with the flags `argv`, those of the command line by default; returns the result.
+
+    Raises:
+        ValueError: a flag is wrong, or does not fit the model, or the model is not one of bytes, whole and finite.
+        FloatingPointError: the score is NaN or infinite.
+    """
+    args = parse_arguments(argv)
+    from aft.scoring import evaluate
+
+    return evaluate(args)

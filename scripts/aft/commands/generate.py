@@ -1,0 +1,90 @@
+# Copyright 2026 The modeling_aft authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""
+Continues a prompt with a byte-level model, and prints the text while it is made.
+
+    aft generate --model runs/pretraining --prompt "The return value"
+    echo "The return value" | aft generate --model runs/pretraining --temperature 0.5
+    aft generate --model runs/pretraining --prompt_file head.bin --output_file whole.bin
+
+A prompt is any bytes, UTF-8 or not; line ends at the end of standard input do not count. What is not UTF-8 is printed
+as U+FFFD; --output_file gets the bytes as they are.
+"""
+
+import argparse
+from pathlib import Path
+
+from aft.console import any_text
+from aft.flags import DTYPES, TRUST_HELP, FlagParser, check_model_name
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """
+    The flags of this program.
+
+    Raises:
+        ValueError: one error that lists every value that is not allowed.
+    """
+    parser = FlagParser("generate", __doc__)
+    parser.add_argument("--model", required=True, help="folder that aft pretrain made, or a name on the Hub")
+    parser.add_argument("--prompt", help="text to continue; standard input when left out")
+    parser.add_argument("--prompt_file", help="file whose bytes to continue, all of them")
+    parser.add_argument("--output_file", help="file for the bytes of the prompt and what continues it")
+    parser.add_argument("--trust_remote_code", action="store_true", help=TRUST_HELP)
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument(
+        "--max_new_tokens", type=int, help="bytes to add; 500, or what a model with a length limit has room for"
+    )
+    sampling.add_argument("--greedy", action="store_true", help="always take the likeliest byte")
+    sampling.add_argument("--temperature", type=float, default=0.8, help="divides the logits (default: %(default)s)")
+    sampling.add_argument("--top_k", type=int, default=0, help="sample among the k likeliest bytes; 0 = all (default)")
+    sampling.add_argument(
+        "--top_p", type=float, default=1.0, help="sample among the likeliest of this mass (default 1)"
+    )
+    sampling.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 = fewer repeats (default: 1)")
+    sampling.add_argument("--seed", type=int, default=0, help="seed of the samples (default: %(default)s)")
+    parser.add_argument("--device", help="where the model runs (default: cuda if it is there, else cpu)")
+    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default: %(default)s)")
+    args = parser.parse_args(argv)
+    source, target = (None if name is None else Path(name) for name in (args.prompt_file, args.output_file))
+    problems = [
+        f"--{name} must be {allowed}, got {getattr(args, name)!r}"
+        for name, ok, allowed in (
+            ("prompt", args.prompt is None or args.prompt_file is None, "left out with --prompt_file"),
+            ("prompt_file", source is None or (source.exists() and not source.is_dir()), "a file or a pipe"),
+            ("output_file", target is None or target.is_file() or not target.exists(), "a new file or a regular one"),
+            ("max_new_tokens", args.max_new_tokens is None or args.max_new_tokens >= 1, "at least 1"),
+            ("temperature", 1e-6 <= args.temperature <= 1e6, "in [1e-6, 1e6] (--greedy for the limit 0)"),
+            ("top_k", args.top_k >= 0, "at least 0"),
+            ("top_p", 0 < args.top_p <= 1, "in (0, 1]"),
+            ("repetition_penalty", 1e-6 <= args.repetition_penalty <= 1e6, "in [1e-6, 1e6]"),
+            ("seed", 0 <= args.seed < 2**32, "in [0, 2**32)"),
+            ("dtype", args.dtype in DTYPES, "float32, bfloat16 or float16"),
+        )
+        if not ok
+    ]
+    if problems:
+        raise ValueError("aft generate: " + "; ".join(problems))
+    check_model_name(args.model)
+    args.prompt_file, args.output_file = source, target
+    return args
+
+
+@any_text()
+def main(argv: list[str] | None = None) -> None:
+    """
+    Runs the program with the flags `argv`, those of the command line by default.
+
+    Raises:
+        ValueError: a flag is wrong, the prompt empty or too long, or the model not one of bytes, whole and finite.
+    """
+    args = parse_arguments(argv)
+    from aft.generation import generate
+
+    generate(args)

@@ -1,0 +1,246 @@
+# Copyright 2026 The modeling_aft authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""The models of a plan, trained on the same data, in one table and one picture: what `aft compare` does."""
+
+import argparse
+import json
+import math
+import shlex
+import time
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+
+import modeling_aft
+from aft.atomic_files import write_whole
+from aft.compare_plan import SET_BY_COMPARE, Plan
+from aft.compare_table import RESULT, write_table
+from aft.console import run_program
+from aft.machine import peak_bytes, processor_name
+from aft.model_configs import build_config
+from aft.pretraining import load_data, pretrain
+from aft.pretraining_arguments import check_arguments, parse_arguments
+from aft.run_log import read_log
+from aft.settings_files import read_json
+
+
+ENTRY = "entry.json"
+# Flags that change neither the weights nor the scores, so that an unfinished comparison may go on with others.
+MAY_DIFFER_WHEN_CONTINUED = {
+    *("training_preset", "model_preset", "model_override", "dataset", "dataset_path", "dataset_url", "cache_dir"),
+    *("output_dir", "resume", "overwrite", "tensorboard", "save_every", "keep_checkpoints"),
+    *("sample_every", "sample_bytes", "sample_prompt"),
+}
+
+
+class FailedRuns(RuntimeError, ChildProcessError):
+    """Runs failed in processes of their own."""
+
+
+@dataclass
+class PlannedRun:
+    """One model and seed: its folder, and the flags of `aft pretrain` that train it there."""
+
+    name: str
+    seed: int
+    folder: Path
+    flags: list[str]
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / RESULT).is_file()
+
+
+def plan_runs(plan: Plan, runs_dir: Path, seeds: list[int], more_flags: list[str]) -> list[PlannedRun]:
+    """
+    Every run of a plan, seed by seed.
+
+    Args:
+        more_flags: flags of `aft pretrain` for all runs, which win over those of the plan.
+
+    Raises:
+        ValueError: `more_flags` has a flag that the plan sets for a single run, or that this program sets itself.
+    """
+    explicit = {item.partition("=")[0][2:].replace("-", "_") for item in more_flags if item.startswith("--")}
+    for name, run in plan.runs.items():
+        if clash := sorted(explicit & {*run["training"], *SET_BY_COMPARE}):
+            raise ValueError(f"--{clash[0]} must be left out: run {name} of {plan.name} has its own")
+    training = {key: value for key, value in plan.training.items() if key not in explicit}
+    preset = [] if plan.training_preset is None else ["--training_preset", plan.training_preset]
+    planned = []
+    for seed in seeds:
+        for name, run in plan.runs.items():
+            folder = runs_dir / plan.name / f"{name}-seed{seed}"
+            values = {**training, **run["training"], "model_preset": run["model_preset"], "seed": seed}
+            values |= {"output_dir": folder, "resume": "auto"}
+            flags = [*preset, *(text for key, value in values.items() for text in (f"--{key}", str(value)))]
+            if override := [f"{key}={json.dumps(value)}" for key, value in run["model_override"].items()]:
+                flags += ["--model_override", *override]
+            planned.append(PlannedRun(name, seed, folder, [*flags, *more_flags]))
+    return planned
+
+
+def describe_entries(planned: list[PlannedRun], whole: bool = True) -> list[dict]:
+    """
+    What decides the result of each run: model configuration and, if `whole`, arguments and checksum of the data.
+
+    Raises:
+        ValueError: one error that lists every run whose flags or model are not allowed.
+    """
+    entries, problems, data = [], [], None
+    for run in planned:
+        try:
+            args = parse_arguments(run.flags)
+            config = check_arguments(args, num_processes=1) if whole else build_config(args)
+        except ValueError as error:
+            problems.append(f"run {run.name}: {error}")
+            continue
+        model = config.to_diff_dict()
+        model.pop("transformers_version", None)
+        entry = {"model_config": model}
+        if whole:
+            data = data or load_data(args)[1].sha256  # no run of a plan has data of its own
+            entry |= {
+                "data": data,
+                **{key: value for key, value in vars(args).items() if key not in MAY_DIFFER_WHEN_CONTINUED},
+            }
+        entries.append(json.loads(json.dumps(entry)))  # as it will be read again: tuples become lists
+    if problems:
+        raise ValueError("\n".join(problems))
+    return entries
+
+
+def check_folders(planned: list[PlannedRun], entries: list[dict]) -> None:
+    """
+    Checks that what is in the folders was made of these entries.
+
+    Raises:
+        ValueError: one error that names every run and value that has changed.
+    """
+    problems = []
+    for run, entry in zip(planned, entries, strict=True):
+        path = run.folder / ENTRY
+        saved = read_json(path, "run") if path.is_file() else entry
+        problems += [
+            f"{run.folder}: {key} is {value!r} but was {saved.get(key)!r}"
+            for key, value in entry.items()
+            if value != saved.get(key)
+        ]
+    if problems:
+        advice = "remove these folders, choose another --runs_dir, or go back to the earlier values"
+        raise ValueError(f"these runs were made of other entries; {advice}:\n" + "\n".join(problems))
+
+
+def check_seeds(folders: dict[str, list[Path]]) -> None:
+    """
+    Checks that the seeds of each run were trained alike.
+
+    Raises:
+        ValueError: one error that names every run and value that differs.
+    """
+    problems = []
+    for name, each in folders.items():
+        entries = [read_json(folder / ENTRY, "run") for folder in each]
+        for key in set().union(*entries) - {"seed"}:
+            if len(found := dict.fromkeys(repr(entry.get(key)) for entry in entries)) > 1:
+                problems.append(f"{name}: {key} is {' and '.join(found)}")
+    if problems:
+        raise ValueError("the seeds of a run must have been trained alike, got " + "; ".join(sorted(problems)))
+
+
+def train(run: PlannedRun, command: str) -> None:
+    """Trains one run in this process, and leaves its result file, whose presence means that the run is complete."""
+    device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device.type
+    peak = peak_bytes(lambda: pretrain(run.flags), device)
+    events = read_log(run.folder / "run.jsonl")
+    resumed = [event["step"] for event in events if event["event"] == "resume"]
+    if resumed and resumed[-1] == events[-1]["step"]:
+        peak = None  # this process has only scored
+    result = {"name": run.name, "seed": run.seed, "peak_bytes": peak, "processor": processor_name(device)}
+    result |= {"modeling_aft": modeling_aft.__version__, "command": command}
+    write_whole(run.folder / RESULT, json.dumps(result, indent=2) + "\n")
+
+
+def run_process(run: PlannedRun, command: str, seconds: float) -> bool:
+    """
+    Trains one run in a process of its own, so that its peak memory is its own, for so many seconds at most.
+
+    Returns:
+        Whether it went well; a run whose time is over has, and continues from its last checkpoint another time.
+    """
+    process = get_context("spawn").Process(target=run_program, args=(partial(train, run, command),))
+    process.start()
+    try:
+        process.join(None if math.isinf(seconds) else seconds)
+    finally:
+        stopped = process.is_alive()
+        if stopped:
+            process.terminate()
+            process.join()
+    return stopped or process.exitcode == 0
+
+
+def train_all(planned: list[PlannedRun], entries: list[dict], command: str, hours: float) -> list[PlannedRun]:
+    """Trains what is not finished yet until the hours are over; returns the runs that failed."""
+    deadline = time.monotonic() + 3600 * hours
+    failed = []
+    for number, (run, entry) in enumerate(zip(planned, entries, strict=True), start=1):
+        left = deadline - time.monotonic()
+        what = "finished" if run.finished else "trains" if left > 0 else "no time left"
+        print(f"{number}/{len(planned)} {run.folder.name}: {what}", flush=True)
+        if run.finished or left <= 0:
+            continue
+        write_whole(run.folder / ENTRY, json.dumps(entry, indent=2) + "\n")
+        if not run_process(run, command, left):
+            failed.append(run)
+    return failed
+
+
+def compare(args: argparse.Namespace, more_flags: list[str], argv: list[str]) -> list[Path]:
+    """
+    Trains what is to be trained, and writes the table and the picture.
+
+    Args:
+        args: the flags of `aft compare`.
+        more_flags: those that go to every run.
+        argv: all of them as they were written.
+
+    Returns:
+        The files it wrote.
+
+    Raises:
+        ValueError: the plan or a run's arguments are wrong, or a finished run does not belong to the plan.
+        FailedRuns: runs failed; the table of the others is written all the same.
+    """
+    plan = args.plan
+    planned = plan_runs(plan, args.runs_dir, args.seeds or plan.seeds, more_flags)
+    entries = describe_entries(planned, whole=not args.table_only)
+    check_folders(planned, entries)
+    failed = []
+    if not args.table_only:
+        chosen = [index for index, run in enumerate(planned) if run.name in (args.only or plan.runs)]
+        command = shlex.join(["aft", "compare", *argv])
+        failed = train_all([planned[i] for i in chosen], [entries[i] for i in chosen], command, args.max_hours)
+    folders = {name: [run.folder for run in planned if run.name == name and run.finished] for name in plan.runs}
+    check_seeds(folders)
+    written = []
+    if any(folders.values()):
+        stem = (args.output_dir or args.runs_dir / plan.name) / f"compare-{plan.name}"
+        written = write_table(stem, folders, plan.reference, args.seconds or plan.seconds)
+    elif args.table_only:
+        raise ValueError(f"--table_only needs finished runs of the plan, and {args.runs_dir / plan.name} has none")
+    for path in written:
+        print(f"wrote {path}")
+    if failed:
+        raise FailedRuns("these runs failed, see above: " + ", ".join(run.folder.name for run in failed))
+    return written

@@ -1,0 +1,107 @@
+# Copyright 2026 The modeling_aft authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""The edge between a program and whoever starts it: text that every terminal can print, and errors in one line."""
+
+import contextlib
+import logging
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+
+# What its user or the machine can do wrong. All else is a mistake of the program, and its traceback is shown.
+MISTAKES = (ValueError, OSError, ArithmeticError, MemoryError)
+# What libraries say that is no news to anybody, by their loggers: of each other when they are imported, and of a
+# head that is tied to the embedding and so is in no file.
+NOISE = {
+    "torchao": "Failed to load",
+    "torch.utils._pytree": "Enum subclass",
+    "accelerate.utils.other": r"Removed shared tensor \{'lm_head.weight'\}",
+    "transformers.trainer": r"missing keys in the checkpoint model loaded: \['lm_head.weight'\]",
+    "transformers.trainer_utils": "The tokenizer has new PAD/BOS/EOS tokens",
+}
+CAN_FAIL = ("strict", "surrogateescape", "surrogatepass")  # error handlers of a stream that do not know every text
+
+
+@contextlib.contextmanager
+def any_text() -> Iterator[None]:
+    """
+    Lets stdout and stderr print any text: a character that their encoding lacks is printed as its number, `\\u4e2d`,
+    and raises no UnicodeEncodeError. For a `with` block, or as a decorator: `@any_text()` above `main`.
+    """
+    streams = [stream for stream in (sys.stdout, sys.stderr) if hasattr(stream, "reconfigure")]  # no StringIO has it
+    changed = [(stream, stream.errors) for stream in streams if stream.errors in CAN_FAIL]
+    for stream, _ in changed:
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        for stream, errors in changed:
+            with contextlib.suppress(OSError, ValueError):  # full, or closed: what was printed is not lost by this
+                stream.reconfigure(errors=errors)
+
+
+def program() -> str:
+    """How to start `aft` from here: by its name if the shell finds it, else by its path."""
+    if shutil.which("aft"):
+        return "aft"
+    path = Path(sys.executable).with_name("aft")
+    if not path.is_file():
+        return f"{sys.executable} -m aft"
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error in one line; the name of its class if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether this is how torch says that a device has no more memory."""
+    return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def run_program(main: Callable[[], object]) -> None:
+    """
+    Calls a program's `main` from its command line. A mistake of its user or of the machine ends the process with one
+    line on stderr and status 1, Ctrl-C with 130; `python -X dev` shows the traceback. Whoever calls `main` from Python
+    gets its exceptions.
+
+    Raises:
+        SystemExit: with the status, if it is not 0.
+    """
+    for name, text in NOISE.items():
+        logging.getLogger(name).addFilter(lambda record, text=text: not re.search(text, record.getMessage()))
+    message, status = None, 0
+    try:
+        with any_text():
+            main()
+            print(end="", flush=True)  # a full disk or a closed pipe shows here, not while Python ends
+    except KeyboardInterrupt:
+        message, status = "interrupted", 130
+    except SystemExit as ending:  # of argparse, which has printed why
+        status = ending.code
+    except Exception as error:
+        if sys.flags.dev_mode or not (isinstance(error, MISTAKES) or is_out_of_memory(error)):
+            raise
+        message, status = f"error: {one_line(error)}", 1
+    try:
+        print(end="", flush=True)
+    except (OSError, ValueError):  # nobody reads what is left: Python would complain once more when it ends
+        if not sys.stdout.closed:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = status or 1
+    if message is not None:
+        with contextlib.suppress(OSError, ValueError), any_text():
+            print(message, file=sys.stderr, flush=True)
+    if status:
+        sys.exit(status)

@@ -1,0 +1,117 @@
+# Copyright 2026 The modeling_aft authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""The flags of `aft finetune`, as far as they can be read without transformers."""
+
+import argparse
+import ast
+from dataclasses import dataclass, fields
+from importlib.util import find_spec
+from pathlib import Path
+
+from aft.flags import FlagParser, check_model_name, flag, like_path
+
+
+@dataclass
+class InputArguments:
+    _argument_group_name = "model and data"
+
+    model: str | None = flag(None, "Folder of a saved model, or its name on the Hub.")
+    trust_remote_code: bool = flag(False, "Run the code that comes with a model of an unknown type.")
+    text_file: str | None = flag(None, "File to train a language model on; .zip and .gz are unpacked.")
+    labelled_file: str | None = flag(None, "Table (.csv, .jsonl) of texts and labels to train a classifier on.")
+    validation_file: str | None = flag(None, "File of the same kind to evaluate on, in place of a held-out share.")
+    validation_share: float = flag(0.1, "Share of the data that is held out without validation_file.")
+    split_seed: int = flag(0, "Seed of which rows of a table are held out.")
+    predict_file: str | None = flag(None, "Table of texts, with or without labels, to classify at the end.")
+    text_column: str = flag("text", "Column of the texts.")
+    label_column: str = flag("label", "Column of the labels.")
+    max_length: int | None = flag(
+        None,
+        "Tokens of a window, or at most of a row; None is max_position_embeddings, for rows only if it is a limit.",
+    )
+    truncation: str = flag("none", "Of rows that are too long: none (an error), right (drop the end) or left.")
+    cache_dir: str | None = flag(None, "Folder for what `evaluate` writes; None is its default. No table goes there.")
+
+
+@dataclass
+class FinetuningDefaults:
+    """What this program adds to the flags of `transformers.TrainingArguments`, and where its defaults are others."""
+
+    _argument_group_name = "training"
+
+    output_dir: str = flag("runs/finetuning", "Folder of the results.")
+    eval_strategy: str = flag("epoch", "When to evaluate: no, steps or epoch.")
+    save_strategy: str = flag("epoch", "When to save a checkpoint: no, steps, epoch or best.")
+    save_total_limit: int | None = flag(2, "How many checkpoints to keep; the best is always among them.")
+    load_best_model_at_end: bool = flag(True, "End with the best checkpoint instead of the last one.")
+    restore_callback_states_from_checkpoint: bool = flag(True, "Resume with the patience that was left.")
+    resume_from_checkpoint: str | None = flag(
+        None, "true (newest checkpoint of output_dir), auto (the same if there is one, else start) or its path."
+    )
+    logging_nan_inf_filter: bool = flag(False, "Must be false: a loss that is no number ends the run.")
+    early_stopping_patience: int | None = flag(None, "Stop after so many evaluations in a row that are no better.")
+    early_stopping_threshold: float = flag(0.0, "By how much an evaluation must be better to count.")
+
+
+def names_of_training_arguments() -> list[str]:
+    """The fields of `transformers.TrainingArguments`, read from its source: to import it takes seconds."""
+    source = Path(find_spec("transformers").origin).parent / "training_args.py"
+    classes = (node for node in ast.parse(source.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef))
+    body = next(node.body for node in classes if node.name == "TrainingArguments")
+    names = [node.target.id for node in body if isinstance(node, ast.AnnAssign)]
+    return [name for name in names if not name.startswith("_")]
+
+
+def input_problems(inputs: InputArguments) -> list[str]:
+    """What is wrong with the flags of the model and the data by themselves."""
+    problems = []
+
+    def check(ok: bool, name: str, allowed: str):
+        if not ok:
+            problems.append(f"--{name} must be {allowed}, got {getattr(inputs, name)!r}")
+
+    text_mode = inputs.text_file is not None
+    check(bool(inputs.model), "model", "given")
+    check(text_mode or inputs.labelled_file is not None, "text_file", "given, or else --labelled_file")
+    check(not text_mode or inputs.labelled_file is None, "labelled_file", "left out with --text_file")
+    check(not text_mode or inputs.predict_file is None, "predict_file", "left out with --text_file")
+    for name in ("text_file", "labelled_file", "validation_file", "predict_file"):
+        path = getattr(inputs, name)
+        if path is not None and not Path(path).is_file():
+            problems.append(f"--{name} must be a file, got {path!r}{like_path(Path(path))}")
+    check(inputs.cache_dir != "", "cache_dir", "a path")
+    check(0 <= inputs.split_seed < 2**32, "split_seed", "in [0, 2**32)")
+    check(inputs.label_column != inputs.text_column, "label_column", "another column than --text_column")
+    check(0 < inputs.validation_share < 1, "validation_share", "in (0, 1)")
+    check(inputs.max_length is None or inputs.max_length >= 2, "max_length", "at least 2")
+    check(inputs.truncation in ("none", "right", "left"), "truncation", "none, right or left")
+    if inputs.model:
+        try:
+            check_model_name(inputs.model)
+        except ValueError as error:
+            problems.append(str(error))
+    return problems
+
+
+def read_flags(argv: list[str], description: str = "") -> InputArguments:
+    """
+    The flags of the model and the data, after a look at the names of all others.
+
+    Raises:
+        ValueError: a flag is unknown.
+    """
+    parser = FlagParser("finetune", description, (InputArguments, FinetuningDefaults))
+    ours = {action.dest for action in parser._actions}
+    more = parser.add_argument_group("training, as in transformers.TrainingArguments")
+    for name in names_of_training_arguments():
+        if name not in ours:
+            more.add_argument(f"--{name}", *[f"--{name.replace('_', '-')}"] * ("_" in name), nargs="*", metavar="X")
+            more.add_argument(f"--no_{name}", f"--no-{name.replace('_', '-')}", nargs="?", help=argparse.SUPPRESS)
+    found = parser.parse_args(argv)
+    return InputArguments(**{entry.name: getattr(found, entry.name) for entry in fields(InputArguments)})

@@ -1,0 +1,158 @@
+# Copyright 2026 The modeling_aft authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""What every command line has in common: flags from dataclasses, names of presets and models, and what a user who
+mistyped one may have meant. Nothing here loads torch."""
+
+import argparse
+import difflib
+import re
+import types
+from collections.abc import Iterable
+from dataclasses import MISSING, field, fields
+from pathlib import Path
+
+
+# Beside this package in a wheel, and at the top of the repository in a clone.
+CONFIGURATION = next(
+    folder
+    for folder in (
+        Path(__file__).resolve().parent / "configuration",
+        Path(__file__).resolve().parents[2] / "configuration",
+    )
+    if folder.is_dir()
+)
+DTYPES = ("float32", "bfloat16", "float16")  # that weights may be loaded in
+TRUST_HELP = "run the code that comes with a model of a type that is not installed"
+HUB_NAME = r"(\w[\w.-]*/)?\w[\w.-]*"
+TRUTH = {
+    text: value for value, texts in ((True, "yes true t y 1"), (False, "no false f n 0")) for text in texts.split()
+}
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of an error message: the known name that is most like this one, if there is one that is like it."""
+    found = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def like_path(path: Path) -> str:
+    """The same for a path that is not there: what lies beside it under a similar name."""
+    try:
+        names = [entry.name for entry in path.parent.iterdir()]
+    except OSError:
+        return ""
+    found = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {path.parent / found[0]}?" if found else ""
+
+
+def flag(default, text: str, *aliases: str):
+    """A dataclass field with the help text of its flag, and other names of it."""
+    return field(default=default, metadata={"help": text.replace("%", "%%"), "aliases": aliases})
+
+
+def truth(text: str) -> bool:
+    """
+    What a yes or no means.
+
+    Raises:
+        argparse.ArgumentTypeError: it is neither.
+    """
+    if text.lower() not in TRUTH:
+        raise argparse.ArgumentTypeError(f"must be true or false, got {text!r}")
+    return TRUTH[text.lower()]
+
+
+class FlagParser(argparse.ArgumentParser):
+    """
+    A parser that raises a ValueError for a wrong command line, with the flag that may have been meant, and whose flags
+    may be abbreviated by nobody.
+
+    Args:
+        command (`str`): that of `aft`, for the usage.
+        description (`str`): as it is printed.
+        groups: dataclasses, each field of which becomes a flag of its type: `bool`, `list[str]`, or another, maybe
+            with None. A flag may be written with dashes, and one of a `bool` without a value.
+    """
+
+    def __init__(self, command: str, description: str, groups: tuple[type, ...] = ()):
+        super().__init__(
+            prog=f"aft {command}",
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        for group in groups:
+            self.add_fields(group)
+
+    def add_fields(self, group: type) -> None:
+        target = self.add_argument_group(group._argument_group_name)
+        for entry in fields(group):
+            names = [f"--{entry.name}", *entry.metadata.get("aliases", ())]
+            names += [f"--{entry.name.replace('_', '-')}"] if "_" in entry.name else []
+            kind = entry.type
+            if isinstance(kind, types.UnionType):
+                [kind] = [one for one in kind.__args__ if one is not types.NoneType]
+            default = entry.default if entry.default is not MISSING else entry.default_factory()
+            options = {
+                "dest": entry.name,
+                "default": default,
+                "help": f"{entry.metadata['help']} (default: %(default)s)",
+            }
+            if kind is bool:
+                options |= {"type": truth, "nargs": "?", "const": True}
+            elif kind == list[str]:
+                options |= {"nargs": "+"}
+            else:
+                options |= {"type": kind}
+            target.add_argument(*names, metavar=entry.name.upper(), **options)
+
+    def error(self, message: str):
+        unknown = re.search("unrecognized arguments: (.*)", message)
+        known = [name for action in self._actions for name in action.option_strings]
+        for word in unknown[1].split() if unknown else ():
+            if word.startswith("-"):
+                message += did_you_mean(word.partition("=")[0], known)
+                break
+        raise ValueError(f"{self.prog}: {message}")
+
+
+def find_preset(name: str, kind: str, flag_name: str) -> str:
+    """
+    The path of a preset: of a file, or of one of those in `configuration/`, by its name without the suffix.
+
+    Raises:
+        ValueError: there is none; begins with the flag.
+    """
+    if Path(name).is_file() or Path(name).name != name or Path(name).suffix:
+        return name
+    presets = {path.stem: path for path in (CONFIGURATION / kind).iterdir()}
+    if name not in presets:
+        known = ", ".join(sorted(presets))
+        raise ValueError(f"{flag_name} {name}: no such file or preset{did_you_mean(name, presets)}; presets: {known}")
+    return str(presets[name])
+
+
+def check_model_name(name: str | Path, flag_name: str = "--model", hub: bool = True) -> None:
+    """
+    Checks that a name is that of a folder with a saved model, or, if `hub`, may be one on the Hub: `owner/name` where
+    there is no folder `owner`, or a single word.
+
+    Raises:
+        ValueError: it is neither; begins with the flag.
+    """
+    path = Path(name)
+    if path.is_dir() and str(name):
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{flag_name} {name}: must be a folder with a saved model, and has no config.json")
+    elif path.exists():
+        raise ValueError(f"{flag_name} {name}: must be a folder with a saved model, got a file")
+    elif (
+        not hub or not re.fullmatch(HUB_NAME, str(name), re.ASCII) or (path.parent != Path() and path.parent.is_dir())
+    ):
+        raise ValueError(f"{flag_name} {name}: no such folder{like_path(path)}")

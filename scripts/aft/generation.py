@@ -1,0 +1,121 @@
+# Copyright 2026 The modeling_aft authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""Continues a prompt with a byte-level model, and prints the text while it is made: what `aft generate` does."""
+
+import argparse
+import codecs
+import os
+import sys
+from typing import TextIO
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers.generation.streamers import BaseStreamer
+
+from aft.atomic_files import write_whole
+from aft.model_configs import has_length_limit
+from aft.saved_models import load, load_config, load_model
+
+
+class ByteStreamer(BaseStreamer):
+    """Writes bytes as text as soon as they are whole characters; what is not UTF-8 becomes U+FFFD."""
+
+    def __init__(self, output: TextIO):
+        self.output = output
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def put(self, value: torch.Tensor) -> None:
+        """Takes the token ids of the prompt or of the next byte, of any shape with one sequence."""
+        self.output.write(self.decoder.decode(bytes(value.flatten().tolist())))
+        self.output.flush()
+
+    def end(self) -> None:
+        self.output.write(self.decoder.decode(b"", final=True) + "\n")
+        self.output.flush()
+
+
+def is_device(name: str) -> bool:
+    """Whether torch finds a device of this name."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):  # the latter of a build without CUDA
+        return False
+    return True
+
+
+def read_prompt(args: argparse.Namespace) -> bytes:
+    """
+    The bytes to continue: those of an argument and a pipe, too, are what they were before Python made text of them.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if args.prompt_file is not None:
+        prompt = args.prompt_file.read_bytes()
+    elif args.prompt is not None:
+        prompt = os.fsencode(args.prompt)
+    else:
+        prompt = getattr(sys.stdin, "buffer", sys.stdin).read()
+        prompt = (prompt if isinstance(prompt, bytes) else os.fsencode(prompt)).rstrip(b"\r\n")
+    if not prompt:
+        raise ValueError("aft generate: the prompt must have at least one byte")
+    return prompt
+
+
+def check_tokenizer(tokenizer, name: str) -> None:
+    """
+    Checks that the ids of a tokenizer are bytes.
+
+    Raises:
+        ValueError: it has other tokens.
+    """
+    if tokenizer.vocab_size != 256 or tokenizer("a\u00e9").input_ids != [97, 195, 169]:
+        raise ValueError(f"--model {name}: must have a tokenizer of 256 bytes, got {tokenizer.vocab_size} tokens")
+
+
+def generate(args: argparse.Namespace) -> None:
+    """
+    Continues a prompt with the flags of `aft generate`.
+
+    Raises:
+        ValueError: the device is not there, the prompt empty or too long, or the model not one of bytes, whole and
+            finite.
+    """
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not is_device(device):
+        raise ValueError(f"aft generate: --device must be a device that is here, got {device!r}")
+    transformers.utils.logging.disable_progress_bar()
+    prompt = read_prompt(args)
+    trust = {"trust_remote_code": args.trust_remote_code}
+    config = load_config(args.model, **trust)
+    check_tokenizer(load(AutoTokenizer, args.model, **trust), args.model)
+    max_new_tokens = args.max_new_tokens or 500
+    if has_length_limit(config):
+        limit, length = config.max_position_embeddings, len(prompt)
+        max_new_tokens = args.max_new_tokens or min(max_new_tokens, limit - length)
+        if not 1 <= max_new_tokens <= limit - length:
+            raise ValueError(
+                f"--max_new_tokens {max_new_tokens} after a prompt of {length} bytes: together at most the "
+                f"max_position_embeddings of the model, {limit}"
+            )
+    model, _ = load_model(AutoModelForCausalLM, args.model, dtype=getattr(torch, args.dtype), **trust)
+    set_seed(args.seed)
+    sampling = {"do_sample": True, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    ids = torch.tensor([list(prompt)], device=device)
+    made = model.to(device).generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        streamer=ByteStreamer(sys.stdout),
+        max_new_tokens=max_new_tokens,
+        repetition_penalty=args.repetition_penalty,
+        **({"do_sample": False, "temperature": None, "top_k": None, "top_p": None} if args.greedy else sampling),
+    )
+    if args.output_file is not None:
+        write_whole(args.output_file.resolve(), bytes(made[0].tolist()))

@@ -1,0 +1,81 @@
+# Copyright 2026 The modeling_aft authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""What a run needs at least, before any of it is allocated: sizes that no device has are refused, and not tried."""
+
+import copy
+
+import psutil
+import torch
+from accelerate.utils import parse_flag_from_env
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+
+def device_memory() -> int:
+    """The bytes of memory of the device that Accelerator will choose."""
+    if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return psutil.virtual_memory().total
+
+
+def training_bytes(config: PreTrainedConfig) -> int | None:
+    """
+    The bytes of what is trained: float32 weights, gradients, and an average of them (AdamW has two); of other weights
+    and buffers, the weights alone. None if the model cannot be made without memory.
+
+    Raises:
+        ValueError: a single tensor has more elements than can be counted.
+    """
+
+    def count(config: PreTrainedConfig) -> int:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        return sum(
+            tensor.numel() * (12 if tensor.requires_grad else 4) for tensor in (*model.parameters(), *model.buffers())
+        )
+
+    def with_layers(number: int) -> PreTrainedConfig:
+        changed = copy.deepcopy(config)
+        changed.num_hidden_layers = number
+        return changed
+
+    try:
+        layers = getattr(config, "num_hidden_layers", 1)
+        if layers < 1000:
+            return count(config)
+        one, two = (count(with_layers(number)) for number in (1, 2))  # even to make so many layers takes long
+        return one + (two - one) * (layers - 1)
+    except Exception as error:  # of a library's model, which a device may well have room for
+        if "overflow" in str(error).lower() or isinstance(error, OverflowError):
+            raise ValueError("a tensor of it has too many elements") from error
+        return None
+
+
+def check_memory(args, config: PreTrainedConfig, num_processes: int) -> list[str]:
+    """
+    What cannot fit into the memory of a device, in words.
+
+    Args:
+        args: the flags of `aft pretrain`, checked and completed.
+    """
+    memory, problems = device_memory(), []
+
+    def check(needed: int, what: str):
+        if needed > memory:
+            problems.append(f"{what}: needs more than {needed:,} bytes of memory, the device has {memory:,}")
+
+    try:
+        check((training_bytes(config) or 0) // num_processes, f"--model_preset {args.model_preset}")
+    except ValueError as error:
+        problems.append(f"--model_preset {args.model_preset}: {error}")
+    of_window = args.sequence_length * config.vocab_size * 4  # its logits
+    for name in ("micro_batch_size", "eval_batch_size"):
+        windows = getattr(args, name)
+        check(windows * of_window, f"--{name} {windows} with --sequence_length {args.sequence_length}")
+    check(args.sample_bytes * 8, f"--sample_bytes {args.sample_bytes}")
+    return problems

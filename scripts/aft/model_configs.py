@@ -1,0 +1,79 @@
+# Copyright 2026 The modeling_aft authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""The configuration of a model to train: from a preset and changes of it, and what it allows."""
+
+import argparse
+import json
+import math
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from aft.console import one_line
+from aft.settings_files import read_json
+
+
+MOST_LAYERS = 1_000_000  # to make a configuration of more takes memory
+
+
+def build_config(args: argparse.Namespace) -> PreTrainedConfig:
+    """
+    The model configuration of `args.model_preset`, with the fields of `args.model_override` changed.
+
+    Raises:
+        ValueError: the file is not a model configuration, or a field or its value is not allowed.
+    """
+    name = f"--model_preset {args.model_preset}"
+    values = read_json(args.model_preset, "--model_preset")
+    if "model_type" not in values:
+        raise ValueError(f"{name}: must be a JSON object with a model_type")
+    config = make_config(values, name)
+    overrides = {}
+    for item in args.model_override:
+        key, equals, text = item.partition("=")
+        if not equals or key == "model_type" or not hasattr(config, key):
+            raise ValueError(f"--model_override {item!r}: must be key=value with a field of {type(config).__name__}")
+        if key in overrides:
+            raise ValueError(f"--model_override {item!r}: {key} stands there twice")
+        try:
+            overrides[key] = json.loads(text)
+        except (ValueError, RecursionError):
+            overrides[key] = text  # a bare word is a string
+    config = make_config({**values, **overrides}, f"{name} with --model_override" if overrides else name)
+    if config.vocab_size < 256:
+        raise ValueError(f"vocab_size must be at least 256 for a model of bytes, got {config.vocab_size}")
+    return config
+
+
+def make_config(values: dict, name: str) -> PreTrainedConfig:
+    """The configuration of these fields; a ValueError that begins with `name` if one of them is not allowed."""
+
+    def find_infinite(value) -> bool:
+        if isinstance(value, (dict, list)):
+            return any(map(find_infinite, value.values() if isinstance(value, dict) else value))
+        return isinstance(value, float) and not math.isfinite(value)
+
+    if wrong := [field for field, value in values.items() if find_infinite(value)]:
+        raise ValueError(f"{name}: must have finite numbers, got {', '.join(f'{key}={values[key]}' for key in wrong)}")
+    layers = values.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        raise ValueError(f"{name}: num_hidden_layers must be at most {MOST_LAYERS}, got {layers}")
+    try:
+        return AutoConfig.for_model(**values)
+    except Exception as error:  # the configuration's own checks, and those of its strict dataclass
+        raise ValueError(f"{name}: {one_line(error)}") from error
+
+
+def has_fixed_state(config: PreTrainedConfig) -> bool:
+    """Whether each layer of the model keeps what it has read in AFT's state of fixed size."""
+    return set(getattr(config, "layer_types", None) or ()) == {"aft_state"}
+
+
+def has_length_limit(config: PreTrainedConfig) -> bool:
+    """Whether the model has tables that end at `max_position_embeddings`: a config may say so, else they do."""
+    return getattr(config, "has_position_table", hasattr(config, "max_position_embeddings"))

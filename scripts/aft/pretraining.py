@@ -1,0 +1,514 @@
+# Copyright 2026 The modeling_aft authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""A run of `aft pretrain`: set up in its folder, trained, and finished with a score and a saved model."""
+
+import argparse
+import contextlib
+import copy
+import importlib.metadata
+import math
+import platform
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env, set_seed
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, DynamicCache
+
+import modeling_aft  # noqa: F401  (registers the model types)
+from aft.atomic_files import write_whole
+from aft.bits_per_byte import evaluate_bits_per_byte, load_metric
+from aft.byte_data import (
+    ENWIK8,
+    ByteData,
+    TrainingWindows,
+    differences,
+    file_bytes,
+    known_file_bytes,
+    pydoc_bytes,
+)
+from aft.carried_state import CarriedState
+from aft.checkpointing import (
+    abandon,
+    complete_checkpoints,
+    find_checkpoint,
+    load_checkpoint,
+    prune,
+    read_state,
+    save_checkpoint,
+)
+from aft.console import program
+from aft.folder_lock import locked
+from aft.model_configs import has_length_limit
+from aft.optimization import all_finite, create_optimizers, learning_rate, set_learning_rate
+from aft.pretraining_arguments import (
+    MAY_DIFFER_ON_RESUME,
+    check_arguments,
+    evaluation_protocol,
+    parse_arguments,
+    prompt_bytes,
+    public_flags,
+    public_value,
+)
+from aft.redaction import public_path, readable
+from aft.run_folder import check_output, clear_output, save_model
+from aft.run_log import HUB_DATASETS, RunLog, fill_model_card, plot_training_curve, read_log, today
+
+
+VERSIONS = ("torch", "transformers", "accelerate", "datasets", "evaluate", "tokenizers")
+
+
+def load_data(args) -> tuple[str, ByteData]:
+    """The name of the data and its memory-mapped bytes."""
+    known = None
+    if args.dataset == "enwik8":
+        content, known = known_file_bytes(ENWIK8, args.dataset_path, args.dataset_url, args.cache_dir), ENWIK8
+    elif args.dataset == "file":
+        content = file_bytes(args.dataset_path)
+        known = None if any(differences(ENWIK8, content)) else ENWIK8
+    else:
+        content = pydoc_bytes()
+    data = ByteData.from_bytes(content, args.cache_dir)
+    data.known = known
+    if known is not None:
+        return known.name, data
+    if args.dataset == "file":
+        return readable(Path(args.dataset_path).name), data
+    return f"pydoc topics of Python {platform.python_version()}", data
+
+
+def seed_step(seed: int, step: int, process: int) -> None:
+    """Seeds torch (dropout) for one step of one process."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, process]).generate_state(1, np.uint64)[0]))
+
+
+def first_rows(accelerator: Accelerator, args) -> range:
+    """With which rows of the global batch the micro-batches of this process begin."""
+    size = args.micro_batch_size
+    return range(accelerator.process_index * size, args.batch_size, accelerator.num_processes * size)
+
+
+def summed_nats(
+    model,
+    accelerator: Accelerator,
+    windows: TrainingWindows,
+    step: int,
+    first_row: int,
+    args,
+    cache: DynamicCache | None = None,
+):
+    """
+    The summed nats, a scalar tensor, of one micro-batch: of the rows of the batch of `step` from `first_row` on. They
+    go on from a cache, if there is one, which is updated.
+    """
+    batch = windows.batch(step, range(first_row, first_row + args.micro_batch_size))
+    inputs, labels = (torch.from_numpy(array).to(accelerator.device) for array in batch)  # [micro batch, T]
+    past = {"use_cache": False} if cache is None else {"cache": cache}
+    logits = model(input_ids=inputs, **past).logits
+    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum")
+
+
+def train_step(
+    model,
+    optimizers,
+    accelerator: Accelerator,
+    windows: TrainingWindows,
+    step: int,
+    args,
+    carried: CarriedState | None = None,
+) -> torch.Tensor:
+    """One optimizer step on the global batch of `step`; returns the summed nats of this process's windows."""
+    seed_step(args.seed, step, accelerator.process_index)
+    set_learning_rate(optimizers, learning_rate(step, args))
+    nats = torch.zeros((), device=accelerator.device)
+    rows = first_rows(accelerator, args)
+    for first_row in rows:
+        cache = None if carried is None else carried.before(step, first_row)
+        with contextlib.nullcontext() if first_row == rows[-1] else accelerator.no_sync(model):
+            loss = summed_nats(model, accelerator, windows, step, first_row, args, cache)
+            # Gradients are averaged over processes, so this makes them those of the mean over the global batch.
+            accelerator.backward(loss * accelerator.num_processes / (args.batch_size * args.sequence_length))
+        nats += loss.detach()
+        if carried is not None:
+            carried.keep(first_row, cache)
+    if args.max_grad_norm > 0:
+        accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return nats
+
+
+def sample_text(model, args) -> str:
+    """The prompt and a sampled continuation of it, with U+FFFD for bytes that are not UTF-8."""
+    prompt = list(prompt_bytes(args.sample_prompt))
+    num_bytes = args.sample_bytes
+    if has_length_limit(model.config):
+        num_bytes = min(num_bytes, model.config.max_position_embeddings - len(prompt))
+    was_training = model.training
+    model.eval()
+    torch.manual_seed(args.seed)
+    ids = model.generate(torch.tensor([prompt], device=model.device), max_new_tokens=num_bytes)[0].tolist()
+    model.train(was_training)
+    return bytes(token % 256 for token in ids).decode("utf-8", errors="replace")
+
+
+def describe_run(args, accelerator: Accelerator, model, name: str, data: ByteData, windows: TrainingWindows) -> dict:
+    """Every quantity that follows from the arguments, for the log and the terminal."""
+    device = accelerator.device
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {device.type}"
+    return {
+        "model": f"{model.config.model_type}, {type(model).__name__}",
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "data": name,
+        "data_sha256": data.sha256,
+        "hub_dataset": HUB_DATASETS.get(data.known.name) if data.known else None,
+        **{f"{split}_bytes": stop - start for split, (start, stop) in data.splits.items()},
+        "windows_per_epoch": windows.windows_per_epoch,
+        "epochs": round(args.max_steps * args.batch_size / windows.windows_per_epoch, 3),
+        "steps": args.max_steps,
+        "tokens_per_step": args.batch_size * args.sequence_length,
+        "micro_batches_per_step": args.batch_size // (args.micro_batch_size * accelerator.num_processes),
+        "num_processes": accelerator.num_processes,
+        "hardware": hardware if device.type == "cuda" else f"{hardware}, {torch.get_num_threads()} threads",
+        "precision": accelerator.mixed_precision if accelerator.mixed_precision != "no" else "float32",
+    }
+
+
+@dataclass
+class Run:
+    """A run that is set up: `train` goes from `state["step"]` to the end, `finish` scores and saves the model."""
+
+    args: argparse.Namespace
+    accelerator: Accelerator
+    model: torch.nn.Module
+    optimizers: list[torch.optim.Optimizer]
+    data: ByteData
+    windows: TrainingWindows
+    carried: CarriedState | None  # with --carry_state
+    log: RunLog
+    folder: Path
+    state: dict  # of the last checkpoint
+    identity: dict  # what decides the weights
+
+    def report(self, text: str) -> None:
+        """Prints above the progress bar, once."""
+        if self.accelerator.is_main_process:
+            tqdm.write(text)
+
+    def check(self, ok: bool, what: str, step: int) -> None:
+        """Ends a run that has diverged, and names the checkpoint that is left."""
+        if not ok:
+            found = complete_checkpoints(self.folder / "checkpoints")
+            left = f"the last checkpoint before is {found[-1]}" if found else "there is no checkpoint before"
+            raise FloatingPointError(f"{what} at step {step}: the run has diverged, lower --learning_rate; {left}")
+
+    def evaluate(self, split: str, step: int, max_bytes: int = 0) -> dict:
+        """Scores a split, or its first `max_bytes`, and logs the result."""
+        start, stop = self.data.splits[split]
+        try:
+            result = evaluate_bits_per_byte(
+                self.model,
+                self.data.read,
+                self.accelerator,
+                start,
+                min(start + max_bytes, stop) if max_bytes else stop,
+                evaluation_protocol(self.args),
+                self.args.eval_batch_size,
+            )
+            if not math.isfinite(result["bits_per_byte"]):
+                raise FloatingPointError(f"the score is {result['bits_per_byte']} bits per byte")
+        except FloatingPointError as error:
+            if self.accelerator.is_main_process:
+                abandon(self.folder / "checkpoints", step - 1)  # with the one of this step, if it was saved
+            self.accelerator.wait_for_everyone()
+            self.check(False, f"{error} on {split}", step)
+        self.log.write("evaluation", split=split, step=step, **result)
+        self.report(f"step {step}: {split} {result['bits_per_byte']:.4f} bits per byte")
+        return result
+
+    def sample(self, step: int) -> None:
+        """Logs and prints a sample of text; a sharded model has none, because it cannot generate on one process."""
+        if self.accelerator.is_main_process and self.accelerator.distributed_type != DistributedType.FSDP:
+            text = sample_text(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), self.args)
+            self.log.write("sample", step=step, text=text)
+            self.report(f"--- sample at step {step}\n{text}\n---")
+
+    def is_due(self, name: str, step: int) -> bool:
+        """Whether what happens each `--{name}_every` steps, and after the last one, happens after this step."""
+        every = getattr(self.args, f"{name}_every")
+        return step == self.args.max_steps or (every > 0 and step % every == 0)
+
+    def measure(self, step: int) -> None:
+        """Evaluates and samples if it is time, after the checkpoint of the step: whatever fails here loses none."""
+        if self.is_due("eval", step):
+            self.evaluate("valid", step, self.args.eval_bytes)
+        if self.args.sample_bytes and step < self.args.max_steps and self.is_due("sample", step):
+            self.sample(step)  # the last sample is made of the saved model
+
+    @torch.no_grad()
+    def is_sound(self, step: int) -> bool:
+        """Whether all numbers of the model and its optimizers are finite, and its loss on a micro-batch to come is."""
+        self.model.eval()
+        first_row = first_rows(self.accelerator, self.args)[0]
+        # A copy: the forward pass updates the cache.
+        cache = None if self.carried is None else copy.deepcopy(self.carried.before(step, first_row))
+        nats = summed_nats(self.model, self.accelerator, self.windows, step, first_row, self.args, cache)
+        self.model.train()
+        sound = all_finite(self.model, self.optimizers) and math.isfinite(nats.item())
+        return self.accelerator.reduce(torch.tensor(float(not sound), device=nats.device), "sum").item() == 0
+
+    def save(self, step: int) -> None:
+        """Saves a checkpoint, whose model is yet to be measured."""
+        self.check(self.is_sound(step), "weights or loss are not finite", step)
+        self.log.sync()
+        self.state |= {
+            "step": step,
+            "log_lines": self.log.num_lines,
+            "identity": self.identity,
+            "measured": False,
+        }
+        save_checkpoint(self.accelerator, self.folder / "checkpoints", self.state)
+
+    def prune(self) -> None:
+        """Removes old checkpoints; the model of the newest has proved good."""
+        if self.accelerator.is_main_process:
+            prune(self.folder / "checkpoints", self.args.keep_checkpoints)
+
+    def train(self) -> None:
+        """Trains, and saves, evaluates and samples on the way."""
+        args, state = self.args, self.state
+        if not state.get("measured", True):  # the run that saved this checkpoint may have ended before
+            self.measure(state["step"])
+        self.model.train()
+        with tqdm(
+            total=args.max_steps,
+            initial=state["step"],
+            unit="step",
+            disable=not self.accelerator.is_main_process,
+        ) as progress:
+            nats, tokens, started = 0.0, 0, time.perf_counter()
+            for step in range(state["step"], args.max_steps):
+                nats += train_step(
+                    self.model, self.optimizers, self.accelerator, self.windows, step, args, self.carried
+                )
+                tokens += args.batch_size * args.sequence_length
+                done = step + 1
+                progress.update()
+                # A line also stands before everything that is no training, so that no measured time includes it.
+                if not any(self.is_due(name, done) for name in ("log", "eval", "sample", "save")):
+                    continue
+                bits_per_byte = self.accelerator.reduce(nats, reduction="sum").item() / (math.log(2) * tokens)
+                seconds = time.perf_counter() - started
+                self.check(math.isfinite(bits_per_byte), f"the loss is {bits_per_byte}", done)
+                state["training_seconds"] += seconds
+                rates = {"learning_rate": learning_rate(step, args), "tokens_per_second": tokens / seconds}
+                seconds = state["training_seconds"]
+                self.log.write("train", step=done, bits_per_byte=bits_per_byte, **rates, seconds=seconds)
+                progress.set_postfix_str(
+                    f"{bits_per_byte:.3f} bits per byte, {rates['tokens_per_second']:,.0f} tokens/s"
+                )
+                if self.is_due("save", done):
+                    self.save(done)
+                    self.measure(done)
+                    self.prune()
+                else:
+                    self.measure(done)
+                nats, tokens, started = 0.0, 0, time.perf_counter()
+
+    def finish(self) -> dict:
+        """Scores the test split, saves the model with curve and card, and returns the final event of the log."""
+        test = self.evaluate("test", self.args.max_steps)
+        save_model(self.model, self.accelerator, self.folder)
+        self.prune()
+        path = self.folder.resolve()
+        final = {"step": self.args.max_steps, "test_bits_per_byte": test["bits_per_byte"]}
+        final |= {"model_name": readable(path.name), "training_seconds": self.state["training_seconds"], "sample": ""}
+        if self.accelerator.is_main_process:
+            if self.args.sample_bytes:  # from the folder, which shows that it loads
+                final["sample"] = sample_text(AutoModelForCausalLM.from_pretrained(self.folder), self.args)
+            self.log.write("final", **final, model_path=readable(public_path(self.args.output_dir)))
+            self.log.sync()
+            events = read_log(self.log.path)
+            plot_training_curve(events, self.folder / "training_curve.png")
+            write_whole(self.folder / "README.md", fill_model_card(events))
+            print(f"--- sample\n{final['sample']}\n---")
+            print(f"test: {test['bits_per_byte']:.4f} bits per byte\nmodel: {path}")
+            print(next_commands(self.args.output_dir))
+        self.accelerator.wait_for_everyone()
+        return {**final, "model_path": str(path)}
+
+
+def next_commands(output_dir: str) -> str:
+    """What to type when a run has ended: three commands for its model."""
+    aft, folder = program(), shlex.quote(output_dir)
+    return "\n".join(
+        [
+            "next:",
+            f'  {aft} generate --model {folder} --prompt "The "',
+            f"  {aft} evaluate {folder} --dataset_path FILE",
+            f"  {aft} finetune --model {folder} --text_file FILE --output_dir {folder}-tuned",
+        ]
+    )
+
+
+def make_accelerator(args) -> Accelerator:
+    """
+    The accelerator of the run.
+
+    Raises:
+        ValueError: the optimizer, or carrying a state, does not work with its precision or its sharding.
+    """
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        dynamo_backend="inductor" if args.compile else None,
+        # train_step divides the loss itself; without this, a launch file could make backward divide it again.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+    )
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    if args.optimizer == "muon" and (sharded or accelerator.mixed_precision == "fp16"):
+        reason = (
+            "with FSDP: Muon needs whole matrices"
+            if sharded
+            else "with fp16, whose loss scale belongs to one optimizer"
+        )
+        raise ValueError(f"--optimizer must be adamw {reason}, got 'muon'")
+    if args.carry_state and sharded and accelerator.state.fsdp_plugin.activation_checkpointing:
+        raise ValueError(
+            "--carry_state must be left out with fsdp_activation_checkpointing, which would read the state twice, got "
+            "True"
+        )
+    return accelerator
+
+
+def open_log(args, accelerator: Accelerator, checkpoint: Path | None, state: dict, argv: list[str], **facts) -> RunLog:
+    """The log of the run, which begins with its config event, or goes on where `checkpoint` was saved."""
+    log = RunLog(
+        Path(args.output_dir) / "run.jsonl",
+        continues=None if checkpoint is None else checkpoint.parent.parent / "run.jsonl",
+        keep_lines=state["log_lines"],
+        tensorboard=Path(args.output_dir) / "tensorboard" if args.tensorboard else None,
+        active=accelerator.is_main_process,
+    )
+    command = shlex.join(["aft", "pretrain", *public_flags(argv)])
+    if log.active and (missing := state["log_lines"] - len(log.kept)):
+        print(f"run.jsonl beside {checkpoint} has {missing} lines less than when that was saved", file=sys.stderr)
+    if not any(event["event"] == "config" for event in log.kept):
+        versions = {package: importlib.metadata.version(package) for package in VERSIONS}
+        log.write(
+            "config",
+            **facts,
+            arguments={name: public_value(name, value) for name, value in vars(args).items()},
+            versions={"Python": platform.python_version(), **versions},
+            command=command,
+            date=today(),
+        )
+    if checkpoint is not None:
+        log.write("resume", step=state["step"], command=command)
+    return log
+
+
+def set_up(args, argv: list[str], config) -> Run:
+    """
+    Everything that a run needs, in its folder, which is held for it. Nothing of an earlier run is touched before all
+    else is there.
+
+    Raises:
+        ValueError: the arguments do not fit the data, the checkpoint, or what is in the folder.
+    """
+    folder = Path(args.output_dir)
+    checkpoint = find_checkpoint(args.resume, folder / "checkpoints")
+    accelerator = make_accelerator(args)
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    with accelerator.local_main_process_first():
+        load_metric()  # before the training, in which nothing may keep it from loading
+        name, data = load_data(args)
+    train_start, train_end = data.splits["train"]
+    windows = TrainingWindows(
+        data.read, train_end - train_start, args.sequence_length, args.batch_size, args.seed, args.stream_length
+    )
+    if args.max_steps is None:
+        args.max_steps = math.ceil(args.num_epochs * windows.windows_per_epoch / args.batch_size)
+
+    identity = {key: value for key, value in vars(args).items() if key not in MAY_DIFFER_ON_RESUME}
+    identity |= {"data": data.sha256, "num_processes": accelerator.num_processes}
+    identity |= {"mixed_precision": accelerator.mixed_precision, "model_config": config.to_diff_dict()}
+    identity["model_config"].pop("transformers_version", None)
+    state = {"step": 0, "log_lines": 0, "training_seconds": 0.0}
+    if checkpoint is not None:
+        state = read_state(checkpoint, identity)
+    check_output(args, checkpoint)
+
+    set_seed(args.seed)
+    model = AutoModelForCausalLM.from_config(config)
+    model.generation_config.update(do_sample=True, temperature=0.8, top_k=40)
+    if has_length_limit(config):  # else pipelines ask for 256 tokens, whatever there is room for
+        model.generation_config.max_new_tokens = max(1, config.max_position_embeddings // 2)
+    elif hasattr(config, "max_position_embeddings"):  # what tools take for the length that the model knows
+        model.config.max_position_embeddings = args.sequence_length
+    if args.gradient_checkpointing:
+        # transformers 5.23 gave gradient_checkpointing_enable this new name.
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    facts = describe_run(args, accelerator, model, name, data, windows)
+    model, *optimizers = accelerator.prepare(model, *create_optimizers(model, args))
+    rows = first_rows(accelerator, args)
+    carried = CarriedState(config, windows, rows, accelerator) if args.carry_state else None
+    if checkpoint is not None:
+        load_checkpoint(accelerator, checkpoint)
+
+    for key, value in facts.items():
+        if value is not None:
+            accelerator.print(f"{key.replace('_', ' ')}: {f'{value:,}' if isinstance(value, int) else value}")
+    accelerator.print(f"checkpoint: {checkpoint or 'none, starting from the beginning'}")
+    accelerator.wait_for_everyone()  # all processes have looked before one of them writes
+    if accelerator.is_main_process:
+        clear_output(args, checkpoint, state["step"])
+    facts["model_config"] = identity["model_config"]
+    log = open_log(args, accelerator, checkpoint, state, argv, **facts)
+    return Run(args, accelerator, model, optimizers, data, windows, carried, log, folder, state, identity)
+
+
+def pretrain(argv: list[str]) -> dict:
+    """
+    A whole run of `aft pretrain`, with its flags.
+
+    Returns:
+        The final event of the log, with the path of the model in `model_path`.
+
+    Raises:
+        ValueError: a flag or a file is wrong, or another run holds the folder.
+        OSError: something cannot be read or written.
+        FloatingPointError: the run has diverged; no model is written, and the checkpoints before that are there.
+    """
+    args = parse_arguments(argv)
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError(
+            "aft pretrain: distributed_type of the launch file must not be DEEPSPEED, whose engine steps after "
+            "every micro-batch; configuration/accelerate/fsdp.yaml shards the state of this script"
+        )
+    # Before Accelerator, so that a wrong precision is one of the problems that are listed together.
+    processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    config = check_arguments(args, processes.num_processes)
+    with locked(Path(args.output_dir), active=processes.is_main_process):
+        processes.wait_for_everyone()  # no process looks into the folder before it is held
+        run = set_up(args, argv, config)
+        run.train()
+        final = run.finish()
+        run.accelerator.end_training()
+        return final

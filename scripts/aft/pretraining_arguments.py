@@ -1,0 +1,340 @@
+# Copyright 2026 The modeling_aft authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""The command line of `aft pretrain`: its flags, the presets that set their defaults, and the checks on them."""
+
+import argparse
+import math
+import reprlib
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from aft.atomic_files import check_file
+from aft.flags import FlagParser, find_preset, flag
+from aft.protocols import PROTOCOLS, Protocol
+from aft.redaction import public_address, public_path, readable
+from aft.settings_files import read_yaml
+
+
+CHOICES = {
+    "dataset": ("pydoc", "enwik8", "file"),
+    "mixed_precision": ("no", "bf16", "fp16"),
+    "optimizer": ("adamw", "muon"),
+    "lr_decay": ("cosine", "linear", "inverse_sqrt", "constant"),
+    "eval_protocol": PROTOCOLS,
+}
+# Flags that hold a path: in a preset, a relative one starts at the preset's folder.
+PATHS = ("model_preset", "dataset_path", "cache_dir", "output_dir")
+# Flags that leave the weights as they are, so that a resumed run may change them.
+MAY_DIFFER_ON_RESUME = {
+    *("training_preset", "model_preset", "model_override", "dataset", "dataset_path", "dataset_url", "cache_dir"),
+    *("eval_protocol", "eval_stride", "eval_stream_length", "eval_refresh_every", "eval_refresh_overlap"),
+    *("eval_every", "eval_bytes", "eval_batch_size", "log_every", "tensorboard"),
+    *("sample_every", "sample_bytes", "sample_prompt", "save_every", "keep_checkpoints", "output_dir", "resume"),
+    "overwrite",
+}
+
+
+@dataclass
+class ModelArguments:
+    _argument_group_name = "model"
+
+    training_preset: str | None = flag(
+        None,
+        "YAML file whose keys are flags of this program, or the name of one in the package: tiny, small, enwik8. "
+        "Explicit flags win.",
+        "--preset",
+    )
+    model_preset: str = flag("aft-conv-tiny", "JSON file of a model config, or the name of one in the package.")
+    model_override: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Configuration fields to change, as key=value with a JSON value: window_size=16."},
+    )
+    gradient_checkpointing: bool = flag(False, "Recompute activations in the backward pass to save memory.")
+    compile: bool = flag(False, "Compile the model with torch.compile.")
+
+
+@dataclass
+class DataArguments:
+    _argument_group_name = "data"
+
+    dataset: str | None = flag(
+        None,
+        "pydoc (Python's documentation, no network), enwik8, or file; None is file with dataset_path, else pydoc.",
+    )
+    dataset_path: str | None = flag(
+        None, "File of bytes; .zip and .gz are unpacked. With --dataset enwik8: where that file already is."
+    )
+    dataset_url: str | None = flag(None, "Another address of the data set's file; length and checksums still count.")
+    cache_dir: str = flag(
+        str(Path.home() / ".cache" / "modeling_aft"), "Folder for downloads and the memory-mapped copy of the data."
+    )
+    sequence_length: int | None = flag(None, "T, bytes per training window; None is max_position_embeddings.")
+    carry_state: bool = flag(
+        False,
+        "Let each row of the batch read on where it ended in the step before, with the state of there but not its "
+        "gradient; for a model with a state of fixed size and no position tables, such as AFT-conv without positions.",
+    )
+    stream_length: int | None = flag(
+        None, "Bytes that a row reads so before it begins elsewhere with an empty state; None is 16 sequence_length."
+    )
+
+
+@dataclass
+class TrainingArguments:
+    _argument_group_name = "training"
+
+    batch_size: int = flag(8, "Windows per optimizer step, over all processes and accumulated micro-batches.")
+    micro_batch_size: int | None = flag(
+        None, "Windows per process in one forward; None is batch_size / processes. Gradients accumulate over the rest."
+    )
+    max_steps: int | None = flag(None, "Optimizer steps; give this or num_epochs. 800 when neither is given.")
+    num_epochs: float | None = flag(None, "Passes over the train split, in windows of sequence_length.")
+    optimizer: str = flag(
+        "adamw",
+        "adamw, or muon: Muon for the weights of linear layers and AdamW for all others; not with fp16 or FSDP.",
+    )
+    learning_rate: float = flag(3e-3, "Peak learning rate.")
+    position_lr_scale: float = flag(1.0, "The learning rate of position biases and random logits, as a multiple.")
+    warmup_steps: int = flag(100, "Steps of linear warm-up.")
+    lr_decay: str = flag("cosine", "After warm-up: cosine, linear, inverse_sqrt (sqrt(warmup / step)) or constant.")
+    min_lr_ratio: float = flag(0.1, "Where cosine and linear end, as a fraction of learning_rate.")
+    weight_decay: float = flag(0.1, "Decay of the weights of linear layers; nothing else decays.")
+    adam_beta1: float = flag(0.9, "First beta of AdamW.")
+    adam_beta2: float = flag(0.99, "Second beta of AdamW.")
+    max_grad_norm: float = flag(1.0, "Norm to which gradients are clipped; 0 = no clipping.")
+    mixed_precision: str | None = flag(None, "no, bf16 or fp16; None is what accelerate launch was told, else no.")
+    seed: int = flag(0, "Seed of the initial weights, the data order, dropout and samples.")
+
+
+@dataclass
+class OutputArguments:
+    _argument_group_name = "evaluation and output"
+
+    output_dir: str = flag("runs/pretraining", "Folder of the run: log, checkpoints and the final model.")
+    eval_protocol: str = flag("segments", "segments, sliding, carried or refreshed (see aft evaluate --help).")
+    eval_stride: int | None = flag(None, "Stride of sliding; None is half of sequence_length.")
+    eval_stream_length: int | None = flag(None, "Bytes of a stream of carried; None is the whole split.")
+    eval_refresh_every: int | None = flag(None, "Bytes that refreshed reads between one start and the next.")
+    eval_refresh_overlap: int | None = flag(None, "How many of them refreshed had read before.")
+    eval_every: int = flag(200, "Steps between evaluations on valid; 0 = only at the end.")
+    eval_bytes: int = flag(0, "Score only the first so many bytes of valid; 0 = all. The test split is always whole.")
+    eval_batch_size: int | None = flag(None, "Windows per process in one evaluation; None is micro_batch_size.")
+    log_every: int = flag(10, "Steps between lines of the log.")
+    tensorboard: bool = flag(False, "Also write TensorBoard files to output_dir/tensorboard.")
+    sample_every: int = flag(250, "Steps between samples of text; 0 = only at the end.")
+    sample_bytes: int = flag(300, "Bytes per sample; 0 = no samples.")
+    sample_prompt: str = flag("The ", "What samples begin with.")
+    save_every: int = flag(250, "Steps between checkpoints; 0 = only at the end.")
+    keep_checkpoints: int = flag(2, "How many of the newest checkpoints to keep.")
+    resume: str = flag("none", "auto (newest checkpoint of output_dir, else start), a checkpoint's path, or none.")
+    overwrite: bool = flag(False, "Replace the run that is in output_dir.")
+
+
+GROUPS = (ModelArguments, DataArguments, TrainingArguments, OutputArguments)
+
+
+def parse_arguments(argv: list[str], description: str = "") -> argparse.Namespace:
+    """
+    All flags in one namespace. A training preset is read as flags that stand before the explicit ones.
+
+    Raises:
+        ValueError: a flag or a key of the preset is unknown, or a value has the wrong type.
+    """
+    preset_flag = FlagParser("pretrain", "")
+    preset_flag.add_argument("--training_preset", "--training-preset", "--preset")
+    preset = preset_flag.parse_known_args([item for item in argv if item not in ("-h", "--help")])[0].training_preset
+    defaults = [] if preset is None else read_preset(find_preset(preset, "training", "--training_preset"), argv)
+    args = FlagParser("pretrain", description, GROUPS).parse_args([*defaults, *argv])
+    args.model_preset = find_preset(args.model_preset, "models", "--model_preset")
+    return args
+
+
+def read_preset(path: str, argv: list[str]) -> list[str]:
+    """
+    The flags that a YAML preset stands for, e.g. `["--batch_size=32"]`, without what `argv` rules out. A value is the
+    text that stands there, as on the command line; null is the default of a flag whose default is None.
+
+    Raises:
+        ValueError: the file cannot be read, or a key is unknown or has a value of the wrong kind.
+    """
+    preset = read_yaml(path, "--training_preset", plain=True)
+    known = {entry.name: entry for group in GROUPS for entry in fields(group) if entry.name != "training_preset"}
+    if unknown := sorted(map(str, set(preset) - set(known))):
+        raise ValueError(f"--training_preset {path}: unknown keys {', '.join(unknown)}; known: {sorted(known)}")
+    explicit = {item.partition("=")[0][2:].replace("-", "_") for item in argv if item.startswith("--")}
+    for name, rival in (("max_steps", "num_epochs"), ("num_epochs", "max_steps")):
+        if rival in explicit:
+            preset.pop(name, None)
+    flags = []
+    for name, value in preset.items():
+        is_list = known[name].default_factory is list
+        if is_list and isinstance(value, list) and all(isinstance(item, str) for item in value):
+            flags += [f"--{name}", *value] if value else []
+        elif isinstance(value, str):
+            if known[name].type is bool:
+                value = {"on": "true", "off": "false"}.get(value.lower(), value)  # which YAML has beside yes and no
+            flags.append(f"--{name}={Path(path).resolve().parent / value if name in PATHS and value else value}")
+        elif value is not None or known[name].default is not None:
+            allowed = "a list of texts" if is_list else "one value"
+            got = "null" if value is None else reprlib.repr(value)
+            raise ValueError(f"--training_preset {path}: {name} must be {allowed}, got {got}")
+    return flags
+
+
+def public_value(name: str, value):
+    """The value of a flag as others may read it: no folders of the machine, no credentials of an address."""
+    if name == "dataset_url" and value is not None:
+        return public_address(value)
+    if name in (*PATHS, "training_preset", "resume") and value is not None:
+        value = public_path(value)
+    return readable(value) if isinstance(value, str) else value
+
+
+def public_flags(argv: list[str]) -> list[str]:
+    """A command line as others may read it, in the manner of `public_value`."""
+    shown, name = [], ""
+    for item in argv:
+        if item.startswith("--"):
+            flag, equals, value = item.partition("=")
+            name = flag[2:].replace("-", "_")
+            shown.append(f"{flag}={public_value(name, value)}" if equals else flag)
+        else:
+            shown.append(public_value(name, item))
+    return shown
+
+
+def prompt_bytes(prompt: str) -> bytes:
+    """A prompt in UTF-8. Bytes of the command line that are none, lone surrogates in Python, stay what they are."""
+    return prompt.encode("utf-8", "surrogateescape")
+
+
+def evaluation_protocol(args: argparse.Namespace) -> Protocol:
+    """The protocol of the evaluations of a run. A stride is always there, as half of T, and read by sliding alone."""
+    stride = args.eval_stride if args.eval_protocol == "sliding" else None
+    others = (args.eval_stream_length, args.eval_refresh_every, args.eval_refresh_overlap)
+    return Protocol(args.eval_protocol, args.sequence_length, stride, *others)
+
+
+def flag_problems(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the flags by themselves, without a look at the model."""
+    problems = []
+
+    def check(ok: bool, name: str, allowed: str):
+        if not ok:
+            problems.append(f"--{name} must be {allowed}, got {getattr(args, name)!r}")
+
+    for name, value in vars(args).items():
+        check(value != "" or name == "sample_prompt", name, "given, or left out")
+        check(not isinstance(value, float) or math.isfinite(value), name, "a finite number")
+        check(not isinstance(value, int) or abs(value) < 2**63, name, "less than 2^63")
+    for name in ("output_dir", "cache_dir"):  # which libraries get that want UTF-8
+        value = getattr(args, name)
+        check(value == readable(value), name, "text that Python's locale can read (PYTHONUTF8=1 reads UTF-8)")
+    for name, choices in CHOICES.items():
+        check(getattr(args, name) in (*choices, None), name, "one of " + ", ".join(choices))
+    for name in ("batch_size", "log_every", "keep_checkpoints"):
+        check(getattr(args, name) >= 1, name, "at least 1")
+    for name in (
+        "micro_batch_size",
+        "max_steps",
+        "sequence_length",
+        "stream_length",
+        "eval_stride",
+        "eval_batch_size",
+    ):
+        check(getattr(args, name) is None or getattr(args, name) >= 1, name, "at least 1")
+    for name in ("warmup_steps", "weight_decay", "max_grad_norm", "seed", "eval_every", "eval_bytes"):
+        check(getattr(args, name) >= 0, name, "at least 0")
+    for name in ("sample_every", "sample_bytes", "save_every"):
+        check(getattr(args, name) >= 0, name, "at least 0")
+    for name in ("adam_beta1", "adam_beta2"):
+        check(0 <= getattr(args, name) < 1, name, "in [0, 1)")
+    for name in ("learning_rate", "position_lr_scale"):
+        check(getattr(args, name) > 0, name, "positive")
+    check(0 <= args.min_lr_ratio <= 1, "min_lr_ratio", "in [0, 1]")
+    check(args.seed < 2**32, "seed", "less than 2^32")
+    check(args.num_epochs is None or 0 < args.num_epochs <= 1e9, "num_epochs", "positive and at most 1e9")
+    check(args.num_epochs is None or args.max_steps is None, "num_epochs", "left out when --max_steps is given")
+    check(args.lr_decay != "inverse_sqrt" or args.warmup_steps >= 1, "warmup_steps", "at least 1 with inverse_sqrt")
+    dataset = args.dataset or ("file" if args.dataset_path else "pydoc")
+    check(args.optimizer != "muon" or args.mixed_precision != "fp16", "optimizer", "adamw with fp16")
+    check(dataset != "pydoc" or args.dataset_path is None, "dataset_path", "left out with --dataset pydoc")
+    check(dataset != "file" or args.dataset_path is not None, "dataset_path", "given with --dataset file")
+    check(dataset == "enwik8" or args.dataset_url is None, "dataset_url", "left out without --dataset enwik8")
+    check(args.sample_bytes == 0 or args.sample_prompt, "sample_prompt", "at least one character")
+    try:
+        prompt_bytes(args.sample_prompt)
+    except UnicodeEncodeError:
+        check(False, "sample_prompt", "text that UTF-8 has")
+    check(args.carry_state or args.stream_length is None, "stream_length", "left out without --carry_state")
+    check(not args.overwrite or args.resume == "none", "overwrite", "left out when --resume is given")
+    for name in ("dataset_path", "model_preset"):
+        if getattr(args, name):
+            try:
+                check_file(Path(getattr(args, name)), f"--{name}")
+            except ValueError as error:
+                problems.append(str(error))
+    return problems
+
+
+def check_arguments(args: argparse.Namespace, num_processes: int):
+    """
+    Fills in the values that follow from others, and returns the model's `PreTrainedConfig`.
+
+    Raises:
+        ValueError: one error that lists everything that is wrong.
+    """
+    from aft.memory_needs import check_memory
+    from aft.model_configs import build_config, has_fixed_state, has_length_limit
+
+    problems = flag_problems(args)
+
+    def check(ok: bool, name: str, allowed: str):
+        if not ok:
+            problems.append(f"--{name} must be {allowed}, got {getattr(args, name)!r}")
+
+    args.dataset = args.dataset or ("file" if args.dataset_path else "pydoc")
+    check(args.batch_size % num_processes == 0, "batch_size", f"divisible by {num_processes}, the number of processes")
+    args.micro_batch_size = args.micro_batch_size or max(args.batch_size // num_processes, 1)
+    per_step = args.micro_batch_size * num_processes
+    check(args.batch_size % per_step == 0, "batch_size", f"divisible by micro_batch_size x processes ({per_step})")
+
+    config = None
+    try:
+        config = build_config(args)
+    except ValueError as error:
+        problems.append(str(error))
+    if config is not None and args.carry_state:
+        lacks = f"left out: this model, {config.model_type}, has no state of fixed size"
+        check(has_fixed_state(config), "carry_state", lacks)
+        check(not has_length_limit(config), "carry_state", "left out: this model's position tables end")
+        twice = "left out with --carry_state: it would read the state twice"
+        check(not args.gradient_checkpointing, "gradient_checkpointing", twice)
+    if config is not None:
+        length = getattr(config, "max_position_embeddings", None)
+        args.sequence_length = args.sequence_length or length
+        check(args.sequence_length is not None, "sequence_length", "given: the model has no max_position_embeddings")
+        if args.sequence_length and has_length_limit(config):
+            check(args.sequence_length <= length, "sequence_length", f"at most max_position_embeddings ({length})")
+            check(len(prompt_bytes(args.sample_prompt)) < length, "sample_prompt", f"shorter than {length} bytes")
+        if args.sequence_length and args.carry_state:
+            args.stream_length = 16 * args.sequence_length if args.stream_length is None else args.stream_length
+            whole = args.stream_length % args.sequence_length == 0 and args.stream_length > args.sequence_length
+            check(whole, "stream_length", f"2 sequence_length or more, a multiple of it ({args.sequence_length})")
+        if args.sequence_length:
+            args.eval_stride = args.eval_stride or max(args.sequence_length // 2, 1)
+            problems += evaluation_protocol(args).problems(length if has_length_limit(config) else None, "--eval_")
+    args.eval_batch_size = args.eval_batch_size or args.micro_batch_size
+    if not problems:
+        problems = check_memory(args, config, num_processes)
+    if problems:
+        raise ValueError("aft pretrain: " + "; ".join(problems))
+    if args.max_steps is None and args.num_epochs is None:
+        args.max_steps = 800
+    return config

@@ -1,0 +1,205 @@
+# Copyright 2026 The modeling_aft authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""A finished run as a folder to hand out: what `aft release` does."""
+
+import argparse
+import hashlib
+import json
+import lzma
+import shlex
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import transformers
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM
+
+from aft.bits_per_byte import evaluate_split
+from aft.byte_data import file_bytes, pydoc_bytes, split_ranges
+from aft.console import one_line
+from aft.drawing import save_figure
+from aft.model_code import remove_code
+from aft.model_configs import has_fixed_state, has_length_limit
+from aft.model_pictures import draw_model, draw_receptive_fields, load_models
+from aft.pretraining import sample_text
+from aft.protocols import Protocol
+from aft.redaction import public_path, readable
+from aft.run_log import MEANINGLESS_ELSEWHERE, fill_model_card, plot_training_curve, read_log, today
+from aft.saved_models import load_model
+from modeling_aft import ByteTokenizer
+
+
+BATCH_SIZE = 16  # windows at once in an evaluation
+CAPTIONS = {
+    "bias-map": "What each layer has learned about positions: its biases.",
+    "bias-curve": "The same over the offset t - t', from a query to the keys before it.",
+    "mixture": "How much each component of the mixture counts, layer by layer.",
+    "receptive-field": "How near the keys are that the attention weights exp(k + w) fall on, over bytes of valid.",
+}
+
+
+def xz_bits_per_byte(content: bytes, start: int) -> float:
+    """Bits that `xz -9e` spends on each byte from `start` on, beyond those for everything before."""
+    with_it, without = (
+        len(lzma.compress(part, preset=9 | lzma.PRESET_EXTREME)) for part in (content, content[:start])
+    )
+    return 8 * (with_it - without) / (len(content) - start)
+
+
+def check_run(folder: Path, content: bytes) -> list[dict]:
+    """
+    The log of a finished run.
+
+    Raises:
+        ValueError: the run is not finished, or was trained on other data than `content`.
+    """
+    log = folder / "run.jsonl"
+    events = read_log(log) if log.is_file() else []
+    if not (folder / "config.json").is_file() or not events or events[-1]["event"] != "final":
+        last = events[-1]["event"] if events else None
+        raise ValueError(f"run: {folder} must be the folder of a finished run, got one whose log ends with {last!r}")
+    trained_on, sha256 = events[0].get("data_sha256"), hashlib.sha256(content).hexdigest()
+    if trained_on != sha256:
+        raise ValueError(f"--dataset_path must be the data of the run, of sha256 {trained_on}, got {sha256}")
+    return events
+
+
+def save_weights(model, folder: Path, dtype: torch.dtype) -> None:
+    """
+    Saves a model without code, its floating-point numbers in `dtype`; config.json keeps the dtype that the model has.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    state = model.state_dict()
+    rounded = {  # by address, so that what is tied stays tied
+        tensor.data_ptr(): tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in state.values()
+    }
+    try:
+        model.save_pretrained(folder, state_dict={name: rounded[tensor.data_ptr()] for name, tensor in state.items()})
+    except SafetensorError as error:  # what safetensors makes of a full disk
+        raise OSError(f"the weights cannot be written to {folder.parent.parent}: {one_line(error)}") from error
+    ByteTokenizer().save_pretrained(folder)  # after the model, of which it takes the limit of length
+    remove_code(folder)
+
+
+def draw(name: str, models: dict, folder: Path, dataset_path: Path | None) -> list[dict]:
+    """Draws the model `name` into `folder`, if of AFT with the fields of all `models`; returns files and captions."""
+    figures, captions = draw_model(name, models[name]), dict(CAPTIONS)
+    if models[name].config.model_type == "aft":
+        figures[f"{name}-receptive-field.svg"] = draw_receptive_fields(models, dataset_path)
+        captions["receptive-field"] += describe_company({key: models[key] for key in models if key != name})
+    files = [save_figure(figure, folder / file) for file, figure in figures.items()]
+    return [{"file": path.name, "caption": captions[path.stem.removeprefix(f"{name}-")]} for path in files]
+
+
+def describe_company(models: dict) -> str:
+    """What the other AFT models of a picture are, in a sentence; nothing if there are none."""
+    parts = []
+    for name, model in models.items():
+        config = model.config
+        window = f" of window {config.window_size}" if config.aft_type in ("local", "conv") else ""
+        size = f"{config.num_hidden_layers} layers of {config.hidden_size} channels"
+        parts.append(f"{name} is AFT-{config.aft_type}{window} with {size}")
+    return f" Beside it, {'; '.join(parts)}." if parts else ""
+
+
+def choose_protocols(config, length: int) -> list[Protocol]:
+    """Those that a model trained on windows of `length` bytes is scored by."""
+    protocols = [Protocol("segments", length), Protocol("sliding", length, stride=max(length // 4, 1))]
+    if has_fixed_state(config) and not has_length_limit(config):
+        protocols.append(Protocol("carried", length))
+        overlap = max(length // 2, 1)
+        protocols.append(Protocol("refreshed", length, refresh_every=2 * length, refresh_overlap=overlap))
+    return protocols
+
+
+def score(model, content: bytes, splits: tuple[str, ...], protocols: list[Protocol]) -> list[dict]:
+    """The events of the scores of a model, split by split, with the flags of `aft evaluate` that repeat each."""
+    accelerator = Accelerator(mixed_precision="no")
+    model = accelerator.prepare(model)
+    events = []
+    for split in splits:
+        for protocol in protocols:
+            result = evaluate_split(model, content, split, accelerator, protocol, BATCH_SIZE)
+            given = {"split": split, **{name: value for name, value in asdict(protocol).items() if value is not None}}
+            command = " ".join(f"--{name} {value}" for name, value in given.items())
+            events.append({"event": "evaluation", "split": split, **result, "command": command})
+            print(f"{split}: {result['bits_per_byte']:.4f} bits per byte, {protocol.protocol}", flush=True)
+    return events
+
+
+def public_argument(word: str) -> str:
+    """A word of the command line as the card shows it, without where this machine has its files."""
+    flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return readable(flag + equals + public_path(value))
+
+
+def release(args: argparse.Namespace, argv: list[str]) -> Path:
+    """
+    Makes the folder with the flags of `aft release`, which were written as `argv`, and returns it.
+
+    Raises:
+        ValueError: the run is not finished or of other data, or a model has the wrong type.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    content = pydoc_bytes() if args.dataset_path is None else file_bytes(args.dataset_path)
+    events = check_run(args.run, content)
+    trained, _ = load_model(AutoModelForCausalLM, args.run, "run:", dtype=torch.float32, trust_remote_code=False)
+    beside = load_models(args.beside, "--beside")
+    if wrong := [
+        name for name, model in beside.items() if {model.config.model_type, trained.config.model_type} != {"aft"}
+    ]:
+        raise ValueError(f"--beside must be AFT models, for a run of one, got {', '.join(wrong)}")
+    config, final = events[0], events[-1]
+    arguments, name, length = config["arguments"], args.folder.name, config["arguments"]["sequence_length"]
+
+    args.folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.folder.parent, prefix=f".{name}-") as temporary:
+        folder = Path(temporary) / name
+        save_weights(trained, folder, getattr(torch, args.dtype))
+        stored, _ = load_model(AutoModelForCausalLM, folder, f"--dtype {args.dtype}:", trust_remote_code=False)
+        pictures = draw(name, {name: stored.base_model, **beside}, folder, args.dataset_path)
+        plot_training_curve(events, folder / "training_curve.png")
+
+        scores = score(stored, content, ("test", "valid"), choose_protocols(trained.config, length))
+        program = ["aft", "evaluate", str(args.folder)]
+        program += [] if args.dataset_path is None else ["--dataset_path", str(args.dataset_path)]
+        for event in scores:
+            event |= {"step": final["step"], "command": f"{shlex.join(program)} {event['command']}"}
+        [before] = score(trained, content, ("valid",), [Protocol("segments", length)])
+        after = next(event for event in scores if event["split"] == "valid")
+
+        sampling = argparse.Namespace(**{**arguments, "sample_bytes": arguments["sample_bytes"] or 300})
+        final = {**final, "model_name": name, "sample": sample_text(stored, sampling)}
+        del final["model_path"]
+        config = {**config, "arguments": {k: v for k, v in arguments.items() if k not in MEANINGLESS_ELSEWHERE}}
+        released = {
+            "event": "release",
+            "command": shlex.join(["aft", "release", *map(public_argument, argv)]),
+            "date": today(),
+            "folder": public_path(args.folder),
+            "weights_sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
+            "dataset_note": args.dataset_note and readable(args.dataset_note),
+            "dtype": args.dtype,
+            "storage_cost": after["bits_per_byte"] - before["bits_per_byte"],
+            "xz_bits_per_byte": xz_bits_per_byte(content, split_ranges(len(content))["test"][0]),
+            "pictures": pictures,
+        }
+        events = [config, *events[1:-1], final, released, *scores]
+        (folder / "run.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
+        (folder / "README.md").write_text(fill_model_card(events), encoding="utf-8")
+        if args.folder.exists():
+            args.folder.rename(Path(temporary) / "replaced")  # which is removed when the new one is there
+        folder.rename(args.folder)
+    print(f"wrote {args.folder}")
+    return args.folder

@@ -1,0 +1,68 @@
+# Copyright 2026 The modeling_aft authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""Bits per byte of a saved model: what `aft evaluate` does."""
+
+import argparse
+
+import transformers
+from accelerate import Accelerator
+from transformers import AutoModelForCausalLM
+
+from aft.atomic_files import write_rows
+from aft.bits_per_byte import evaluate_split
+from aft.byte_data import file_bytes, pydoc_bytes
+from aft.model_configs import has_length_limit
+from aft.protocols import POSITION_COLUMNS, Protocol
+from aft.run_log import describe_protocol
+from aft.saved_models import load_config, load_model
+
+
+def choose_protocol(config, args: argparse.Namespace) -> Protocol:
+    """
+    The protocol that the flags name, for a model; T is `max_position_embeddings` and S half of T if they do not say.
+
+    Raises:
+        ValueError: the model has no such length, its position tables end before the protocol does, or a flag does not
+            belong to the protocol or fit the others.
+    """
+    limit = getattr(config, "max_position_embeddings", None)
+    length = args.length or limit
+    if length is None:
+        raise ValueError("--length must be given: the model has no max_position_embeddings")
+    limit = limit if has_length_limit(config) else None
+    if limit is not None and length > limit:
+        raise ValueError(f"--length must be at most max_position_embeddings ({limit}), got {length}")
+    stride = max(length // 2, 1) if args.protocol == "sliding" and args.stride is None else args.stride
+    protocol = Protocol(args.protocol, length, stride, args.stream_length, args.refresh_every, args.refresh_overlap)
+    if problems := protocol.problems(limit):
+        raise ValueError("aft evaluate: " + "; ".join(problems))
+    return protocol
+
+
+def evaluate(args: argparse.Namespace) -> dict:
+    """
+    The score of a model, with the flags of `aft evaluate`.
+
+    Raises:
+        ValueError: a flag does not fit the model, or the model is not one of bytes, whole and finite.
+        FloatingPointError: the score is NaN or infinite.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    content = pydoc_bytes() if args.dataset_path is None else file_bytes(args.dataset_path)
+    trust = {"trust_remote_code": args.trust_remote_code}
+    protocol = choose_protocol(load_config(args.model, **trust), args)
+    accelerator = Accelerator()
+    model, _ = load_model(AutoModelForCausalLM, args.model, dtype=args.dtype, **trust)
+    result = evaluate_split(accelerator.prepare(model), content, args.split, accelerator, protocol, args.batch_size)
+    accelerator.print(f"{args.split}: {result['bits_per_byte']:.4f} bits per byte ({describe_protocol(result)})")
+    if args.by_position is not None and accelerator.is_main_process:
+        names = {"model": args.model, "split": args.split, "protocol": describe_protocol(result)}
+        rows = [{**names, **row} for row in result["by_position"]]
+        write_rows(args.by_position, POSITION_COLUMNS, rows)
+    return result
