@@ -10,11 +10,13 @@
 
 import json
 import math
+import os
 from functools import wraps
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
+from transformers.dynamic_module_utils import custom_object_save
 
 
 POSITION_EMBEDDING_TYPES = ("learned", "sinusoidal", "none")
@@ -75,6 +77,21 @@ class MixerConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """As the library's; with the code of the models, so that the folder serves every Auto class of the family,
+        whether a model has saved it or a configuration alone."""
+        # The models have put them there; what a user derives from a configuration has others.
+        heads = type(self).__dict__.get("heads", {}) if self._auto_class is not None else {}
+        if heads:
+            names = {name: f"{head.__module__.rpartition('.')[2]}.{head.__name__}" for name, head in heads.items()}
+            self.auto_map = {**(getattr(self, "auto_map", None) or {}), **names}
+        super().save_pretrained(save_directory)
+        for head in heads.values():
+            custom_object_save(head, save_directory)
+        if push_to_hub:  # from a folder of its own, which gets the same files
+            repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
+            self.push_to_hub(repo_id, **kwargs)
 
     @property
     def state_kind(self) -> str:

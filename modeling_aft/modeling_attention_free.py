@@ -256,21 +256,34 @@ class AFTMixer(Mixer):
         self.o_proj = make_linear(config, width, width)
         left = config.window_size - 1
         right = 0 if causal else left
-        self.position_bias = None
-        if config.aft_type == "full":
-            self.position_bias = FullPositionBias(config)
-        elif config.aft_type == "local" and config.window_size > 0:
-            relative = config.position_bias_type == "relative"
-            self.position_bias = (RelativePositionBias if relative else LocalPositionBias)(config, left, right)
-        elif config.aft_type == "conv" and config.window_size > 0:
-            scaled = config.conv_reparameterization
-            self.position_bias = (ConvPositionBias if scaled else RelativePositionBias)(config, left, right)
+        self.position_bias = self.make_position_bias(config, left, right)
         self.decay = None if config.decay is None else Decay(config)
         self.limit = None
         if isinstance(self.position_bias, TablePositionBias):
             self.limit = config.max_position_embeddings
         if draw:
             self.draw_all(config.initializer_range)
+
+    def make_position_bias(self, config: AFTConfig, left: int, right: int) -> PositionBias | None:
+        """
+        The position biases of this form, which a variant of one's own overrides.
+
+        Args:
+            config (`AFTConfig`): the form, and the sizes.
+            left, right (`int`): how many keys the window has before a query and after it.
+
+        Returns:
+            `PositionBias`, or None where the weights depend on keys alone.
+        """
+        if config.aft_type == "full":
+            return FullPositionBias(config)
+        if config.aft_type == "simple" or config.window_size == 0:
+            return None
+        if config.aft_type == "local":
+            kind = RelativePositionBias if config.position_bias_type == "relative" else LocalPositionBias
+        else:
+            kind = ConvPositionBias if config.conv_reparameterization else RelativePositionBias
+        return kind(config, left, right)
 
     def forward(
         self, hidden_states: torch.Tensor, tokens: Tokens | None = None, cache=None, output_attentions: bool = False

@@ -144,17 +144,10 @@ class MixerPreTrainedModel(PreTrainedModel):
         super().__init_subclass__(**kwargs)
         if MixerPreTrainedModel in cls.__bases__:
             cls.heads = {}
+            if cls.config_class is not None:
+                cls.config_class.heads = cls.heads
         elif cls.config_class is not None and cls.auto_class is not None:
             cls.heads.setdefault(cls.auto_class, cls)  # not what a user derives from one of them
-
-    def save_pretrained(self, save_directory, **kwargs):
-        if self._auto_class is not None:
-            # Every Auto class that the folder serves, whichever class has saved it.
-            auto_map = dict(getattr(self.config, "auto_map", None) or {})
-            for name, head in self.heads.items():
-                auto_map[name] = f"{head.__module__.rpartition('.')[2]}.{head.__name__}"
-            self.config.auto_map = auto_map
-        super().save_pretrained(save_directory, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module):

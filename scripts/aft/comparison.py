@@ -29,7 +29,7 @@ from aft.console import run_program
 from aft.machine import peak_bytes, processor_name
 from aft.model_configs import build_config
 from aft.pretraining import load_data, pretrain
-from aft.pretraining_arguments import check_arguments, parse_arguments
+from aft.pretraining_arguments import check_arguments, named_flags, parse_arguments
 from aft.run_log import read_log
 from aft.settings_files import read_json
 
@@ -37,7 +37,16 @@ from aft.settings_files import read_json
 ENTRY = "entry.json"
 # Flags that change neither the weights nor the scores, so that an unfinished comparison may go on with others.
 MAY_DIFFER_WHEN_CONTINUED = {
-    *("training_preset", "model_preset", "model_override", "dataset", "dataset_path", "dataset_url", "cache_dir"),
+    *(
+        "training_preset",
+        "model_preset",
+        "model_override",
+        "imports",
+        "dataset",
+        "dataset_path",
+        "dataset_url",
+        "cache_dir",
+    ),
     *("output_dir", "resume", "overwrite", "tensorboard", "save_every", "keep_checkpoints"),
     *("sample_every", "sample_bytes", "sample_prompt"),
 }
@@ -71,7 +80,7 @@ def plan_runs(plan: Plan, runs_dir: Path, seeds: list[int], more_flags: list[str
     Raises:
         ValueError: `more_flags` has a flag that the plan sets for a single run, or that this program sets itself.
     """
-    explicit = {item.partition("=")[0][2:].replace("-", "_") for item in more_flags if item.startswith("--")}
+    explicit = named_flags(more_flags)
     for name, run in plan.runs.items():
         if clash := sorted(explicit & {*run["training"], *SET_BY_COMPARE}):
             raise ValueError(f"--{clash[0]} must be left out: run {name} of {plan.name} has its own")

@@ -43,6 +43,7 @@ from aft.finetuning_arguments import FinetuningArguments, describe_run, parse_ar
 from aft.finetuning_checkpoints import check_identity, find_checkpoint
 from aft.finetuning_flags import InputArguments
 from aft.finetuning_trainer import FinetuningTrainer, RunIdentity
+from aft.flags import import_files
 from aft.folder_lock import locked
 from aft.labelled_tables import EncodedRows, describe_labels, encode_table, read_table
 from aft.model_configs import has_length_limit
@@ -359,6 +360,7 @@ def finetune(argv: list[str]) -> dict[str, float]:
         FloatingPointError: a loss, a weight or a score is NaN or infinite.
     """
     inputs, args = parse_arguments(argv)
+    import_files(inputs.imports)
     find_checkpoint(args)  # before the work
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()

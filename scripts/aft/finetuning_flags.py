@@ -10,11 +10,11 @@
 
 import argparse
 import ast
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 
-from aft.flags import FlagParser, check_model_name, flag, like_path
+from aft.flags import IMPORT_HELP, FlagParser, check_model_name, flag, like_path
 
 
 @dataclass
@@ -22,6 +22,7 @@ class InputArguments:
     _argument_group_name = "model and data"
 
     model: str | None = flag(None, "Folder of a saved model, or its name on the Hub.")
+    imports: list[str] = field(default_factory=list, metadata={"help": IMPORT_HELP, "aliases": ["--import"]})
     trust_remote_code: bool = flag(False, "Run the code that comes with a model of an unknown type.")
     text_file: str | None = flag(None, "File to train a language model on; .zip and .gz are unpacked.")
     labelled_file: str | None = flag(None, "Table (.csv, .jsonl) of texts and labels to train a classifier on.")

@@ -11,7 +11,9 @@ mistyped one may have meant. Nothing here loads torch."""
 
 import argparse
 import difflib
+import importlib.util
 import re
+import sys
 import types
 from collections.abc import Iterable
 from dataclasses import MISSING, field, fields
@@ -29,6 +31,7 @@ CONFIGURATION = next(
 )
 DTYPES = ("float32", "bfloat16", "float16")  # that weights may be loaded in
 TRUST_HELP = "run the code that comes with a model of a type that is not installed"
+IMPORT_HELP = "Python files to run first, which register models of their own"
 HUB_NAME = r"(\w[\w.-]*/)?\w[\w.-]*"
 TRUTH = {
     text: value for value, texts in ((True, "yes true t y 1"), (False, "no false f n 0")) for text in texts.split()
@@ -53,7 +56,7 @@ def like_path(path: Path) -> str:
 
 def flag(default, text: str, *aliases: str):
     """A dataclass field with the help text of its flag, and other names of it."""
-    return field(default=default, metadata={"help": text.replace("%", "%%"), "aliases": aliases})
+    return field(default=default, metadata={"help": text.replace("%", "%%"), "aliases": [*aliases]})
 
 
 def truth(text: str) -> bool:
@@ -66,6 +69,33 @@ def truth(text: str) -> bool:
     if text.lower() not in TRUTH:
         raise argparse.ArgumentTypeError(f"must be true or false, got {text!r}")
     return TRUTH[text.lower()]
+
+
+def import_files(paths: list[str]) -> None:
+    """
+    Runs Python files, each once, which register models of their own with transformers.
+
+    Raises:
+        ValueError: one is not there, or raises what is wrong with it.
+    """
+    for name in paths:
+        path = Path(name)
+        if not path.is_file():
+            raise ValueError(f"--import {name}: no such file{like_path(path)}")
+        found = sys.modules.get(path.stem)
+        if found is not None and Path(getattr(found, "__file__", None) or "").resolve() == path.resolve():
+            continue
+        if found is not None:
+            raise ValueError(
+                f"--import {name}: must have another name than the module {path.stem}, which is there already"
+            )
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[path.stem]
+            raise ValueError(f"--import {name}: {type(error).__name__}: {error}") from error
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -111,6 +141,12 @@ class FlagParser(argparse.ArgumentParser):
             else:
                 options |= {"type": kind}
             target.add_argument(*names, metavar=entry.name.upper(), **options)
+
+    def add_loading(self, remote: bool = True) -> None:
+        """The flags that say which code a saved model may need."""
+        if remote:
+            self.add_argument("--trust_remote_code", action="store_true", help=TRUST_HELP)
+        self.add_argument("--import", dest="imports", nargs="+", default=[], metavar="FILE", help=IMPORT_HELP)
 
     def error(self, message: str):
         unknown = re.search("unrecognized arguments: (.*)", message)

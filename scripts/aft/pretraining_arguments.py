@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from aft.atomic_files import check_file
-from aft.flags import FlagParser, find_preset, flag
+from aft.flags import IMPORT_HELP, FlagParser, find_preset, flag, import_files
 from aft.protocols import PROTOCOLS, Protocol
 from aft.redaction import public_address, public_path, readable
 from aft.settings_files import read_yaml
@@ -32,7 +32,16 @@ CHOICES = {
 PATHS = ("model_preset", "dataset_path", "cache_dir", "output_dir")
 # Flags that leave the weights as they are, so that a resumed run may change them.
 MAY_DIFFER_ON_RESUME = {
-    *("training_preset", "model_preset", "model_override", "dataset", "dataset_path", "dataset_url", "cache_dir"),
+    *(
+        "training_preset",
+        "model_preset",
+        "model_override",
+        "imports",
+        "dataset",
+        "dataset_path",
+        "dataset_url",
+        "cache_dir",
+    ),
     *("eval_protocol", "eval_stride", "eval_stream_length", "eval_refresh_every", "eval_refresh_overlap"),
     *("eval_every", "eval_bytes", "eval_batch_size", "log_every", "tensorboard"),
     *("sample_every", "sample_bytes", "sample_prompt", "save_every", "keep_checkpoints", "output_dir", "resume"),
@@ -50,11 +59,14 @@ class ModelArguments:
         "Explicit flags win.",
         "--preset",
     )
-    model_preset: str = flag("aft-conv-tiny", "JSON file of a model config, or the name of one in the package.")
+    model_preset: str = flag(
+        "aft-conv-tiny", "JSON file of a model config, or the name of one in the package.", "--model"
+    )
     model_override: list[str] = field(
         default_factory=list,
         metadata={"help": "Configuration fields to change, as key=value with a JSON value: window_size=16."},
     )
+    imports: list[str] = field(default_factory=list, metadata={"help": IMPORT_HELP, "aliases": ["--import"]})
     gradient_checkpointing: bool = flag(False, "Recompute activations in the backward pass to save memory.")
     compile: bool = flag(False, "Compile the model with torch.compile.")
 
@@ -155,6 +167,21 @@ def parse_arguments(argv: list[str], description: str = "") -> argparse.Namespac
     return args
 
 
+def flag_name(flag: str) -> str:
+    """The name of a flag, however it is written: `--model-preset`, `--model_preset=a.json` or its alias `--model`."""
+    name = flag.partition("=")[0]
+    for group in GROUPS:
+        for entry in fields(group):
+            if name in entry.metadata.get("aliases", ()):
+                return entry.name
+    return name[2:].replace("-", "_")
+
+
+def named_flags(argv: list[str]) -> set[str]:
+    """The names of the flags that a command line has."""
+    return {flag_name(item) for item in argv if item.startswith("--")}
+
+
 def read_preset(path: str, argv: list[str]) -> list[str]:
     """
     The flags that a YAML preset stands for, e.g. `["--batch_size=32"]`, without what `argv` rules out. A value is the
@@ -167,7 +194,7 @@ def read_preset(path: str, argv: list[str]) -> list[str]:
     known = {entry.name: entry for group in GROUPS for entry in fields(group) if entry.name != "training_preset"}
     if unknown := sorted(map(str, set(preset) - set(known))):
         raise ValueError(f"--training_preset {path}: unknown keys {', '.join(unknown)}; known: {sorted(known)}")
-    explicit = {item.partition("=")[0][2:].replace("-", "_") for item in argv if item.startswith("--")}
+    explicit = named_flags(argv)
     for name, rival in (("max_steps", "num_epochs"), ("num_epochs", "max_steps")):
         if rival in explicit:
             preset.pop(name, None)
@@ -191,7 +218,9 @@ def public_value(name: str, value):
     """The value of a flag as others may read it: no folders of the machine, no credentials of an address."""
     if name == "dataset_url" and value is not None:
         return public_address(value)
-    if name in (*PATHS, "training_preset", "resume") and value is not None:
+    if name == "imports" and isinstance(value, list):
+        return [public_path(path) for path in value]
+    if name in (*PATHS, "training_preset", "resume", "imports") and value is not None:
         value = public_path(value)
     return readable(value) if isinstance(value, str) else value
 
@@ -202,7 +231,7 @@ def public_flags(argv: list[str]) -> list[str]:
     for item in argv:
         if item.startswith("--"):
             flag, equals, value = item.partition("=")
-            name = flag[2:].replace("-", "_")
+            name = flag_name(flag)
             shown.append(f"{flag}={public_value(name, value)}" if equals else flag)
         else:
             shown.append(public_value(name, item))
@@ -293,6 +322,7 @@ def check_arguments(args: argparse.Namespace, num_processes: int):
     from aft.memory_needs import check_memory
     from aft.model_configs import build_config, has_fixed_state, has_length_limit
 
+    import_files(args.imports)
     problems = flag_problems(args)
 
     def check(ok: bool, name: str, allowed: str):

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import transformers
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from aft.console import one_line
 from aft.run_log import fill_model_card, read_log
@@ -40,6 +41,13 @@ PARTS = (
     "training_curve.png",
 )
 READ_ONLY = ("README.md", "eval_results.json")  # what the card is made of besides
+AUTO_CLASSES = (  # that may be on a card
+    "AutoModelForCausalLM",
+    "AutoModelForMaskedLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoModel",
+)
 PICTURES = (".png", ".svg")
 CODE = Path(find_spec("modeling_aft").origin).parent  # what a saved folder carries
 TIMINGS = re.compile("runtime|per_second")  # in the results of Trainer
@@ -68,11 +76,45 @@ def check_files(folder: Path) -> dict:
         problems.append("weights twice: model.safetensors and model.safetensors.index.json")
     if not config.get("architectures"):
         problems.append("config.json has no architectures")
-    if not config.get("auto_map") and (code := sorted(path.name for path in folder.glob("*.py"))):
+    if (
+        not config.get("auto_map")
+        and not is_of_library(config)
+        and (code := sorted(path.name for path in folder.glob("*.py")))
+    ):
         problems.append(f"config.json has no auto_map, but here is code: {', '.join(code)}")
     if problems:
         raise ValueError(f"{folder}: " + "; ".join(problems))
     return config
+
+
+def is_of_library(config: dict) -> bool:
+    """Whether a model is of a type that transformers has itself, and needs no code."""
+    return not config.get("auto_map") and config.get("model_type") in CONFIG_MAPPING_NAMES
+
+
+def find_loader(config: dict, folder: Path, name: Path) -> tuple[str, type]:
+    """
+    The name of the Auto class that loads the model in `folder`, and the class of the model.
+
+    Raises:
+        ValueError: no Auto class has that of `architectures`; begins with `name`.
+    """
+    model_class = config["architectures"][0]
+    if is_of_library(config):
+        kind = type(AutoConfig.from_pretrained(folder))
+        for auto_class in AUTO_CLASSES:
+            found = getattr(transformers, auto_class)._model_mapping.get(kind, None)
+            if found is not None and found.__name__ == model_class:
+                return auto_class, found
+        raise ValueError(f"{name}: architectures must be of {', '.join(AUTO_CLASSES)}, got {model_class!r}")
+    auto_classes = {reference.split(".")[-1]: key for key, reference in config["auto_map"].items()}
+    if model_class not in auto_classes:
+        raise ValueError(f"{name}: architectures is {model_class!r}; auto_map has {', '.join(sorted(auto_classes))}")
+    auto_class = auto_classes[model_class]
+    try:
+        return auto_class, get_class_from_dynamic_module(config["auto_map"][auto_class], folder)
+    except Exception as error:
+        raise ValueError(f"{name} does not load: {type(error).__name__}: {error}") from error
 
 
 def code_files(config: dict, path: Path) -> set[str]:
@@ -178,12 +220,8 @@ def check_model(folder: Path, name: Path) -> dict:
     """
     config = read_json(folder / "config.json", f"{name}:")
     model_class = config["architectures"][0]
-    auto_classes = {reference.split(".")[-1]: key for key, reference in config["auto_map"].items()}
-    if model_class not in auto_classes:
-        raise ValueError(f"{name}: architectures is {model_class!r}; auto_map has {', '.join(sorted(auto_classes))}")
-    auto_class = auto_classes[model_class]
+    auto_class, loader = find_loader(config, folder, name)
     try:
-        loader = get_class_from_dynamic_module(config["auto_map"][auto_class], folder)
         model, report = loader.from_pretrained(folder, output_loading_info=True)
         tokenizer = find_tokenizer(folder).from_pretrained(folder, trust_remote_code=True)
     except Exception as error:
@@ -285,7 +323,11 @@ def push_folder(args: argparse.Namespace) -> None:
     events = read_log(log) if log.is_file() else []
     pictures = find_pictures(args.folder, events)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = args.folder if config.get("auto_map") else copy_with_code(args.folder, Path(temporary))
+        folder = (
+            args.folder
+            if config.get("auto_map") or is_of_library(config)
+            else copy_with_code(args.folder, Path(temporary))
+        )
         values = check_model(folder, args.folder)
         card = make_card(args, events, values)
         files = {path.name: path for path in (*pictures, *find_parts(folder))}

@@ -35,7 +35,7 @@ from aft.protocols import Protocol
 from aft.redaction import public_path, readable
 from aft.run_log import MEANINGLESS_ELSEWHERE, fill_model_card, plot_training_curve, read_log, today
 from aft.saved_models import load_model
-from modeling_aft import ByteTokenizer
+from aft.vocabulary import byte_tokenizer
 
 
 BATCH_SIZE = 16  # windows at once in an evaluation
@@ -88,12 +88,14 @@ def save_weights(model, folder: Path, dtype: torch.dtype) -> None:
         model.save_pretrained(folder, state_dict={name: rounded[tensor.data_ptr()] for name, tensor in state.items()})
     except SafetensorError as error:  # what safetensors makes of a full disk
         raise OSError(f"the weights cannot be written to {folder.parent.parent}: {one_line(error)}") from error
-    ByteTokenizer().save_pretrained(folder)  # after the model, of which it takes the limit of length
+    byte_tokenizer(model.config).save_pretrained(folder)  # after the model, of which it takes the limit of length
     remove_code(folder)
 
 
 def draw(name: str, models: dict, folder: Path, dataset_path: Path | None) -> list[dict]:
     """Draws the model `name` into `folder`, if of AFT with the fields of all `models`; returns files and captions."""
+    if models[name].config.model_type not in ("aft", "synthesizer"):
+        return []
     figures, captions = draw_model(name, models[name]), dict(CAPTIONS)
     if models[name].config.model_type == "aft":
         figures[f"{name}-receptive-field.svg"] = draw_receptive_fields(models, dataset_path)

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from aft.atomic_files import move_model
 from aft.checkpointing import abandon, complete_checkpoints
-from modeling_aft import ByteTokenizer
+from aft.vocabulary import byte_tokenizer
 
 
 MODEL_PART = ".model-"  # the name of a folder with files of a model that are not in place yet begins with it
@@ -77,7 +77,9 @@ def save_model(model, accelerator: Accelerator, folder: Path) -> None:
                 accelerator.unwrap_model(model, keep_torch_compile=False).save_pretrained(
                     temporary, state_dict=state_dict
                 )
-                ByteTokenizer().save_pretrained(temporary)  # after the model, of which it takes the limit of length
+                byte_tokenizer(accelerator.unwrap_model(model).config).save_pretrained(
+                    temporary
+                )  # after the model, of which it takes the limit of length
             except SafetensorError as error:  # what safetensors makes of a full disk
                 raise OSError(f"the model cannot be written to {folder}: {error}") from error
             move_model(Path(temporary), folder)

@@ -22,7 +22,7 @@ from aft.redaction import public_path
 
 
 CARD_TEMPLATE = Path(__file__).resolve().parent / "model_card_template.md"
-MEANINGLESS_ELSEWHERE = {"training_preset", *PATHS}  # arguments that no card shows; the command is on it
+MEANINGLESS_ELSEWHERE = {"training_preset", "imports", *PATHS}  # arguments that no card shows; the command is on it
 HUB_DATASETS = {"enwik8": "LTCB/enwik8"}  # names on the Hub of the known files of byte_data
 LETTERS = {"length": "T", "stride": "S", "stream_length": "L", "refresh_every": "R", "refresh_overlap": "O"}
 PAPERS = {
@@ -257,7 +257,7 @@ def fill_model_card(events: list[dict], **values) -> str:
     values = {"metrics": {}, **(card_values(events) if events else {}), **values, "run": bool(events)}
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     template = environment.from_string(CARD_TEMPLATE.read_text(encoding="utf-8"))
-    paper = PAPERS[values["model_type"]]
+    paper = PAPERS.get(values["model_type"])
     return template.render(**values, paper=paper, metadata=card_metadata(values).to_yaml())
 
 

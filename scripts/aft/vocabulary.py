@@ -6,7 +6,17 @@
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
-"""How many rows a tokenizer needs in the embedding of a model."""
+"""Which tokenizer fits a model, and how many rows of its embedding it needs."""
+
+
+def byte_tokenizer(config):
+    """
+    The `ByteTokenizer` of a model of 256 bytes. Only the models of this package need no row for padding; others pad
+    with the byte that ends a text, which UTF-8 never has.
+    """
+    from modeling_aft import ByteTokenizer  # what else is here runs without the package
+
+    return ByteTokenizer() if hasattr(config, "has_position_table") else ByteTokenizer(pad_token="<|endoftext|>")
 
 
 def rows_needed(tokenizer, config) -> int:

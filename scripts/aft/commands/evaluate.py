@@ -33,7 +33,7 @@ from pathlib import Path
 
 from aft.atomic_files import check_file
 from aft.console import any_text
-from aft.flags import DTYPES, TRUST_HELP, FlagParser, check_model_name
+from aft.flags import DTYPES, FlagParser, check_model_name, import_files
 from aft.protocols import PROTOCOLS
 
 
@@ -57,7 +57,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=16, help="windows at once (default: %(default)s)")
     parser.add_argument("--by_position", type=Path, help="csv file for the bits per byte of each range of positions")
     parser.add_argument("--dtype", default="auto", help="auto (what config.json says; default) or one like float32")
-    parser.add_argument("--trust_remote_code", action="store_true", help=TRUST_HELP)
+    parser.add_loading()
     args = parser.parse_args(argv)
     problems = [
         f"--{name} must be at least 1, got {getattr(args, name)}"
@@ -91,6 +91,7 @@ def main(argv: list[str] | None = None) -> dict:
         FloatingPointError: the score is NaN or infinite.
     """
     args = parse_arguments(argv)
+    import_files(args.imports)
     from aft.scoring import evaluate
 
     return evaluate(args)

@@ -21,7 +21,7 @@ import argparse
 from pathlib import Path
 
 from aft.console import any_text
-from aft.flags import DTYPES, TRUST_HELP, FlagParser, check_model_name
+from aft.flags import DTYPES, FlagParser, check_model_name, import_files
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -36,7 +36,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt", help="text to continue; standard input when left out")
     parser.add_argument("--prompt_file", help="file whose bytes to continue, all of them")
     parser.add_argument("--output_file", help="file for the bytes of the prompt and what continues it")
-    parser.add_argument("--trust_remote_code", action="store_true", help=TRUST_HELP)
+    parser.add_loading()
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument(
         "--max_new_tokens", type=int, help="bytes to add; 500, or what a model with a length limit has room for"
@@ -85,6 +85,7 @@ def main(argv: list[str] | None = None) -> None:
         ValueError: a flag is wrong, the prompt empty or too long, or the model not one of bytes, whole and finite.
     """
     args = parse_arguments(argv)
+    import_files(args.imports)
     from aft.generation import generate
 
     generate(args)

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from aft.atomic_files import check_file
 from aft.console import any_text
-from aft.flags import DTYPES, FlagParser, check_model_name
+from aft.flags import DTYPES, FlagParser, check_model_name, import_files
 from aft.redaction import readable
 from aft.run_log import read_log
 
@@ -46,6 +46,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16", help=f"of the stored weights: {', '.join(DTYPES)}")
     parser.add_argument("--beside", type=Path, nargs="+", default=[], help="AFT models for the receptive field")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder of an earlier release")
+    parser.add_loading(remote=False)
     args = parser.parse_args(argv)
     problems = [f"{name} must be a path, got ''" for name in ("run", "folder") if not getattr(args, name)]
     if readable(args.folder) != args.folder:
@@ -78,6 +79,7 @@ def main(argv: list[str] | None = None) -> Path:
     """
     argv = sys.argv[1:] if argv is None else argv
     args = parse_arguments(argv)
+    import_files(args.imports)
     from aft.releasing import release
 
     return release(args, argv)

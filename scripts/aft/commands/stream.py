@@ -31,7 +31,7 @@ import math
 from pathlib import Path
 
 from aft.console import any_text
-from aft.flags import DTYPES, TRUST_HELP, FlagParser, check_model_name
+from aft.flags import DTYPES, FlagParser, check_model_name, import_files
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -52,7 +52,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--refresh_every", type=int, help="R: the model starts anew before it would read more bytes")
     parser.add_argument("--refresh_overlap", type=int, help="O: and then reads so many again")
     parser.add_argument("--dtype", default="auto", help="auto (what config.json says; default) or one like float32")
-    parser.add_argument("--trust_remote_code", action="store_true", help=TRUST_HELP)
+    parser.add_loading()
     args = parser.parse_intermixed_args(argv)  # else a flag between the two names would end them
     source, state = (None if name is None else Path(name) for name in (args.file, args.state))
     problems = [
@@ -85,6 +85,7 @@ def main(argv: list[str] | None = None):
         ValueError: a flag is wrong, or the model not one of bytes, whole and finite, or does not fit the flags.
     """
     args = parse_arguments(argv)
+    import_files(args.imports)
     from aft.line_surprise import read_stream
 
     return read_stream(args)
