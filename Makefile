@@ -1,6 +1,7 @@
 # make pretrain   train the tiny preset on a CPU and end with a score, a sample and a saved model in runs/tiny
 # make test       run all tests
-# make test-range run all tests twice: on the versions in constraints.txt, and on the oldest supported, in .venv-oldest
+# make test-oldest  run all tests on the oldest supported versions, in .venv-oldest
+# make test-range run all tests twice: on the versions in constraints.txt, and on the oldest supported
 # make test-newest  run the fast tests on the newest releases of everything, in .venv-newest, to see what will break
 # make faults     put deliberate faults in the place of functions, and show which test catches each
 # make bench      measure on this machine what benchmarks/ holds, and draw it; takes hours on a CPU
@@ -18,7 +19,7 @@ OLDEST := .venv-oldest
 NEWEST := .venv-newest
 TORCH ?= torch
 
-.PHONY: pretrain test test-range test-newest faults bench style clean
+.PHONY: pretrain test test-oldest test-range test-newest faults bench style clean
 
 # --resume auto: a run that was interrupted continues where its last checkpoint left it.
 pretrain: $(TRAINS)
@@ -27,7 +28,9 @@ pretrain: $(TRAINS)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto
 
-test-range: test $(OLDEST)/installed
+test-range: test test-oldest
+
+test-oldest: $(OLDEST)/installed
 	$(OLDEST)/bin/python -m pytest -n auto
 
 # Without pins, and with a transformers beyond what pyproject.toml allows, if there is one: pip then says so, and goes on.

@@ -1,12 +1,17 @@
 """The wheel: pure Python, all of the package and nothing else, usable where only the wheel is."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+
+import modeling_aft
 
 
 ROOT = Path(__file__).parents[1]
@@ -32,6 +37,7 @@ def test_is_for_every_platform_and_holds_the_package_alone(wheel):
     kept = [path for path in programs.rglob("*") if path.suffix in (".py", ".md")]
     assert {name for name in names if ".dist-info/" not in name} == {
         *(f"modeling_aft/{path.name}" for path in (ROOT / "modeling_aft").glob("*.py")),
+        "modeling_aft/py.typed",
         *(f"aft/{path.relative_to(programs)}" for path in kept),
         *(f"aft/configuration/{path.relative_to(presets)}" for path in presets.glob("*/*.*")),
     }
@@ -87,3 +93,35 @@ def test_the_wheel_has_the_program(wheel):
     archive = zipfile.ZipFile(wheel)
     (entry_points,) = [name for name in archive.namelist() if name.endswith("entry_points.txt")]
     assert "aft = aft.__main__:run" in archive.read(entry_points).decode()
+
+
+def test_the_source_distribution_can_run_its_tests(tmp_path):
+    kept = shutil.ignore_patterns(
+        ".git", ".venv*", ".*_cache", "__pycache__", "runs", "*.egg-info", "build", "enwik8*"
+    )
+    copy = shutil.copytree(ROOT, tmp_path / "copy", ignore=kept)
+    command = [sys.executable, "-c", "from setuptools.build_meta import build_sdist; build_sdist('dist')"]
+    done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (path,) = (copy / "dist").glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
+    made = {"PKG-INFO", "setup.cfg", "MANIFEST.in", ".gitignore"}
+    original = {str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file()}
+    original -= {name for name in original if name.startswith(("dist/", "modeling_aft.egg-info/", "scripts/aft.egg"))}
+    assert original - made == {name for name in names if ".egg-info/" not in name} - made
+
+
+def test_the_version_is_the_same_everywhere():
+    version = modeling_aft.__version__
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    headings = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert headings[0].rstrip(",") == version
+
+
+def test_what_users_get_begins_with_the_license_and_tests_do_not():
+    notice = (ROOT / "modeling_aft" / "ops.py").read_text(encoding="utf-8").partition('"""')[0]
+    assert notice.startswith("# Copyright") and notice.count("\n") == 8
+    for folder, has_notice in (("modeling_aft", True), ("scripts", True), ("tests", False)):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert path.read_text(encoding="utf-8").startswith(notice) == has_notice, path

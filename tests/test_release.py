@@ -29,7 +29,7 @@ MODELS = {
     "mixture": {"synthesizer_type": "mixture", "mixture_components": ["random", "dense"], "num_attention_heads": 2},
 }
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "max_position_embeddings": 16, "initializer_range": 0.3}
-NOTE = ["--dataset_note", "the same bytes over and over"]
+NOTE = ["--dataset_note", "the same bytes over and over", "--dataset_license", "none", "--language", "en", "de"]
 FLAGS = ["--max_steps", "3", "--warmup_steps", "1", "--batch_size", "2", "--sample_bytes", "5", "--save_every", "0"]
 
 

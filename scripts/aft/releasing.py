@@ -192,6 +192,8 @@ def release(args: argparse.Namespace, argv: list[str]) -> Path:
             "folder": public_path(args.folder),
             "weights_sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
             "dataset_note": args.dataset_note and readable(args.dataset_note),
+            "dataset_license": args.dataset_license and readable(args.dataset_license),
+            "language": args.language,
             "dtype": args.dtype,
             "storage_cost": after["bits_per_byte"] - before["bits_per_byte"],
             "xz_bits_per_byte": xz_bits_per_byte(content, split_ranges(len(content))["test"][0]),

@@ -222,6 +222,7 @@ def card_metadata(values: dict) -> ModelCardData:
     if values["run"]:
         dataset = values["hub_dataset"]
         data.tags += ["byte-level", "causal-lm"]
+        data.language = (values["release"] or {}).get("language")
         data.datasets = [dataset] if dataset else None
         data.metrics = ["bits_per_byte"]
         data.model_name = values["name"]

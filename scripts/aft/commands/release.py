@@ -21,12 +21,13 @@ is installed, and `aft push` adds the code that it needs elsewhere.
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
 from aft.atomic_files import check_file
 from aft.console import any_text
-from aft.flags import DTYPES, FlagParser, check_model_name, import_files
+from aft.flags import DTYPES, FlagParser, check_model_name, import_files, like_path
 from aft.redaction import readable
 from aft.run_log import read_log
 
@@ -43,6 +44,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("folder", help="the new folder, whose name is that of the model")
     parser.add_argument("--dataset_path", type=Path, help="data of the run; Python's documentation when left out")
     parser.add_argument("--dataset_note", help="what the data are and where from, for the card")
+    parser.add_argument("--dataset_license", help="under which license the data are, for the card")
+    parser.add_argument(
+        "--language", nargs="+", metavar="CODE", help="of the data, as in ISO 639: en, de; for the card"
+    )
     parser.add_argument("--dtype", default="bfloat16", help=f"of the stored weights: {', '.join(DTYPES)}")
     parser.add_argument("--beside", type=Path, nargs="+", default=[], help="AFT models for the receptive field")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder of an earlier release")
@@ -52,6 +57,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     if readable(args.folder) != args.folder:
         problems.append(f"folder must have a name in UTF-8, which the card can hold, got {args.folder!r}")
     args.run, args.folder = Path(args.run), Path(args.folder)
+    if wrong := [code for code in args.language or () if not re.fullmatch("[a-z]{2,3}", code)]:
+        problems.append(f"--language must be codes of two or three small letters, got {', '.join(map(repr, wrong))}")
     if args.dtype not in DTYPES:
         problems.append(f"--dtype must be one of {', '.join(DTYPES)}, got {args.dtype!r}")
     log = args.folder / "run.jsonl"
@@ -62,8 +69,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         problems.append(f"--beside must have other names than {args.folder.name}, got {', '.join(names)}")
     if problems:
         raise ValueError("aft release: " + "; ".join(problems))
-    for name, path in (("run:", args.run), *(("--beside", path) for path in args.beside)):
-        check_model_name(path, name, hub=False)
+    if not args.run.is_dir():
+        raise ValueError(f"run: {args.run}: no such folder{like_path(args.run)}")
+    for path in args.beside:
+        check_model_name(path, "--beside", hub=False)
     if args.dataset_path is not None:
         check_file(args.dataset_path, "--dataset_path")
     return args
