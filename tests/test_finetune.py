@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from aft.byte_data import pydoc_bytes
 from aft.commands.finetune import main
 from aft.finetuning import CLASSIFICATION, TokenWindows, split_text
+from aft.finetuning_arguments import default_learning_rate
 from modeling_aft import ByteTokenizer
 
 
@@ -58,7 +60,7 @@ def finetune(output_dir: Path, run: Callable = main, **values) -> dict:
         "learning_rate": 0.01,
         **values,
     }
-    return run([text for name, value in values.items() for text in (f"--{name}", str(value))])
+    return run([text for name, value in values.items() if value is not None for text in (f"--{name}", str(value))])
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -687,3 +689,33 @@ def test_a_run_is_not_replaced(resume, classifiers, wrong, tmp_path):
     with pytest.raises(ValueError, match="--output_dir .* holds a run"):
         finetune(tmp_path / "run", model=folder, labelled_file=wrong["good.csv"], **resume)
     assert os.listdir(tmp_path / "run") == ["config.json"]
+
+
+# What is learned by default
+
+
+def test_the_learning_rate_follows_the_size_of_the_model(bases, text_file, tmp_path):
+    assert [default_learning_rate(n) for n in (1000, 2_000_000)] == [3e-3, 3e-3]
+    assert default_learning_rate(8_000_000) == pytest.approx(1.5e-3)
+    assert default_learning_rate(124_000_000) == pytest.approx(3.8e-4, rel=0.01)
+    assert default_learning_rate(70_000_000_000) == 5e-5
+    finetune(
+        tmp_path / "run",
+        model=bases["aft"],
+        text_file=text_file,
+        learning_rate=None,
+        num_train_epochs=1,
+        logging_steps=1,
+    )
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    rates = [event["learning_rate"] for event in state["log_history"] if "learning_rate" in event]
+    assert 2e-3 < max(rates) <= 3e-3
+
+
+def test_the_last_line_tells_the_gain(bases, text_file, tmp_path, capsys):
+    metrics = finetune(tmp_path / "run", model=bases["aft"], text_file=text_file, num_train_epochs=1)
+    *_, line = capsys.readouterr().out.splitlines()
+    found = re.fullmatch(r"held out: (\S+) before, (\S+) bits per byte", line)
+    assert float(found[2]) == pytest.approx(metrics["eval_bits_per_byte"], abs=1e-4)
+    values = {"model": bases["aft"], "text_file": text_file, "num_train_epochs": 0}
+    assert float(found[1]) == pytest.approx(finetune(tmp_path / "none", **values)["eval_bits_per_byte"], abs=1e-4)

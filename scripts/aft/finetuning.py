@@ -39,7 +39,7 @@ from aft.atomic_files import write_whole
 from aft.bits_per_byte import METRIC as BITS_PER_BYTE
 from aft.bits_per_byte import load_metric
 from aft.byte_data import file_bytes
-from aft.finetuning_arguments import FinetuningArguments, describe_run, parse_arguments
+from aft.finetuning_arguments import FinetuningArguments, default_learning_rate, describe_run, parse_arguments
 from aft.finetuning_checkpoints import check_identity, find_checkpoint
 from aft.finetuning_flags import InputArguments
 from aft.finetuning_trainer import FinetuningTrainer, RunIdentity
@@ -52,6 +52,7 @@ from aft.vocabulary import rows_needed
 from modeling_aft import ByteTokenizer
 
 
+SCORES = (("bits_per_byte", "bits per byte"), ("accuracy", "accuracy"))  # what a result is told by, and its unit
 CLASSIFICATION = Path(__file__).resolve().parent / "metrics" / "classification" / "classification.py"
 
 
@@ -307,6 +308,8 @@ def write_predictions(path: Path, texts: list[str], logits: np.ndarray, names: d
 
 def run(inputs: InputArguments, args: FinetuningArguments, config, tokenizer, task: Task) -> dict[str, float]:
     """Trains if there is anything to train, evaluates and predicts; returns all metrics."""
+    if args.learning_rate is None:
+        args.learning_rate = default_learning_rate(task.model.num_parameters())
     checkpoint = find_checkpoint(args, verify=True)  # once more: what ran here may have ended meanwhile
     identity = describe_run(inputs, args, task.identity)
     if checkpoint is not None:
@@ -326,13 +329,16 @@ def run(inputs: InputArguments, args: FinetuningArguments, config, tokenizer, ta
             *([EarlyStoppingCallback(patience, args.early_stopping_threshold)] if patience else []),
         ],
     )
-    metrics = {}
+    metrics, before = {}, {}
 
     def report(part: str, values: dict[str, float]):
         trainer.log_metrics(part, values)
         trainer.save_metrics(part, values)
         metrics.update(values)
 
+    if args.trains and checkpoint is None:
+        with torch.random.fork_rng():  # as if nothing had been drawn
+            before = trainer.predict(task.validation, metric_key_prefix="before").metrics
     if args.trains:
         result = trainer.train(resume_from_checkpoint=checkpoint)
         task.model.config.use_cache = getattr(config, "use_cache", None)  # which Trainer turned off
@@ -340,6 +346,8 @@ def run(inputs: InputArguments, args: FinetuningArguments, config, tokenizer, ta
         trainer.save_state()
         report("train", result.metrics)
     report("eval", trainer.evaluate())
+    if args.process_index == 0:
+        print(describe_gain(before, metrics), flush=True)
     if task.prediction is not None:
         output = trainer.predict(task.prediction, metric_key_prefix="predict")
         if not np.isfinite(output.predictions).all():
@@ -349,6 +357,13 @@ def run(inputs: InputArguments, args: FinetuningArguments, config, tokenizer, ta
             path = Path(args.output_dir) / "predictions.jsonl"
             write_predictions(path, task.prediction.texts, output.predictions, task.model.config.id2label)
     return metrics
+
+
+def describe_gain(before: dict[str, float], after: dict[str, float]) -> str:
+    """What training has changed on the held-out data, in a line; the score alone if it was not known before."""
+    name, unit = next((name, unit) for name, unit in SCORES if f"eval_{name}" in after)
+    change = f"{before[f'before_{name}']:.4f} before, " if before else ""
+    return f"held out: {change}{after[f'eval_{name}']:.4f} {unit}"
 
 
 def finetune(argv: list[str]) -> dict[str, float]:

@@ -84,7 +84,7 @@ def parse_arguments(argv: list[str]) -> tuple[InputArguments, FinetuningArgument
         check(not isinstance(value, float) or math.isfinite(value), name, "a finite number")
     for name in ("seed", "data_seed"):
         check(values[name] is None or 0 <= values[name] < 2**32, name, "in [0, 2**32)")
-    check(args.learning_rate >= 0, "learning_rate", "at least 0")
+    check(args.learning_rate is None or args.learning_rate >= 0, "learning_rate", "at least 0")
     if args.early_stopping_patience is not None:
         check(args.early_stopping_patience >= 1, "early_stopping_patience", "at least 1")
         check(args.load_best_model_at_end, "load_best_model_at_end", "true with --early_stopping_patience")
@@ -100,6 +100,11 @@ def parse_arguments(argv: list[str]) -> tuple[InputArguments, FinetuningArgument
     if problems:
         raise ValueError("aft finetune: " + "; ".join(problems))
     return inputs, args
+
+
+def default_learning_rate(num_parameters: int) -> float:
+    """What small models learn a text with, down to Trainer's default for those of billions of parameters."""
+    return max(5e-5, min(3e-3, 3e-3 * math.sqrt(2e6 / num_parameters)))
 
 
 def describe_run(inputs: InputArguments, args: FinetuningArguments, made_of: dict) -> dict:

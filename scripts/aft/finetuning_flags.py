@@ -47,6 +47,9 @@ class FinetuningDefaults:
     _argument_group_name = "training"
 
     output_dir: str = flag("runs/finetuning", "Folder of the results.")
+    learning_rate: float | None = flag(
+        None, "Peak; None is 3e-3 for up to 2 million parameters, and falls with the root of their number to 5e-5."
+    )
     eval_strategy: str = flag("epoch", "When to evaluate: no, steps or epoch.")
     save_strategy: str = flag("epoch", "When to save a checkpoint: no, steps, epoch or best.")
     save_total_limit: int | None = flag(2, "How many checkpoints to keep; the best is always among them.")
