@@ -147,7 +147,7 @@ MISTAKES = {  # of the flags, and what is said of each, before anything heavy is
     ),
     "dashes": (["generate", "--model", "m", "--max-new-token", "5"], "did you mean --max_new_tokens?"),
     "trainer-flag": (["finetune", "--model", "m", "--learning_rat", "1"], "did you mean --learning_rate?"),
-    "value": (["pretrain", "--max_steps", "many"], "argument --max_steps/--max-steps: invalid int value: 'many'"),
+    "value": (["pretrain", "--max_steps", "many"], "argument --max_steps: invalid int value: 'many'"),
     "truth": (["pretrain", "--compile", "maybe"], "argument --compile: must be true or false, got 'maybe'"),
     "missing": (["generate", "--prompt", "a"], "aft generate: the following arguments are required: --model"),
     "preset": (

@@ -10,6 +10,7 @@
 
 import argparse
 import ast
+import textwrap
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -112,10 +113,10 @@ def read_flags(argv: list[str], description: str = "") -> InputArguments:
     """
     parser = FlagParser("finetune", description, (InputArguments, FinetuningDefaults))
     ours = {action.dest for action in parser._actions}
-    more = parser.add_argument_group("training, as in transformers.TrainingArguments")
-    for name in names_of_training_arguments():
-        if name not in ours:
-            more.add_argument(f"--{name}", *[f"--{name.replace('_', '-')}"] * ("_" in name), nargs="*", metavar="X")
-            more.add_argument(f"--no_{name}", f"--no-{name.replace('_', '-')}", nargs="?", help=argparse.SUPPRESS)
+    others = [name for name in names_of_training_arguments() if name not in ours]
+    for name in others:
+        parser.add_argument(f"--{name}", f"--no_{name}", nargs="*", help=argparse.SUPPRESS)
+    listed = textwrap.fill(" ".join(f"--{name}" for name in others), 118, break_on_hyphens=False)
+    parser.epilog = f"and those of transformers.TrainingArguments:\n{listed}"
     found = parser.parse_args(argv)
     return InputArguments(**{entry.name: getattr(found, entry.name) for entry in fields(InputArguments)})

@@ -33,6 +33,7 @@ DTYPES = ("float32", "bfloat16", "float16")  # that weights may be loaded in
 TRUST_HELP = "run the code that comes with a model of a type that is not installed"
 IMPORT_HELP = "Python files to run first, which register models of their own"
 HUB_NAME = r"(\w[\w.-]*/)?\w[\w.-]*"
+METAVARS = {bool: "true|false", int: "N", float: "X", list[str]: "VALUE"}
 TRUTH = {
     text: value for value, texts in ((True, "yes true t y 1"), (False, "no false f n 0")) for text in texts.split()
 }
@@ -98,6 +99,12 @@ def import_files(paths: list[str]) -> None:
             raise ValueError(f"--import {name}: {type(error).__name__}: {error}") from error
 
 
+def with_underscores(item: str) -> str:
+    """A word of a command line, with underscores in the name of a flag in place of dashes."""
+    name, equals, value = item.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else item
+
+
 class FlagParser(argparse.ArgumentParser):
     """
     A parser that raises a ValueError for a wrong command line, with the flag that may have been meant, and whose flags
@@ -114,6 +121,7 @@ class FlagParser(argparse.ArgumentParser):
         super().__init__(
             prog=f"aft {command}",
             description=description,
+            usage=f"aft {command} [FLAGS]" if groups else None,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
@@ -123,8 +131,7 @@ class FlagParser(argparse.ArgumentParser):
     def add_fields(self, group: type) -> None:
         target = self.add_argument_group(group._argument_group_name)
         for entry in fields(group):
-            names = [f"--{entry.name}", *entry.metadata.get("aliases", ())]
-            names += [f"--{entry.name.replace('_', '-')}"] if "_" in entry.name else []
+            names = [*entry.metadata.get("aliases", ()), f"--{entry.name}"]
             kind = entry.type
             if isinstance(kind, types.UnionType):
                 [kind] = [one for one in kind.__args__ if one is not types.NoneType]
@@ -140,7 +147,11 @@ class FlagParser(argparse.ArgumentParser):
                 options |= {"nargs": "+"}
             else:
                 options |= {"type": kind}
-            target.add_argument(*names, metavar=entry.name.upper(), **options)
+            target.add_argument(*names, metavar=METAVARS.get(kind, "VALUE"), **options)
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        return super().parse_known_args([with_underscores(item) for item in args], namespace)
 
     def add_loading(self, remote: bool = True) -> None:
         """The flags that say which code a saved model may need."""

@@ -93,7 +93,7 @@ class DataArguments:
         "gradient; for a model with a state of fixed size and no position tables, such as AFT-conv without positions.",
     )
     stream_length: int | None = flag(
-        None, "Bytes that a row reads so before it begins elsewhere with an empty state; None is 16 sequence_length."
+        None, "Bytes that a row reads so before it begins elsewhere with an empty state; None is 4 sequence_length."
     )
 
 
@@ -354,7 +354,7 @@ def check_arguments(args: argparse.Namespace, num_processes: int):
             check(args.sequence_length <= length, "sequence_length", f"at most max_position_embeddings ({length})")
             check(len(prompt_bytes(args.sample_prompt)) < length, "sample_prompt", f"shorter than {length} bytes")
         if args.sequence_length and args.carry_state:
-            args.stream_length = 16 * args.sequence_length if args.stream_length is None else args.stream_length
+            args.stream_length = 4 * args.sequence_length if args.stream_length is None else args.stream_length
             whole = args.stream_length % args.sequence_length == 0 and args.stream_length > args.sequence_length
             check(whole, "stream_length", f"2 sequence_length or more, a multiple of it ({args.sequence_length})")
         if args.sequence_length:
