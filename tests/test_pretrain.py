@@ -26,7 +26,7 @@ from aft.commands.generate import main as generate
 from aft.commands.pretrain import main
 from aft.optimization import Muon, create_optimizers, learning_rate, parameter_groups, set_learning_rate
 from aft.pretraining import seed_step
-from aft.pretraining_arguments import check_arguments, parse_arguments
+from aft.pretraining_arguments import check_arguments, flag_name, parse_arguments, public_flags
 from aft.run_log import read_log
 from modeling_aft import ByteTokenizer
 
@@ -157,6 +157,32 @@ def test_wrong_flag_is_refused(argv):
         parse_arguments(argv)
 
 
+def test_a_list_may_be_given_in_parts_and_wins_over_that_of_a_preset(tmp_path):
+    (tmp_path / "preset.yaml").write_text("model_override: [window_size=8, aft_type=local]")
+    preset = ["--preset", str(tmp_path / "preset.yaml")]
+    assert parse_arguments(preset).model_override == ["window_size=8", "aft_type=local"]
+    parts = ["--model-override", "window_size=4", "--model_override", "aft_type=conv", "num_attention_heads=2"]
+    assert parse_arguments([*preset, *parts]).model_override == [
+        "window_size=4",
+        "aft_type=conv",
+        "num_attention_heads=2",
+    ]
+    assert parse_arguments(["--import", "a.py", "--import", "b.py", "c.py"]).imports == ["a.py", "b.py", "c.py"]
+
+
+@pytest.mark.parametrize(
+    "flag, name",
+    [("--model", "model_preset"), ("--model-preset=a", "model_preset"), ("--import", "imports"), ("--seed", "seed")],
+)
+def test_a_flag_has_one_name_however_it_is_written(flag, name):
+    assert flag_name(flag) == name
+
+
+def test_a_path_given_by_an_alias_is_not_public():
+    written = ["--model", "/home/me/model.json", "--import=/home/me/variant.py", "--preset", "/home/me/a.yaml"]
+    assert "home" not in " ".join(public_flags(written))
+
+
 def test_deepspeed_is_refused(inputs, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # as the launch file sets it
     with pytest.raises(ValueError, match="distributed_type .* must not be DEEPSPEED.*fsdp.yaml"):
@@ -164,11 +190,15 @@ def test_deepspeed_is_refused(inputs, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_all_problems_are_in_one_error(inputs, tmp_path):
-    wrong = {"batch_size": 6, "micro_batch_size": 4, "lr_decay": "steep", "adam_beta1": 1.5, "sequence_length": 64}
+@pytest.mark.parametrize(
+    "wrong",
+    [{"lr_decay": "steep", "adam_beta1": 1.5, "keep_checkpoints": 0}, {"batch_size": 6, "sequence_length": 64}],
+    ids=["by-themselves", "with-the-model"],
+)
+def test_all_problems_are_in_one_error(inputs, tmp_path, wrong):
     with pytest.raises(ValueError) as caught:
-        main(flags(inputs, tmp_path / "run", **wrong))
-    for name, value in {**wrong, "micro_batch_size": "micro_batch_size x processes (4)"}.items():
+        main(flags(inputs, tmp_path / "run", micro_batch_size=4, **wrong))
+    for name, value in wrong.items():
         assert name in str(caught.value) and str(value) in str(caught.value)
     assert not (tmp_path / "run").exists()
 

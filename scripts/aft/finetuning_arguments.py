@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from transformers import HfArgumentParser, TrainingArguments
 
-from aft.finetuning_flags import FinetuningDefaults, InputArguments, input_problems
+from aft.finetuning_flags import FinetuningDefaults, InputArguments, input_problems, read_flags
 
 
 # Flags that neither change the weights nor which of them are the best, so that a resumed run may change them; what is
@@ -72,6 +72,7 @@ def parse_arguments(argv: list[str]) -> tuple[InputArguments, FinetuningArgument
         inputs, args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     except Exception as error:  # of argparse for one value, of TrainingArguments for those that do not fit together
         raise ValueError(f"aft finetune: {error}") from error
+    inputs.imports = read_flags(argv).imports  # of all flags, where the library takes the last
     values, problems = {**vars(inputs), **vars(args)}, input_problems(inputs)
 
     def check(ok: bool, name: str, allowed: str):

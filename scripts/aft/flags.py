@@ -114,7 +114,7 @@ class FlagParser(argparse.ArgumentParser):
         command (`str`): that of `aft`, for the usage.
         description (`str`): as it is printed.
         groups: dataclasses, each field of which becomes a flag of its type: `bool`, `list[str]`, or another, maybe
-            with None. A flag may be written with dashes, and one of a `bool` without a value.
+            with None. A flag may be written with dashes, one of a `bool` without a value, and one of a list again.
     """
 
     def __init__(self, command: str, description: str, groups: tuple[type, ...] = ()):
@@ -144,7 +144,7 @@ class FlagParser(argparse.ArgumentParser):
             if kind is bool:
                 options |= {"type": truth, "nargs": "?", "const": True}
             elif kind == list[str]:
-                options |= {"nargs": "+"}
+                options |= {"nargs": "+", "action": "extend"}
             else:
                 options |= {"type": kind}
             target.add_argument(*names, metavar=METAVARS.get(kind, "VALUE"), **options)
@@ -157,7 +157,7 @@ class FlagParser(argparse.ArgumentParser):
         """The flags that say which code a saved model may need."""
         if remote:
             self.add_argument("--trust_remote_code", action="store_true", help=TRUST_HELP)
-        self.add_argument("--import", dest="imports", nargs="+", default=[], metavar="FILE", help=IMPORT_HELP)
+        self.add_argument("--import", dest="imports", action="append", default=[], metavar="FILE", help=IMPORT_HELP)
 
     def error(self, message: str):
         unknown = re.search("unrecognized arguments: (.*)", message)

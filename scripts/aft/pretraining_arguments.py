@@ -202,7 +202,7 @@ def read_preset(path: str, argv: list[str]) -> list[str]:
     for name, value in preset.items():
         is_list = known[name].default_factory is list
         if is_list and isinstance(value, list) and all(isinstance(item, str) for item in value):
-            flags += [f"--{name}", *value] if value else []
+            flags += [f"--{name}", *value] if value and name not in explicit else []
         elif isinstance(value, str):
             if known[name].type is bool:
                 value = {"on": "true", "off": "false"}.get(value.lower(), value)  # which YAML has beside yes and no
