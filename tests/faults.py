@@ -786,24 +786,24 @@ def _(original):
     return lambda self, causal: original(self, True)
 
 
-@fault("a saved model names one Auto class only", "modeling_stack.MixerPreTrainedModel.save_pretrained", REMOTE)
+@fault("a saved model names one Auto class only", "configuration_common.MixerConfig.save_pretrained", REMOTE)
 def _(original):
     def save_pretrained(self, save_directory, **kwargs):
-        from transformers import PreTrainedModel
+        from transformers import PreTrainedConfig
 
-        PreTrainedModel.save_pretrained(self, save_directory, **kwargs)
+        PreTrainedConfig.save_pretrained(self, save_directory, **kwargs)
 
     return save_pretrained
 
 
-@fault("a saved model does not name one of its heads", "modeling_stack.MixerPreTrainedModel.save_pretrained", REMOTE)
+@fault("a saved model does not name one of its heads", "configuration_common.MixerConfig.save_pretrained", REMOTE)
 def _(original):
     def save_pretrained(self, save_directory, **kwargs):
-        self.heads = {name: head for name, head in self.heads.items() if name != "AutoModelForTokenClassification"}
+        head = self.heads.pop("AutoModelForTokenClassification")
         try:
             original(self, save_directory, **kwargs)
         finally:
-            del self.heads
+            self.heads["AutoModelForTokenClassification"] = head
 
     return save_pretrained
 

@@ -151,7 +151,7 @@ def test_several_models_share_the_receptive_field(folders, tmp_path):
         pytest.param(["{local}", "{dense}"], "dense has nothing to draw", id="dense"),
         pytest.param(["{dot_product-nopos}"], "has nothing to draw: .*dot_product", id="transformer"),
         pytest.param(["{local}", "--output_dir", ""], "--output_dir must be a path, got ''", id="no-output"),
-        pytest.param(["nowhere"], "nowhere must be a folder with a saved model", id="no-model"),
+        pytest.param(["nowhere"], "models: nowhere: no such folder", id="no-model"),
         pytest.param(["{local}", "--length", "1"], "--length must be at least 2, got 1", id="length"),
         pytest.param(["{local}", "--num_windows", "0"], "--num_windows must be at least 1", id="windows"),
         pytest.param(["{local}", "--length", str(LIMIT + 1)], "max_position_embeddings", id="long"),

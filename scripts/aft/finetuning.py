@@ -336,7 +336,8 @@ def run(inputs: InputArguments, args: FinetuningArguments, config, tokenizer, ta
         trainer.save_metrics(part, values)
         metrics.update(values)
 
-    if args.trains and checkpoint is None:
+    # A Trainer that has evaluated would not wrap its model for several processes any more.
+    if args.trains and checkpoint is None and args.world_size == 1:
         with torch.random.fork_rng():  # as if nothing had been drawn
             before = trainer.predict(task.validation, metric_key_prefix="before").metrics
     if args.trains:
