@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch._dynamo.testing
-from families import AFT_VARIANTS, FIXED_STATE, VARIANTS, make_ids, make_model
+from families import AFT_VARIANTS, FIXED_STATE, LIMIT, VARIANTS, make_ids, make_model
 from transformers import DynamicCache
+from transformers.generation import stopping_criteria
 
 from modeling_aft.ops import aft_attention
 
@@ -306,3 +307,16 @@ def test_a_cache_of_another_model_is_refused():
         model(make_ids(4), cache=DynamicCache())
     with pytest.raises(ValueError, match="'aft_state'.*aft_full_state"):
         model(make_ids(4), cache=DynamicCache(config=make_model("full").config))
+
+
+@pytest.mark.parametrize("variant", ["conv-nopos", "relative-decay"])
+def test_a_text_beyond_max_position_embeddings_is_no_news_without_tables(variant, monkeypatch):
+    """The library warns of a text that is longer, which is a limit of models with tables alone."""
+    said = []
+    monkeypatch.setattr(
+        stopping_criteria.logger, "warning_once", lambda message, *args, **kwargs: said.append(message)
+    )
+    model = make_model(variant)
+    assert not model.config.has_position_table
+    model.generate(make_ids(LIMIT - 2), max_new_tokens=5, do_sample=False)
+    assert said == []
