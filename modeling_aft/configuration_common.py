@@ -87,7 +87,7 @@ class MixerConfig(PreTrainedConfig):
             names = {name: f"{head.__module__.rpartition('.')[2]}.{head.__name__}" for name, head in heads.items()}
             self.auto_map = {**(getattr(self, "auto_map", None) or {}), **names}
         super().save_pretrained(save_directory)
-        for head in heads.values():
+        for head in {head.__module__: head for head in heads.values()}.values():  # which copies whole modules
             custom_object_save(head, save_directory)
         if push_to_hub:  # from a folder of its own, which gets the same files
             repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))

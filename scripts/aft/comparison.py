@@ -29,27 +29,12 @@ from aft.console import run_program
 from aft.machine import peak_bytes, processor_name
 from aft.model_configs import build_config
 from aft.pretraining import load_data, pretrain
-from aft.pretraining_arguments import check_arguments, named_flags, parse_arguments
+from aft.pretraining_arguments import MAY_DIFFER_WHEN_CONTINUED, check_arguments, named_flags, parse_arguments
 from aft.run_log import read_log
 from aft.settings_files import read_json
 
 
 ENTRY = "entry.json"
-# Flags that change neither the weights nor the scores, so that an unfinished comparison may go on with others.
-MAY_DIFFER_WHEN_CONTINUED = {
-    *(
-        "training_preset",
-        "model_preset",
-        "model_override",
-        "imports",
-        "dataset",
-        "dataset_path",
-        "dataset_url",
-        "cache_dir",
-    ),
-    *("output_dir", "resume", "overwrite", "tensorboard", "save_every", "keep_checkpoints"),
-    *("sample_every", "sample_bytes", "sample_prompt"),
-}
 
 
 class FailedRuns(RuntimeError, ChildProcessError):

@@ -20,16 +20,8 @@ from aft.finetuning_flags import FinetuningDefaults, InputArguments, input_probl
 # Flags that neither change the weights nor which of them are the best, so that a resumed run may change them; what is
 # in the files counts in place of their paths.
 MAY_DIFFER_ON_RESUME = {
-    *(
-        "model",
-        "imports",
-        "trust_remote_code",
-        "text_file",
-        "labelled_file",
-        "validation_file",
-        "predict_file",
-        "cache_dir",
-    ),
+    *("model", "imports", "trust_remote_code", "cache_dir"),
+    *("text_file", "labelled_file", "validation_file", "predict_file"),
     *("output_dir", "resume_from_checkpoint", "restore_callback_states_from_checkpoint", "use_cpu", "local_rank"),
     *("save_strategy", "save_steps", "save_total_limit", "save_only_model", "save_on_each_node"),
     *("enable_jit_checkpoint", "per_device_eval_batch_size", "eval_accumulation_steps", "eval_do_concat_batches"),

@@ -30,22 +30,18 @@ CHOICES = {
 }
 # Flags that hold a path: in a preset, a relative one starts at the preset's folder.
 PATHS = ("model_preset", "dataset_path", "cache_dir", "output_dir")
-# Flags that leave the weights as they are, so that a resumed run may change them.
-MAY_DIFFER_ON_RESUME = {
-    *(
-        "training_preset",
-        "model_preset",
-        "model_override",
-        "imports",
-        "dataset",
-        "dataset_path",
-        "dataset_url",
-        "cache_dir",
-    ),
+# Flags that change neither the weights nor the scores: where the model and the data come from, of which the content
+# counts, and what a run writes. An unfinished comparison may go on with others.
+MAY_DIFFER_WHEN_CONTINUED = {
+    *("training_preset", "model_preset", "model_override", "imports"),
+    *("dataset", "dataset_path", "dataset_url", "cache_dir"),
+    *("output_dir", "resume", "overwrite", "tensorboard", "save_every", "keep_checkpoints"),
+    *("sample_every", "sample_bytes", "sample_prompt"),
+}
+# With those that change scores alone, what a resumed run may change.
+MAY_DIFFER_ON_RESUME = MAY_DIFFER_WHEN_CONTINUED | {
     *("eval_protocol", "eval_stride", "eval_stream_length", "eval_refresh_every", "eval_refresh_overlap"),
-    *("eval_every", "eval_bytes", "eval_batch_size", "log_every", "tensorboard"),
-    *("sample_every", "sample_bytes", "sample_prompt", "save_every", "keep_checkpoints", "output_dir", "resume"),
-    "overwrite",
+    *("eval_every", "eval_bytes", "eval_batch_size", "log_every"),
 }
 
 
