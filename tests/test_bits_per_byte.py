@@ -18,6 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from aft.bits_per_byte import METRIC, batches, evaluate_bits_per_byte, load_batch
 from aft.commands.evaluate import main
 from aft.protocols import Protocol, Window
+from aft.token_data import TokenData
 from modeling_aft import AFTConfig, AFTForCausalLM
 
 
@@ -32,9 +33,16 @@ PROTOCOLS = {
 by_protocol = pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
 
 
-def read(start: int, stop: int) -> np.ndarray:
-    assert 0 <= start < stop <= len(TEXT)
-    return TEXT[start:stop]
+class Bytes(TokenData):
+    """A text of bytes, no part of which is read that is not there."""
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        assert 0 <= start < stop <= len(self.ids)
+        return super().read(start, stop)
+
+
+DATA = Bytes.of_bytes(TEXT.tobytes())
+NUMBERS = TokenData(np.arange(len(TEXT)), None, {}, {}, "")
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +108,7 @@ def test_each_byte_is_scored_once(protocol, start, stop, rows, num_processes):
         for batch, longest in parts:
             assert len(batch) == rows
             for offset in range(0, longest, protocol.length):
-                inputs, labels, positions = load_batch(lambda a, b: np.arange(a, b), batch, offset, protocol.length)
+                inputs, labels, positions, _ = load_batch(NUMBERS, batch, offset, protocol.length)
                 assert inputs.shape == labels.shape == positions.shape == (rows, protocol.length)
                 is_scored = positions > 0
                 assert (labels[is_scored] == inputs[is_scored] + 1).all()
@@ -176,7 +184,7 @@ class Bigram(torch.nn.Module):
 @pytest.mark.parametrize("start, stop", [(1, 1000), (900, 950)])
 def test_equals_the_sum_over_bytes(accelerator, protocol, start, stop):
     model = Bigram().train()
-    result = evaluate_bits_per_byte(model, read, accelerator, start, stop, protocol, batch_size=3)
+    result = evaluate_bits_per_byte(model, DATA, accelerator, start, stop, protocol, batch_size=3)
     log_probabilities = model.table.weight.detach().double().log_softmax(dim=-1)
     text = torch.from_numpy(TEXT.astype(np.int64))
     nats = -log_probabilities[text[start - 1 : stop - 1], text[start:stop]].sum().item()
@@ -204,7 +212,7 @@ def bits_per_byte_of_one_forward(model, start: int, stop: int) -> float:
 
 
 def test_segments_are_independent(accelerator, recurrent_model):
-    result = evaluate_bits_per_byte(recurrent_model, read, accelerator, 100, 140, PROTOCOLS["segments"], 2)
+    result = evaluate_bits_per_byte(recurrent_model, DATA, accelerator, 100, 140, PROTOCOLS["segments"], 2)
     parts = [(100, 116), (116, 132), (132, 140)]
     expected = sum(bits_per_byte_of_one_forward(recurrent_model, *part) * (part[1] - part[0]) for part in parts) / 40
     assert result["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
@@ -215,7 +223,7 @@ def test_segments_are_independent(accelerator, recurrent_model):
 @pytest.mark.parametrize("stream, streams", [(None, [(100, 140)]), (16, [(100, 116), (116, 132), (132, 140)])])
 def test_carried_equals_one_long_forward_for_each_stream(accelerator, recurrent_model, stream, streams):
     protocol = Protocol("carried", 7, stream_length=stream)
-    result = evaluate_bits_per_byte(recurrent_model, read, accelerator, 100, 140, protocol, batch_size=2)
+    result = evaluate_bits_per_byte(recurrent_model, DATA, accelerator, 100, 140, protocol, batch_size=2)
     expected = sum(bits_per_byte_of_one_forward(recurrent_model, *part) * (part[1] - part[0]) for part in streams) / 40
     assert result["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
     assert result["stream_length"] == stream or 40
@@ -227,7 +235,7 @@ def test_refreshed_is_sliding_over_windows_as_long_as_one_start(accelerator, rec
     gpt2 = GPT2Config(vocab_size=256, n_positions=60, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
     model = recurrent_model if family == "aft" else GPT2LMHeadModel(gpt2)
     scores = [
-        evaluate_bits_per_byte(model, read, accelerator, 100, 400, protocol, 3)["bits_per_byte"]
+        evaluate_bits_per_byte(model, DATA, accelerator, 100, 400, protocol, 3)["bits_per_byte"]
         for protocol in (Protocol("refreshed", 7, None, None, 60, 12), Protocol("sliding", 60, 48))
     ]
     assert scores[0] == pytest.approx(
@@ -238,7 +246,7 @@ def test_refreshed_is_sliding_over_windows_as_long_as_one_start(accelerator, rec
 @by_protocol
 def test_no_score_depends_on_the_batch_size(accelerator, recurrent_model, protocol):
     first, *others = (
-        evaluate_bits_per_byte(recurrent_model, read, accelerator, 100, 400, protocol, batch_size)
+        evaluate_bits_per_byte(recurrent_model, DATA, accelerator, 100, 400, protocol, batch_size)
         for batch_size in (1, 2, 7, 10**12)
     )
     for other in others:
@@ -250,7 +258,7 @@ def test_no_score_depends_on_the_batch_size(accelerator, recurrent_model, protoc
 
 @by_protocol
 def test_scores_by_position_are_those_of_the_bytes_there(accelerator, recurrent_model, protocol):
-    result = evaluate_bits_per_byte(recurrent_model, read, accelerator, 100, 400, protocol, batch_size=2)
+    result = evaluate_bits_per_byte(recurrent_model, DATA, accelerator, 100, 400, protocol, batch_size=2)
     nats, counts = Counter(), Counter()
     for window in protocol.windows(100, 400):
         text = torch.from_numpy(TEXT[window.first - 1 : window.end].astype(np.int64))
@@ -270,7 +278,7 @@ def test_scores_by_position_are_those_of_the_bytes_there(accelerator, recurrent_
 @pytest.mark.parametrize("start, stop", [(0, 10), (10, 10)])
 def test_wrong_range_is_refused(accelerator, start, stop):
     with pytest.raises(ValueError, match="begins at 1 or later"):
-        evaluate_bits_per_byte(Bigram(), read, accelerator, start, stop, Protocol("segments", 4), batch_size=1)
+        evaluate_bits_per_byte(Bigram(), DATA, accelerator, start, stop, Protocol("segments", 4), batch_size=1)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +288,7 @@ def test_wrong_range_is_refused(accelerator, start, stop):
 )
 def test_a_window_larger_than_the_text_is_all_of_it(accelerator, recurrent_model, protocol):
     """No memory is spent on rows and columns that hold nothing."""
-    result = evaluate_bits_per_byte(recurrent_model, read, accelerator, 100, 140, protocol, batch_size=10**12)
+    result = evaluate_bits_per_byte(recurrent_model, DATA, accelerator, 100, 140, protocol, batch_size=10**12)
     assert result["bits_per_byte"] == pytest.approx(bits_per_byte_of_one_forward(recurrent_model, 100, 140), rel=1e-6)
     assert result["length"] == 10**12 and result.get("stream_length", 40) == 40
 
@@ -290,7 +298,7 @@ def test_a_score_that_is_no_number_is_an_error(accelerator, number):
     model = Bigram()
     torch.nn.init.constant_(model.table.weight, number)
     with pytest.raises(FloatingPointError, match="the score is nan bits per byte"):
-        evaluate_bits_per_byte(model, read, accelerator, 1, 50, PROTOCOLS["segments"], batch_size=3)
+        evaluate_bits_per_byte(model, DATA, accelerator, 1, 50, PROTOCOLS["segments"], batch_size=3)
 
 
 # The command line
@@ -365,7 +373,7 @@ def test_command_line_takes_length_and_stride_from_the_model(folders):
         ("limited", "--protocol carried", "--stream_length must be at most max_position_embeddings"),
         ("limited", "--stride 4", "--stride must be left out without --protocol sliding, got 4"),
         ("limited", "--protocol sliding --stride 17", r"--stride must be at most T \(16\), got 17"),
-        ("words", "", "must be a model of 256 bytes, got 300 tokens"),
+        ("words", "", "must be a folder with a saved tokenizer, and has no tokenizer_config.json"),
     ],
     ids=["split", "two", "length", "carried", "stride", "long-stride", "tokens"],
 )

@@ -17,11 +17,12 @@ from small_runs import STEPS, checkpoints, history
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from aft import pretraining
-from aft.byte_data import TrainingWindows, split_ranges
 from aft.commands.pretrain import main
 from aft.optimization import create_optimizers, learning_rate, set_learning_rate
 from aft.pretraining_arguments import check_arguments, parse_arguments
 from aft.run_log import read_log
+from aft.text_sources import split_ranges
+from aft.training_windows import TrainingWindows
 
 
 LENGTH, BATCH, STEPS_PER_STREAM = 16, 4, 5  # so that the second streams begin between two checkpoints
@@ -232,7 +233,7 @@ def test_compiled_run_is_the_same(inputs, tmp_path, monkeypatch):
 TABLES = "carry_state must be left out: this model's position tables end, got True"
 GROWING = "carry_state must be left out: this model, .*, has no state of fixed size, got True"
 GRADIENTS = "gradient_checkpointing must be left out with --carry_state"
-SHORT = "--stream_length must be at most 179, as a train split of 360 bytes .* got"
+SHORT = "--stream_length must be at most 179, as a train split of 360 tokens .* got"
 MULTIPLE = r"--stream_length must be 2 sequence_length or more, a multiple of it \(16\), got"
 
 

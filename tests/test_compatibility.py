@@ -33,6 +33,7 @@ from transformers import (
 import modeling_aft
 from aft.bits_per_byte import evaluate_bits_per_byte
 from aft.protocols import Protocol
+from aft.token_data import TokenData
 from modeling_aft import ByteTokenizer, compatibility
 from modeling_aft.compatibility import CACHE_NAME, CACHE_NAMES, NEWEST, OLDEST
 
@@ -315,4 +316,4 @@ def test_scoring_uses_nothing_that_goes():
     model, text = make_model("conv-nopos", dtype=torch.float32), make_ids(100, batch=1)[0].numpy().astype("uint8")
     protocol = Protocol("carried", 8, stream_length=20)
     with nothing_deprecated():
-        evaluate_bits_per_byte(model, lambda start, stop: text[start:stop], Accelerator(cpu=True), 1, 50, protocol, 2)
+        evaluate_bits_per_byte(model, TokenData.of_bytes(text.tobytes()), Accelerator(cpu=True), 1, 50, protocol, 2)

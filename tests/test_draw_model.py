@@ -158,7 +158,7 @@ def test_several_models_share_the_receptive_field(folders, tmp_path):
         pytest.param(["{local}", "--dataset_path", "nowhere"], "no such file: nowhere", id="no-data"),
         pytest.param(
             ["{simple}", "--dataset_path", "{short}"],
-            "valid split of one window, 48 bytes, or more, got 10",
+            "valid split of one window, 48 tokens, or more, got 10",
             id="short",
         ),
     ],

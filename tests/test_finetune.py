@@ -30,10 +30,10 @@ from transformers import (
 from transformers import trainer as trainer_module
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from aft.byte_data import pydoc_bytes
 from aft.commands.finetune import main
 from aft.finetuning import CLASSIFICATION, TokenWindows, split_text
 from aft.finetuning_arguments import default_learning_rate
+from aft.raw_files import pydoc_bytes
 from modeling_aft import ByteTokenizer
 
 

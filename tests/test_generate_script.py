@@ -83,7 +83,7 @@ def test_fills_the_length_limit_by_default(folder, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("from standard input\n"))
     main(["--model", folder])
     assert capsys.readouterr().out.startswith("from standard input")
-    with pytest.raises(ValueError, match="max_new_tokens 61 after a prompt of 4 bytes.*64"):
+    with pytest.raises(ValueError, match="max_new_tokens 61 after a prompt of 4 tokens.*64"):
         main(["--model", folder, "--prompt", "The ", "--max_new_tokens", "61"])
 
 
@@ -118,16 +118,17 @@ def test_empty_prompt_is_refused():
         main(["--model", "nowhere", "--prompt", ""])
 
 
-def test_other_tokens_are_refused(tmp_path):
+def test_a_tokenizer_that_is_not_that_of_the_model_is_refused(tmp_path):
     config = AFTConfig(hidden_size=16, num_hidden_layers=1, max_position_embeddings=32, vocab_size=300)
     config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="must be a model of 256 bytes, got 300 tokens"):
+    with pytest.raises(ValueError, match="must be a folder with a saved tokenizer, and has no tokenizer_config.json"):
         main(["--model", str(tmp_path), "--prompt", "a"])
-    config.vocab_size = 256
-    config.save_pretrained(tmp_path)
-    words = Tokenizer(WordLevel({"a": 0, "?": 1}, unk_token="?"))
+    words = Tokenizer(WordLevel({"a": 0, "?": 300}, unk_token="?"))
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="must have a tokenizer of 256 bytes, got 2 tokens"):
+    with pytest.raises(ValueError, match="must have at most its vocab_size, 300, of ids, got 301"):
+        main(["--model", str(tmp_path), "--prompt", "a"])
+    ByteTokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="must have a vocab_size of 256 for its tokenizer of bytes, got 300"):
         main(["--model", str(tmp_path), "--prompt", "a"])
 
 

@@ -19,13 +19,13 @@ from accelerate.state import AcceleratorState
 from safetensors import SafetensorError
 from small_runs import ROOT, SCRIPT, STEPS, checkpoints, flags, history, make_inputs, run_script
 
-from aft import checkpointing, pretraining
+from aft import checkpointing, pretraining, text_sources
 from aft.bits_per_byte import load_metric
-from aft.byte_data import KnownFile
 from aft.checkpointing import STATE_FILE, find_checkpoint
 from aft.commands.pretrain import main
 from aft.console import run_program
 from aft.optimization import all_finite
+from aft.raw_files import KnownFile
 from aft.run_log import read_log
 
 
@@ -236,10 +236,10 @@ def fail_at(call: int, error: BaseException, function):
 @pytest.mark.parametrize(
     "name, call, step",
     [
-        ("evaluate_bits_per_byte", 1, 2),
-        ("evaluate_bits_per_byte", 3, 6),
-        ("evaluate_bits_per_byte", 4, 8),
-        ("evaluate_bits_per_byte", 5, 8),
+        ("evaluate_split", 1, 2),
+        ("evaluate_split", 3, 6),
+        ("evaluate_split", 4, 8),
+        ("evaluate_split", 5, 8),
         ("sample_text", 2, 4),
         ("sample_text", 4, 8),
         ("save_model", 1, 8),
@@ -259,8 +259,8 @@ def test_fault_after_a_step_does_not_lose_it(inputs, whole, tmp_path, monkeypatc
 
 
 def test_old_checkpoints_stay_until_the_new_one_is_measured(inputs, tmp_path, monkeypatch):
-    function = fail_at(3, MemoryError(), pretraining.evaluate_bits_per_byte)
-    monkeypatch.setattr(pretraining, "evaluate_bits_per_byte", function)
+    function = fail_at(3, MemoryError(), pretraining.evaluate_split)
+    monkeypatch.setattr(pretraining, "evaluate_split", function)
     with pytest.raises(MemoryError):
         main(flags(inputs, tmp_path / "run", keep_checkpoints=1))
     assert checkpoints(tmp_path / "run") == ["step-4", "step-6"]
@@ -311,14 +311,14 @@ def test_last_good_checkpoint_stays(inputs, tmp_path, monkeypatch, eval_every, s
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
 @pytest.mark.parametrize("call, split, step", [(2, "valid", 4), (4, "valid", 8), (5, "test", 8)])
 def test_score_that_is_no_number_ends_the_run(inputs, whole, tmp_path, monkeypatch, value, call, split, step):
-    evaluate_bits_per_byte, calls = pretraining.evaluate_bits_per_byte, iter(range(1, 100))
+    evaluate_split, calls = pretraining.evaluate_split, iter(range(1, 100))
 
     def score(*args, **kwargs):
-        result = evaluate_bits_per_byte(*args, **kwargs)
+        result = evaluate_split(*args, **kwargs)
         return result | ({"bits_per_byte": value} if next(calls) == call else {})
 
     with monkeypatch.context() as patch:
-        patch.setattr(pretraining, "evaluate_bits_per_byte", score)
+        patch.setattr(pretraining, "evaluate_split", score)
         with pytest.raises(
             FloatingPointError, match=f"score is {value} bits per byte on {split} at step {step}.*step-{step - 2}$"
         ):
@@ -403,7 +403,7 @@ def enwik8(inputs, monkeypatch) -> Path:
     content = (inputs / "text.bin").read_bytes()
     sums = hashlib.md5(content).hexdigest(), hashlib.sha1(content).hexdigest()
     known = KnownFile("enwik8", "http://127.0.0.1:9/dc/enwik8", len(content), *sums)
-    monkeypatch.setattr(pretraining, "ENWIK8", known)
+    monkeypatch.setattr(text_sources, "ENWIK8", known)
     return inputs / "text.bin"
 
 

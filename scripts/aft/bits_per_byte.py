@@ -6,10 +6,10 @@
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
-"""Bits per byte of a causal language model on a range of bytes, by one of the protocols that `score.py` names."""
+"""Bits per byte of a causal language model on a range of tokens, by one of the protocols of `aft evaluate`."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
 
-from aft.byte_data import split_ranges
 from aft.protocols import Protocol, Window
+from aft.token_data import TokenData
 
 
 METRIC = Path(__file__).resolve().parent / "metrics" / "bits_per_byte" / "bits_per_byte.py"
@@ -38,7 +38,7 @@ def batches(
     protocol: Protocol, start: int, stop: int, rows: int, process: int, num_processes: int
 ) -> Iterator[tuple[list[Window], int]]:
     """
-    The batches of one process, each of `rows` windows, and the bytes of the longest that any process reads meanwhile:
+    The batches of one process, each of `rows` windows, and the tokens of the longest that any process reads meanwhile:
     all of them must call a sharded model equally often. What is missing is filled up with empty windows.
     """
     windows, count = list(protocol.windows(start, stop)), rows * num_processes
@@ -48,63 +48,66 @@ def batches(
         yield group[process * rows : (process + 1) * rows], max(window.end - window.first for window in group)
 
 
-def load_batch(read: Callable[[int, int], np.ndarray], batch: list[Window], offset: int, length: int):
+def load_batch(data: TokenData, batch: list[Window], offset: int, length: int):
     """
-    The part of `length` bytes of each window that begins `offset` bytes after its first. What a window does not have
+    The part of `length` tokens of each window that begins `offset` tokens after its first. What a window does not have
     is filled up at its right, where a causal model cannot see it.
 
     Returns:
-        Inputs, labels, and the positions of the labels (0 where one is not scored), int64 [rows, length].
+        Inputs, labels, the positions of the labels (0 where one is not scored), and how many bytes each label stands
+        for, int64 [rows, length].
     """
     text = np.zeros((len(batch), length + 1), dtype=np.int64)
-    positions = np.zeros((len(batch), length), dtype=np.int64)
+    positions, sizes = np.zeros((2, len(batch), length), dtype=np.int64)
     for row, window in enumerate(batch):
         first, end = window.first + offset, min(window.first + offset + length, window.end)
         if end > first:
-            text[row, : end - first + 1] = read(first - 1, end)
+            text[row, : end - first + 1] = data.read(first - 1, end)
+            sizes[row, : end - first] = data.read_sizes(first, end)
             labels = np.arange(first, end)
             positions[row, : end - first] = np.where(labels < window.scored, 0, labels - window.origin + 1)
-    return torch.from_numpy(text[:, :-1]), torch.from_numpy(text[:, 1:]), torch.from_numpy(positions)
+    return tuple(map(torch.from_numpy, (text[:, :-1], text[:, 1:], positions, sizes)))
 
 
 @torch.no_grad()
 def evaluate_bits_per_byte(
-    model, read, accelerator, start: int, stop: int, protocol: Protocol, batch_size: int
+    model, data: TokenData, accelerator, start: int, stop: int, protocol: Protocol, batch_size: int
 ) -> dict:
     """
-    Scores the bytes [start, stop); every process of `accelerator` scores its part and gets the whole result, which
+    Scores the tokens [start, stop); every process of `accelerator` scores its part and gets the whole result, which
     does not depend on their number, nor on `batch_size`.
 
     Args:
-        model: a causal language model whose logits at an input predict the next byte; prepared by `accelerator`.
-        read (`Callable`): `read(start, stop)` returns bytes of the file as uint8.
-        start, stop (`int`): the bytes to score; `start` must be at least 1, because the byte before is the context.
+        model: a causal language model whose logits at an input predict the next token; prepared by `accelerator`.
+        data (`TokenData`): the text.
+        start, stop (`int`): the tokens to score; `start` must be at least 1, because the one before is the context.
         protocol (`Protocol`): which windows are read.
         batch_size (`int`): windows per process that are read at once; if there are fewer, all.
 
     Returns:
-        `dict`: `bits_per_byte`, `bytes_scored`, what names the protocol, `dtype`, and `by_position`: a `dict` with
-        `first`, `last`, `bits_per_byte` and `bytes_scored` for each range of positions from one power of two to the
-        next. The position of a byte is its number in its window, or of `refreshed` in the stream, from 1 on.
+        `dict`: `bits_per_byte`, `bytes_scored`, `tokens_scored` and `perplexity` (of a token) unless tokens are bytes,
+        what names the protocol, `dtype`, and `by_position`: a `dict` with `first`, `last`, `bits_per_byte` and
+        `bytes_scored` for each range of positions from one power of two to the next, if it has bytes. The position of
+        a token is its number in its window, or of `refreshed` in the stream, from 1 on.
 
     Raises:
-        ValueError: the range is empty or begins at byte 0.
+        ValueError: the range is empty or begins at token 0.
         FloatingPointError: the score is NaN or infinite.
     """
     if not 1 <= start < stop:
-        raise ValueError(f"the bytes to score must be a range that begins at 1 or later, got [{start}, {stop})")
+        raise ValueError(f"the tokens to score must be a range that begins at 1 or later, got [{start}, {stop})")
     with accelerator.local_main_process_first():
         metric = load_metric()
     count = sum(1 for _ in protocol.windows(start, stop))
     rows = min(batch_size, -(-count // accelerator.num_processes))
     was_training = model.training
     model.eval()
-    nats, counts = torch.zeros(BUCKETS, dtype=torch.float64), torch.zeros(BUCKETS, dtype=torch.float64)
+    nats, counts, tokens = torch.zeros(3, BUCKETS, dtype=torch.float64)
     for batch, longest in batches(protocol, start, stop, rows, accelerator.process_index, accelerator.num_processes):
         state = {}
         for offset in range(0, longest, protocol.length):
-            part = load_batch(read, batch, offset, min(protocol.length, longest - offset))
-            inputs, labels, positions = (tensor.to(accelerator.device) for tensor in part)
+            part = load_batch(data, batch, offset, min(protocol.length, longest - offset))
+            inputs, labels, positions, sizes = (tensor.to(accelerator.device) for tensor in part)
             outputs = model(input_ids=inputs, use_cache=longest > protocol.length, **state)
             if longest > protocol.length:  # by the name that this release of transformers gives it
                 name = "cache" if hasattr(outputs, "cache") else "past_key_values"
@@ -114,13 +117,16 @@ def evaluate_bits_per_byte(
             losses, positions = losses[is_scored].cpu().double(), positions.flatten()[is_scored].cpu()
             buckets = torch.frexp(positions.double()).exponent - 1  # position p is in bucket floor(log2(p))
             nats.index_add_(0, buckets, losses)
-            counts.index_add_(0, buckets, torch.ones_like(losses))
+            counts.index_add_(0, buckets, sizes.flatten()[is_scored].cpu().double())
+            tokens.index_add_(0, buckets, torch.ones_like(losses))
     model.train(was_training)
-    sums = gather_object([torch.stack([nats, counts]).tolist()])  # of each process
-    nats, counts = torch.tensor(sums, dtype=torch.float64).sum(0).tolist()
+    sums = gather_object([torch.stack([nats, counts, tokens]).tolist()])  # of each process
+    nats, counts, tokens = torch.tensor(sums, dtype=torch.float64).sum(0).tolist()
     result = metric.compute(nats=nats, byte_counts=[int(number) for number in counts])
     if not math.isfinite(result["bits_per_byte"]):
         raise FloatingPointError(f"the score is {result['bits_per_byte']} bits per byte")
+    if data.sizes is not None:
+        result |= {"tokens_scored": int(sum(tokens)), "perplexity": math.exp(min(math.fsum(nats) / sum(tokens), 700))}
     dtype = DTYPES.get(accelerator.mixed_precision, str(next(model.parameters()).dtype).removeprefix("torch."))
     by_position = [
         {
@@ -135,11 +141,13 @@ def evaluate_bits_per_byte(
     return {**result, **protocol.describe(start, stop), "dtype": dtype, "by_position": by_position}
 
 
-def evaluate_split(model, content: bytes, split: str, accelerator, protocol: Protocol, batch_size: int) -> dict:
-    """Scores a split of a file's content; the other arguments and the result as in `evaluate_bits_per_byte`."""
-    text = np.frombuffer(content, np.uint8)
-    start, stop = split_ranges(len(content))[split]
-    start = max(start, 1)  # nothing stands before the first byte of a file
-    return evaluate_bits_per_byte(
-        model, lambda first, end: text[first:end], accelerator, start, stop, protocol, batch_size
-    )
+def evaluate_split(
+    model, data: TokenData, split: str, accelerator, protocol: Protocol, batch_size: int, max_bytes: int = 0
+) -> dict:
+    """
+    Scores a split, or if it is longer its first `max_bytes` bytes, 0 for all; the other arguments and the result as
+    in `evaluate_bits_per_byte`.
+    """
+    start, stop = data.first_bytes(split, max_bytes)
+    start = max(start, 1)  # nothing stands before the first token
+    return evaluate_bits_per_byte(model, data, accelerator, start, stop, protocol, batch_size)

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from transformers import DynamicCache
 
-from aft.byte_data import TrainingWindows
+from aft.training_windows import TrainingWindows
 from modeling_aft import load_cache, save_cache
 
 

@@ -12,13 +12,14 @@ import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from aft.pretraining_arguments import GROUPS, PATHS
+from aft.pretraining_arguments import GROUPS, from_folder
 from aft.settings_files import read_yaml
+from aft.text_arguments import TextArguments
 
 
 # Flags that this program sets itself for each run, which neither the plan's training nor the command line may set.
 SET_BY_COMPARE = {"training_preset", "model_preset", "model_override", "seed", "output_dir", "resume", "overwrite"}
-SAME_IN_ALL_RUNS = {"dataset", "dataset_path", "dataset_url", "cache_dir"}  # no run of a plan has data of its own
+SAME_IN_ALL_RUNS = {entry.name for entry in fields(TextArguments)}  # no run of a plan has a text of its own
 
 
 @dataclass
@@ -70,10 +71,15 @@ def read_plan(path: Path) -> Plan:
             return {}
         if unknown := sorted(map(str, set(found) - allowed)):
             problems.append(f"{where} has unknown keys {', '.join(unknown)}; allowed: {', '.join(sorted(allowed))}")
-        return {
-            key: str(path.resolve().parent / str(value)) if key in (*PATHS, "training_preset") else value
-            for key, value in found.items()
-        }
+        return {key: with_paths(key, value) for key, value in found.items()}
+
+    def with_paths(key: str, value):
+        folder = path.resolve().parent
+        if key == "training_preset":
+            return str(folder / str(value))
+        if isinstance(value, list):
+            return [with_paths(key, item) for item in value]
+        return from_folder(folder, key, value) if isinstance(value, str) else value
 
     of_training = {entry.name for group in GROUPS for entry in fields(group)} - SET_BY_COMPARE
     content = check_keys(content, {entry.name for entry in fields(Plan)} - {"name"}, "the plan")

@@ -28,10 +28,11 @@ from aft.compare_table import RESULT, write_table
 from aft.console import run_program
 from aft.machine import peak_bytes, processor_name
 from aft.model_configs import build_config
-from aft.pretraining import load_data, pretrain
+from aft.pretraining import pretrain
 from aft.pretraining_arguments import MAY_DIFFER_WHEN_CONTINUED, check_arguments, named_flags, parse_arguments
 from aft.run_log import read_log
 from aft.settings_files import read_json
+from aft.text_sources import load_text
 
 
 ENTRY = "entry.json"
@@ -77,7 +78,9 @@ def plan_runs(plan: Plan, runs_dir: Path, seeds: list[int], more_flags: list[str
             folder = runs_dir / plan.name / f"{name}-seed{seed}"
             values = {**training, **run["training"], "model_preset": run["model_preset"], "seed": seed}
             values |= {"output_dir": folder, "resume": "auto"}
-            flags = [*preset, *(text for key, value in values.items() for text in (f"--{key}", str(value)))]
+            flags = list(preset)
+            for key, value in values.items():
+                flags += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
             if override := [f"{key}={json.dumps(value)}" for key, value in run["model_override"].items()]:
                 flags += ["--model_override", *override]
             planned.append(PlannedRun(name, seed, folder, [*flags, *more_flags]))
@@ -103,7 +106,7 @@ def describe_entries(planned: list[PlannedRun], whole: bool = True) -> list[dict
         model.pop("transformers_version", None)
         entry = {"model_config": model}
         if whole:
-            data = data or load_data(args)[1].sha256  # no run of a plan has data of its own
+            data = data or load_text(args).sha256  # no run of a plan has a text of its own
             entry |= {
                 "data": data,
                 **{key: value for key, value in vars(args).items() if key not in MAY_DIFFER_WHEN_CONTINUED},

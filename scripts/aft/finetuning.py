@@ -38,7 +38,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from aft.atomic_files import write_whole
 from aft.bits_per_byte import METRIC as BITS_PER_BYTE
 from aft.bits_per_byte import load_metric
-from aft.byte_data import file_bytes
 from aft.finetuning_arguments import FinetuningArguments, default_learning_rate, describe_run, parse_arguments
 from aft.finetuning_checkpoints import check_identity, find_checkpoint
 from aft.finetuning_flags import InputArguments
@@ -47,6 +46,7 @@ from aft.flags import import_files
 from aft.folder_lock import locked
 from aft.labelled_tables import EncodedRows, describe_labels, encode_table, read_table
 from aft.model_configs import has_length_limit
+from aft.raw_files import file_bytes
 from aft.saved_models import load, load_model
 from aft.vocabulary import rows_needed
 from modeling_aft import ByteTokenizer

@@ -185,20 +185,25 @@ def find_preset(name: str, kind: str, flag_name: str) -> str:
     return str(presets[name])
 
 
-def check_model_name(name: str | Path, flag_name: str = "--model", hub: bool = True) -> None:
+def check_model_name(
+    name: str | Path, flag_name: str = "--model", hub: bool = True, what: str = "model", file: str = "config.json"
+) -> None:
     """
     Checks that a name is that of a folder with a saved model, or, if `hub`, may be one on the Hub: `owner/name` where
     there is no folder `owner`, or a single word.
+
+    Args:
+        what, file: what else it may be that is saved, and the file that is there then.
 
     Raises:
         ValueError: it is neither; begins with the flag.
     """
     path = Path(name)
     if path.is_dir() and str(name):
-        if not (path / "config.json").is_file():
-            raise ValueError(f"{flag_name} {name}: must be a folder with a saved model, and has no config.json")
+        if not (path / file).is_file():
+            raise ValueError(f"{flag_name} {name}: must be a folder with a saved {what}, and has no {file}")
     elif path.exists():
-        raise ValueError(f"{flag_name} {name}: must be a folder with a saved model, got a file")
+        raise ValueError(f"{flag_name} {name}: must be a folder with a saved {what}, got a file")
     elif (
         not hub or not re.fullmatch(HUB_NAME, str(name), re.ASCII) or (path.parent != Path() and path.parent.is_dir())
     ):

@@ -6,7 +6,7 @@
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
-"""Continues a prompt with a byte-level model, and prints the text while it is made: what `aft generate` does."""
+"""Continues a prompt, and prints the text while it is made: what `aft generate` does."""
 
 import argparse
 import codecs
@@ -16,12 +16,13 @@ from typing import TextIO
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoModelForCausalLM, TextStreamer, set_seed
 from transformers.generation.streamers import BaseStreamer
 
 from aft.atomic_files import write_whole
 from aft.model_configs import has_length_limit
-from aft.saved_models import load, load_config, load_model
+from aft.saved_models import load_config, load_model
+from aft.vocabulary import vocabulary_of_model
 
 
 class ByteStreamer(BaseStreamer):
@@ -69,15 +70,11 @@ def read_prompt(args: argparse.Namespace) -> bytes:
     return prompt
 
 
-def check_tokenizer(tokenizer, name: str) -> None:
-    """
-    Checks that the ids of a tokenizer are bytes.
-
-    Raises:
-        ValueError: it has other tokens.
-    """
-    if tokenizer.vocab_size != 256 or tokenizer("a\u00e9").input_ids != [97, 195, 169]:
-        raise ValueError(f"--model {name}: must have a tokenizer of 256 bytes, got {tokenizer.vocab_size} tokens")
+def make_streamer(vocabulary, output: TextIO) -> BaseStreamer:
+    """Prints what is made of these tokens as it comes, and the prompt before it."""
+    if vocabulary.is_bytes:
+        return ByteStreamer(output)
+    return TextStreamer(vocabulary.tokenizer, clean_up_tokenization_spaces=False)
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -85,8 +82,8 @@ def generate(args: argparse.Namespace) -> None:
     Continues a prompt with the flags of `aft generate`.
 
     Raises:
-        ValueError: the device is not there, the prompt empty or too long, or the model not one of bytes, whole and
-            finite.
+        ValueError: the device is not there, the prompt empty or too long or no text for the tokenizer, or the model
+            not whole and finite.
     """
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if not is_device(device):
@@ -95,27 +92,28 @@ def generate(args: argparse.Namespace) -> None:
     prompt = read_prompt(args)
     trust = {"trust_remote_code": args.trust_remote_code}
     config = load_config(args.model, **trust)
-    check_tokenizer(load(AutoTokenizer, args.model, **trust), args.model)
+    vocabulary = vocabulary_of_model(args.model, config, **trust)
+    prompt = vocabulary.encode_prompt(prompt)
     max_new_tokens = args.max_new_tokens or 500
     if has_length_limit(config):
         limit, length = config.max_position_embeddings, len(prompt)
         max_new_tokens = args.max_new_tokens or min(max_new_tokens, limit - length)
         if not 1 <= max_new_tokens <= limit - length:
             raise ValueError(
-                f"--max_new_tokens {max_new_tokens} after a prompt of {length} bytes: together at most the "
+                f"--max_new_tokens {max_new_tokens} after a prompt of {length} tokens: together at most the "
                 f"max_position_embeddings of the model, {limit}"
             )
     model, _ = load_model(AutoModelForCausalLM, args.model, dtype=getattr(torch, args.dtype), **trust)
     set_seed(args.seed)
     sampling = {"do_sample": True, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-    ids = torch.tensor([list(prompt)], device=device)
+    ids = torch.tensor([prompt], device=device)
     made = model.to(device).generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        streamer=ByteStreamer(sys.stdout),
+        streamer=make_streamer(vocabulary, sys.stdout),
         max_new_tokens=max_new_tokens,
         repetition_penalty=args.repetition_penalty,
         **({"do_sample": False, "temperature": None, "top_k": None, "top_p": None} if args.greedy else sampling),
     )
     if args.output_file is not None:
-        write_whole(args.output_file.resolve(), bytes(made[0].tolist()))
+        write_whole(args.output_file.resolve(), vocabulary.decode(made[0].tolist()))

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from aft.machine import peak_resident_bytes
 from aft.saved_models import load_config, load_model
+from aft.vocabulary import vocabulary_of_model
 from modeling_aft import TokenStream
 
 
@@ -179,7 +180,8 @@ def read_stream(args: argparse.Namespace) -> TokenStream:
     """
     transformers.utils.logging.disable_progress_bar()
     trust = {"trust_remote_code": args.trust_remote_code}
-    load_config(args.model, **trust)
+    if not vocabulary_of_model(args.model, load_config(args.model, **trust), **trust).is_bytes:
+        raise ValueError(f"--model {args.model}: must be a model of bytes, which a stream consists of")
     model, _ = load_model(AutoModelForCausalLM, args.model, dtype=args.dtype, **trust)
     stream = open_stream(model.to("cuda" if torch.cuda.is_available() else "cpu"), args)
     lines = Lines(stream, args.mark, args.width)

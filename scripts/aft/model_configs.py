@@ -16,22 +16,29 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from aft.console import one_line
 from aft.settings_files import read_json
+from aft.vocabulary import asked_size
 
 
+MOST_PADDING = 1023  # ids that a model has and its tokenizer does not, to round their number
 MOST_LAYERS = 1_000_000  # to make a configuration of more takes memory
 
 
 def build_config(args: argparse.Namespace) -> PreTrainedConfig:
     """
-    The model configuration of `args.model_preset`, with the fields of `args.model_override` changed.
+    The model configuration of `args.model_preset`, with the fields of `args.model_override` changed. Its `vocab_size`
+    is that of `args.tokenizer`, unless it says another than the 256 of bytes.
 
     Raises:
-        ValueError: the file is not a model configuration, or a field or its value is not allowed.
+        ValueError: the file is not a model configuration, a field or its value is not allowed, the tokenizer does not
+            load, or `vocab_size` is another than it needs.
     """
     name = f"--model_preset {args.model_preset}"
     values = read_json(args.model_preset, "--model_preset")
     if "model_type" not in values:
         raise ValueError(f"{name}: must be a JSON object with a model_type")
+    size = asked_size(args)
+    if values.get("vocab_size", 256) == 256:  # what the presets have, for bytes
+        values["vocab_size"] = size
     config = make_config(values, name)
     overrides = {}
     for item in args.model_override:
@@ -45,8 +52,11 @@ def build_config(args: argparse.Namespace) -> PreTrainedConfig:
         except (ValueError, RecursionError):
             overrides[key] = text  # a bare word is a string
     config = make_config({**values, **overrides}, f"{name} with --model_override" if overrides else name)
-    if config.vocab_size < 256:
-        raise ValueError(f"vocab_size must be at least 256 for a model of bytes, got {config.vocab_size}")
+    most = size + MOST_PADDING if args.tokenizer not in ("bytes", "bpe") else size
+    if not size <= config.vocab_size <= most:
+        allowed = f"{size} for --tokenizer {args.tokenizer}"
+        allowed += f", or with padding up to {most}" if most > size else ""
+        raise ValueError(f"vocab_size must be {allowed}, got {config.vocab_size}; left out, it is {size}")
     return config
 
 

@@ -17,10 +17,12 @@ import transformers
 from matplotlib.figure import Figure
 from transformers import AutoConfig, AutoModel
 
-from aft.byte_data import file_bytes, pydoc_bytes, split_ranges
 from aft.drawing import COLOURS, label, line_style, save_figure, tidy
 from aft.flags import check_model_name
 from aft.saved_models import load, load_model
+from aft.text_sources import load_text
+from aft.token_data import TokenData, tokens_at_hand
+from aft.vocabulary import vocabulary_of_model
 
 
 BLOCK = 2**24  # numbers in the largest tensor of the receptive field
@@ -258,35 +260,40 @@ def draw_fields(fields: dict[str, np.ndarray]) -> Figure:
 
 
 def draw_receptive_fields(
-    models: dict, dataset_path: Path | None, length: int | None = None, num_windows: int = 4
+    models: dict, data: dict[str, TokenData], length: int | None = None, num_windows: int = 4
 ) -> Figure:
     """
-    The receptive fields of AFT models over the same windows.
+    The receptive fields of AFT models over the same windows, if their tokens are the same.
 
     Args:
-        length: bytes of a window; the least max_position_embeddings of the models by default.
+        data: the tokens of the text for each of the models.
+        length: tokens of a window; the least max_position_embeddings of the models by default.
     """
     length = length or min(model.config.max_position_embeddings for model in models.values())
-    windows = read_windows(dataset_path, length, num_windows)
-    return draw_fields({name: receptive_field(model, windows) for name, model in models.items()})
+    windows = {name: read_windows(data[name], length, num_windows) for name in models}
+    return draw_fields({name: receptive_field(model, windows[name]) for name, model in models.items()})
 
 
-def read_windows(path: Path | None, length: int, count: int) -> torch.Tensor:
+def read_windows(data: TokenData, length: int, count: int) -> torch.Tensor:
     """
     The first windows of the valid split, int64 [at most `count`, `length`].
 
     Raises:
-        ValueError: there is no such file, or the split is shorter than one window.
+        ValueError: the split is shorter than one window.
     """
-    content = pydoc_bytes() if path is None else file_bytes(path)
-    start, stop = split_ranges(len(content))["valid"]
+    start, stop = data.splits["valid"]
     count = min(count, (stop - start) // length)
     if count < 1:
         raise ValueError(
-            f"--dataset_path needs a valid split of one window, {length} bytes, or more, got {stop - start}"
+            f"--dataset_path needs a valid split of one window, {length} tokens, or more, got {stop - start}"
         )
-    text = np.frombuffer(content[start : start + count * length], dtype=np.uint8).astype(np.int64)
-    return torch.from_numpy(text).view(count, length)
+    return torch.from_numpy(data.read(start, start + count * length).astype(np.int64)).view(count, length)
+
+
+def data_of_model(model, text, cache_dir: str) -> TokenData:
+    """The tokens of a text for a model that was loaded from a folder."""
+    name = model.config.name_or_path
+    return tokens_at_hand(text, vocabulary_of_model(name, model.config, trust_remote_code=False), cache_dir)
 
 
 def draw_model(name: str, model) -> dict[str, Figure]:
@@ -353,9 +360,9 @@ def draw_models(args: argparse.Namespace) -> list[Path]:
             )
         figures |= drawn
     if afts:
-        if no_bytes := [name for name, model in afts.items() if model.config.vocab_size < 256]:
-            raise ValueError(f"models: must have a vocab_size of 256 or more, not so {', '.join(no_bytes)}")
-        fields = draw_receptive_fields(afts, args.dataset_path, args.length, args.num_windows)
+        text = load_text(args)
+        data = {name: data_of_model(model, text, args.cache_dir) for name, model in afts.items()}
+        fields = draw_receptive_fields(afts, data, args.length, args.num_windows)
         figures["receptive-field.svg"] = fields
     written = [save_figure(figure, args.output_dir / name) for name, figure in figures.items()]
     for path in written:

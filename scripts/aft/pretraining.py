@@ -32,16 +32,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import modeling_aft  # noqa: F401  (registers the model types)
 from aft.atomic_files import write_whole
-from aft.bits_per_byte import evaluate_bits_per_byte, load_metric
-from aft.byte_data import (
-    ENWIK8,
-    ByteData,
-    TrainingWindows,
-    differences,
-    file_bytes,
-    known_file_bytes,
-    pydoc_bytes,
-)
+from aft.bits_per_byte import evaluate_split, load_metric
 from aft.carried_state import CarriedState
 from aft.checkpointing import (
     abandon,
@@ -67,29 +58,36 @@ from aft.pretraining_arguments import (
 )
 from aft.redaction import public_path, readable
 from aft.run_folder import check_output, clear_output, save_model
-from aft.run_log import HUB_DATASETS, RunLog, fill_model_card, plot_training_curve, read_log, today
+from aft.run_log import (
+    HUB_DATASETS,
+    RunLog,
+    describe_score,
+    fill_model_card,
+    plot_training_curve,
+    read_log,
+    today,
+)
+from aft.streamed_windows import StreamedWindows
+from aft.text_sources import DocumentText, FileText, load_text
+from aft.token_data import TokenData, token_data
+from aft.training_windows import TrainingWindows
+from aft.vocabulary import make_vocabulary
 
 
 VERSIONS = ("torch", "transformers", "accelerate", "datasets", "evaluate", "tokenizers")
 
 
-def load_data(args) -> tuple[str, ByteData]:
-    """The name of the data and its memory-mapped bytes."""
-    known = None
-    if args.dataset == "enwik8":
-        content, known = known_file_bytes(ENWIK8, args.dataset_path, args.dataset_url, args.cache_dir), ENWIK8
-    elif args.dataset == "file":
-        content = file_bytes(args.dataset_path)
-        known = None if any(differences(ENWIK8, content)) else ENWIK8
-    else:
-        content = pydoc_bytes()
-    data = ByteData.from_bytes(content, args.cache_dir)
-    data.known = known
-    if known is not None:
-        return known.name, data
-    if args.dataset == "file":
-        return readable(Path(args.dataset_path).name), data
-    return f"pydoc topics of Python {platform.python_version()}", data
+def make_windows(args, text, data: TokenData, vocabulary, accelerator: Accelerator):
+    """The windows that training reads, of what is memory-mapped or of a stream."""
+    if text.stream is not None:
+        buffer = (1000 if text.separated else 0) if args.shuffle_buffer is None else args.shuffle_buffer
+        sizes = (args.sequence_length, args.batch_size, args.micro_batch_size)
+        return StreamedWindows(text, vocabulary, *sizes, args.seed, buffer, accelerator)
+    start, stop = data.splits["train"]
+    sizes = None if data.sizes is None else data.read_sizes
+    return TrainingWindows(
+        data.read, stop - start, args.sequence_length, args.batch_size, args.seed, args.stream_length, sizes
+    )
 
 
 def seed_step(seed: int, step: int, process: int) -> None:
@@ -132,10 +130,13 @@ def train_step(
     args,
     carried: CarriedState | None = None,
 ) -> torch.Tensor:
-    """One optimizer step on the global batch of `step`; returns the summed nats of this process's windows."""
+    """
+    One optimizer step on the global batch of `step`; returns the summed nats of this process's windows, and the bytes
+    of text that their labels stand for, float64 [2].
+    """
     seed_step(args.seed, step, accelerator.process_index)
     set_learning_rate(optimizers, learning_rate(step, args))
-    nats = torch.zeros((), device=accelerator.device)
+    nats, num_bytes = torch.zeros((), device=accelerator.device), 0
     rows = first_rows(accelerator, args)
     for first_row in rows:
         cache = None if carried is None else carried.before(step, first_row)
@@ -144,6 +145,7 @@ def train_step(
             # Gradients are averaged over processes, so this makes them those of the mean over the global batch.
             accelerator.backward(loss * accelerator.num_processes / (args.batch_size * args.sequence_length))
         nats += loss.detach()
+        num_bytes += windows.num_bytes(step, range(first_row, first_row + args.micro_batch_size))
         if carried is not None:
             carried.keep(first_row, cache)
     if args.max_grad_norm > 0:
@@ -151,42 +153,67 @@ def train_step(
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
-    return nats
+    return torch.stack([nats, torch.full_like(nats, num_bytes)])
 
 
-def sample_text(model, args) -> str:
+def sample_text(model, vocabulary, args) -> str:
     """The prompt and a sampled continuation of it, with U+FFFD for bytes that are not UTF-8."""
-    prompt = list(prompt_bytes(args.sample_prompt))
-    num_bytes = args.sample_bytes
+    prompt = vocabulary.encode_prompt(prompt_bytes(args.sample_prompt))
+    num_tokens = args.sample_bytes
     if has_length_limit(model.config):
-        num_bytes = min(num_bytes, model.config.max_position_embeddings - len(prompt))
+        num_tokens = min(num_tokens, model.config.max_position_embeddings - len(prompt))
     was_training = model.training
     model.eval()
     torch.manual_seed(args.seed)
-    ids = model.generate(torch.tensor([prompt], device=model.device), max_new_tokens=num_bytes)[0].tolist()
+    ids = model.generate(torch.tensor([prompt], device=model.device), max_new_tokens=num_tokens)[0].tolist()
     model.train(was_training)
-    return bytes(token % 256 for token in ids).decode("utf-8", errors="replace")
+    return vocabulary.decode(ids).decode("utf-8", errors="replace")
 
 
-def describe_run(args, accelerator: Accelerator, model, name: str, data: ByteData, windows: TrainingWindows) -> dict:
+def describe_run(args, accelerator: Accelerator, model, text, data: TokenData, vocabulary, windows) -> dict:
     """Every quantity that follows from the arguments, for the log and the terminal."""
-    device = accelerator.device
+    device, per_epoch = accelerator.device, windows.windows_per_epoch
+    num_bytes = dict(data.num_bytes)
+    if text.stream is not None:
+        num_bytes["train"] = None  # nobody knows
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {device.type}"
     return {
         "model": f"{model.config.model_type}, {type(model).__name__}",
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "data": name,
+        "data": text.name,
         "data_sha256": data.sha256,
-        "hub_dataset": HUB_DATASETS.get(data.known.name) if data.known else None,
-        **{f"{split}_bytes": stop - start for split, (start, stop) in data.splits.items()},
-        "windows_per_epoch": windows.windows_per_epoch,
-        "epochs": round(args.max_steps * args.batch_size / windows.windows_per_epoch, 3),
+        "hub_dataset": HUB_DATASETS.get(text.known.name) if text.known else text.hub_dataset,
+        **{f"{split}_bytes": count for split, count in num_bytes.items()},
+        **describe_tokens(text, data, vocabulary),
+        "windows_per_epoch": per_epoch,
+        "epochs": per_epoch and round(args.max_steps * args.batch_size / per_epoch, 3),
         "steps": args.max_steps,
         "tokens_per_step": args.batch_size * args.sequence_length,
         "micro_batches_per_step": args.batch_size // (args.micro_batch_size * accelerator.num_processes),
         "num_processes": accelerator.num_processes,
         "hardware": hardware if device.type == "cuda" else f"{hardware}, {torch.get_num_threads()} threads",
         "precision": accelerator.mixed_precision if accelerator.mixed_precision != "no" else "float32",
+    }
+
+
+def describe_tokens(text: FileText | DocumentText, data: TokenData, vocabulary) -> dict:
+    """What the tokens are, where they are no bytes, and how many of them the text has."""
+    facts = {}
+    if text.are_documents:
+        facts["documents"] = "each ends with a token" if vocabulary.end is not None else "not separated"
+    if vocabulary.is_bytes:
+        return facts
+    tokens = {f"{split}_tokens": stop - start for split, (start, stop) in data.splits.items()}
+    if text.stream is not None:
+        del tokens["train_tokens"]
+    start, stop = data.splits["test"]
+    return {
+        "tokenizer": readable(public_path(vocabulary.name)),
+        "vocab_size": vocabulary.size,
+        "keeps_text": vocabulary.is_exact,
+        **tokens,
+        "test_bytes_per_token": round(data.num_bytes["test"] / (stop - start), 3),
+        **facts,
     }
 
 
@@ -198,8 +225,9 @@ class Run:
     accelerator: Accelerator
     model: torch.nn.Module
     optimizers: list[torch.optim.Optimizer]
-    data: ByteData
-    windows: TrainingWindows
+    data: TokenData
+    vocabulary: object
+    windows: TrainingWindows | StreamedWindows
     carried: CarriedState | None  # with --carry_state
     log: RunLog
     folder: Path
@@ -220,17 +248,9 @@ class Run:
 
     def evaluate(self, split: str, step: int, max_bytes: int = 0) -> dict:
         """Scores a split, or its first `max_bytes`, and logs the result."""
-        start, stop = self.data.splits[split]
+        protocol, batch_size = evaluation_protocol(self.args), self.args.eval_batch_size
         try:
-            result = evaluate_bits_per_byte(
-                self.model,
-                self.data.read,
-                self.accelerator,
-                start,
-                min(start + max_bytes, stop) if max_bytes else stop,
-                evaluation_protocol(self.args),
-                self.args.eval_batch_size,
-            )
+            result = evaluate_split(self.model, self.data, split, self.accelerator, protocol, batch_size, max_bytes)
             if not math.isfinite(result["bits_per_byte"]):
                 raise FloatingPointError(f"the score is {result['bits_per_byte']} bits per byte")
         except FloatingPointError as error:
@@ -239,13 +259,14 @@ class Run:
             self.accelerator.wait_for_everyone()
             self.check(False, f"{error} on {split}", step)
         self.log.write("evaluation", split=split, step=step, **result)
-        self.report(f"step {step}: {split} {result['bits_per_byte']:.4f} bits per byte")
+        self.report(f"step {step}: {split} {describe_score(result)}")
         return result
 
     def sample(self, step: int) -> None:
         """Logs and prints a sample of text; a sharded model has none, because it cannot generate on one process."""
         if self.accelerator.is_main_process and self.accelerator.distributed_type != DistributedType.FSDP:
-            text = sample_text(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), self.args)
+            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            text = sample_text(model, self.vocabulary, self.args)
             self.log.write("sample", step=step, text=text)
             self.report(f"--- sample at step {step}\n{text}\n---")
 
@@ -302,9 +323,9 @@ class Run:
             unit="step",
             disable=not self.accelerator.is_main_process,
         ) as progress:
-            nats, tokens, started = 0.0, 0, time.perf_counter()
+            sums, tokens, started = 0.0, 0, time.perf_counter()  # of nats and bytes
             for step in range(state["step"], args.max_steps):
-                nats += train_step(
+                sums += train_step(
                     self.model, self.optimizers, self.accelerator, self.windows, step, args, self.carried
                 )
                 tokens += args.batch_size * args.sequence_length
@@ -313,7 +334,8 @@ class Run:
                 # A line also stands before everything that is no training, so that no measured time includes it.
                 if not any(self.is_due(name, done) for name in ("log", "eval", "sample", "save")):
                     continue
-                bits_per_byte = self.accelerator.reduce(nats, reduction="sum").item() / (math.log(2) * tokens)
+                nats, num_bytes = self.accelerator.reduce(sums, reduction="sum").tolist()
+                bits_per_byte = nats / (math.log(2) * max(num_bytes, 1))
                 seconds = time.perf_counter() - started
                 self.check(math.isfinite(bits_per_byte), f"the loss is {bits_per_byte}", done)
                 state["training_seconds"] += seconds
@@ -329,26 +351,27 @@ class Run:
                     self.prune()
                 else:
                     self.measure(done)
-                nats, tokens, started = 0.0, 0, time.perf_counter()
+                sums, tokens, started = 0.0, 0, time.perf_counter()
 
     def finish(self) -> dict:
         """Scores the test split, saves the model with curve and card, and returns the final event of the log."""
         test = self.evaluate("test", self.args.max_steps)
-        save_model(self.model, self.accelerator, self.folder)
+        save_model(self.model, self.accelerator, self.folder, self.vocabulary)
         self.prune()
         path = self.folder.resolve()
         final = {"step": self.args.max_steps, "test_bits_per_byte": test["bits_per_byte"]}
         final |= {"model_name": readable(path.name), "training_seconds": self.state["training_seconds"], "sample": ""}
         if self.accelerator.is_main_process:
             if self.args.sample_bytes:  # from the folder, which shows that it loads
-                final["sample"] = sample_text(AutoModelForCausalLM.from_pretrained(self.folder), self.args)
+                model = AutoModelForCausalLM.from_pretrained(self.folder)
+                final["sample"] = sample_text(model, self.vocabulary, self.args)
             self.log.write("final", **final, model_path=readable(public_path(self.args.output_dir)))
             self.log.sync()
             events = read_log(self.log.path)
             plot_training_curve(events, self.folder / "training_curve.png")
             write_whole(self.folder / "README.md", fill_model_card(events))
             print(f"--- sample\n{final['sample']}\n---")
-            print(f"test: {test['bits_per_byte']:.4f} bits per byte\nmodel: {path}")
+            print(f"test: {describe_score(test)}\nmodel: {path}")
             print(next_commands(self.args.output_dir))
         self.accelerator.wait_for_everyone()
         return {**final, "model_path": str(path)}
@@ -438,11 +461,12 @@ def set_up(args, argv: list[str], config) -> Run:
     transformers.utils.logging.disable_progress_bar()
     with accelerator.local_main_process_first():
         load_metric()  # before the training, in which nothing may keep it from loading
-        name, data = load_data(args)
-    train_start, train_end = data.splits["train"]
-    windows = TrainingWindows(
-        data.read, train_end - train_start, args.sequence_length, args.batch_size, args.seed, args.stream_length
-    )
+        text = load_text(args)
+        vocabulary = make_vocabulary(args, text)
+        data = token_data(text, vocabulary, args.cache_dir)
+    windows = make_windows(args, text, data, vocabulary, accelerator)
+    if text.are_documents and vocabulary.end is not None:
+        config.eos_token_id = vocabulary.end  # where generate stops
     if args.max_steps is None:
         args.max_steps = math.ceil(args.num_epochs * windows.windows_per_epoch / args.batch_size)
 
@@ -465,7 +489,7 @@ def set_up(args, argv: list[str], config) -> Run:
     if args.gradient_checkpointing:
         # transformers 5.23 gave gradient_checkpointing_enable this new name.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    facts = describe_run(args, accelerator, model, name, data, windows)
+    facts = describe_run(args, accelerator, model, text, data, vocabulary, windows)
     model, *optimizers = accelerator.prepare(model, *create_optimizers(model, args))
     rows = first_rows(accelerator, args)
     carried = CarriedState(config, windows, rows, accelerator) if args.carry_state else None
@@ -481,7 +505,7 @@ def set_up(args, argv: list[str], config) -> Run:
         clear_output(args, checkpoint, state["step"])
     facts["model_config"] = identity["model_config"]
     log = open_log(args, accelerator, checkpoint, state, argv, **facts)
-    return Run(args, accelerator, model, optimizers, data, windows, carried, log, folder, state, identity)
+    return Run(args, accelerator, model, optimizers, data, vocabulary, windows, carried, log, folder, state, identity)
 
 
 def pretrain(argv: list[str]) -> dict:

@@ -19,10 +19,10 @@ from aft.flags import IMPORT_HELP, FlagParser, find_preset, flag, import_files
 from aft.protocols import PROTOCOLS, Protocol
 from aft.redaction import public_address, public_path, readable
 from aft.settings_files import read_yaml
+from aft.text_arguments import TextArguments, complete_text_arguments, text_problems
 
 
 CHOICES = {
-    "dataset": ("pydoc", "enwik8", "file"),
     "mixed_precision": ("no", "bf16", "fp16"),
     "optimizer": ("adamw", "muon"),
     "lr_decay": ("cosine", "linear", "inverse_sqrt", "constant"),
@@ -30,11 +30,13 @@ CHOICES = {
 }
 # Flags that hold a path: in a preset, a relative one starts at the preset's folder.
 PATHS = ("model_preset", "dataset_path", "cache_dir", "output_dir")
+MAYBE_PATHS = ("dataset", "tokenizer")  # which may be names too: a path if something is there
 # Flags that change neither the weights nor the scores: where the model and the data come from, of which the content
 # counts, and what a run writes. An unfinished comparison may go on with others.
 MAY_DIFFER_WHEN_CONTINUED = {
     *("training_preset", "model_preset", "model_override", "imports"),
-    *("dataset", "dataset_path", "dataset_url", "cache_dir"),
+    *("dataset", "dataset_path", "dataset_config", "dataset_url", "text_column", "cache_dir"),
+    *("validation_split", "test_split", "test_size"),
     *("output_dir", "resume", "overwrite", "tensorboard", "save_every", "keep_checkpoints"),
     *("sample_every", "sample_bytes", "sample_prompt"),
 }
@@ -69,27 +71,26 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    _argument_group_name = "data"
+    _argument_group_name = "tokens and windows"
 
-    dataset: str | None = flag(
+    tokenizer: str = flag(
+        "bytes",
+        "bytes; bpe, which is trained on the train split and has vocab_size tokens; or a saved tokenizer: a folder, a "
+        "tokenizer.json, or a name on the Hub.",
+    )
+    vocab_size: int | None = flag(None, "How many tokens --tokenizer bpe gets, at least 257.")
+    shuffle_buffer: int | None = flag(
         None,
-        "pydoc (Python's documentation, no network), enwik8, or file; None is file with dataset_path, else pydoc.",
+        "With streaming: among how many documents the next is drawn; 0 keeps the order. None is 1000, of a text 0.",
     )
-    dataset_path: str | None = flag(
-        None, "File of bytes; .zip and .gz are unpacked. With --dataset enwik8: where that file already is."
-    )
-    dataset_url: str | None = flag(None, "Another address of the data set's file; length and checksums still count.")
-    cache_dir: str = flag(
-        str(Path.home() / ".cache" / "modeling_aft"), "Folder for downloads and the memory-mapped copy of the data."
-    )
-    sequence_length: int | None = flag(None, "T, bytes per training window; None is max_position_embeddings.")
+    sequence_length: int | None = flag(None, "T, tokens per training window; None is max_position_embeddings.")
     carry_state: bool = flag(
         False,
         "Let each row of the batch read on where it ended in the step before, with the state of there but not its "
         "gradient; for a model with a state of fixed size and no position tables, such as AFT-conv without positions.",
     )
     stream_length: int | None = flag(
-        None, "Bytes that a row reads so before it begins elsewhere with an empty state; None is 4 sequence_length."
+        None, "Tokens that a row reads so before it begins elsewhere with an empty state; None is 4 sequence_length."
     )
 
 
@@ -127,8 +128,8 @@ class OutputArguments:
     output_dir: str = flag("runs/pretraining", "Folder of the run: log, checkpoints and the final model.")
     eval_protocol: str = flag("segments", "segments, sliding, carried or refreshed (see aft evaluate --help).")
     eval_stride: int | None = flag(None, "Stride of sliding; None is half of sequence_length.")
-    eval_stream_length: int | None = flag(None, "Bytes of a stream of carried; None is the whole split.")
-    eval_refresh_every: int | None = flag(None, "Bytes that refreshed reads between one start and the next.")
+    eval_stream_length: int | None = flag(None, "Tokens of a stream of carried; None is the whole split.")
+    eval_refresh_every: int | None = flag(None, "Tokens that refreshed reads between one start and the next.")
     eval_refresh_overlap: int | None = flag(None, "How many of them refreshed had read before.")
     eval_every: int = flag(200, "Steps between evaluations on valid; 0 = only at the end.")
     eval_bytes: int = flag(0, "Score only the first so many bytes of valid; 0 = all. The test split is always whole.")
@@ -136,7 +137,7 @@ class OutputArguments:
     log_every: int = flag(10, "Steps between lines of the log.")
     tensorboard: bool = flag(False, "Also write TensorBoard files to output_dir/tensorboard.")
     sample_every: int = flag(250, "Steps between samples of text; 0 = only at the end.")
-    sample_bytes: int = flag(300, "Bytes per sample; 0 = no samples.")
+    sample_bytes: int = flag(300, "Tokens per sample; 0 = no samples.")
     sample_prompt: str = flag("The ", "What samples begin with.")
     save_every: int = flag(250, "Steps between checkpoints; 0 = only at the end.")
     keep_checkpoints: int = flag(2, "How many of the newest checkpoints to keep.")
@@ -144,7 +145,7 @@ class OutputArguments:
     overwrite: bool = flag(False, "Replace the run that is in output_dir.")
 
 
-GROUPS = (ModelArguments, DataArguments, TrainingArguments, OutputArguments)
+GROUPS = (ModelArguments, TextArguments, DataArguments, TrainingArguments, OutputArguments)
 
 
 def parse_arguments(argv: list[str], description: str = "") -> argparse.Namespace:
@@ -160,6 +161,7 @@ def parse_arguments(argv: list[str], description: str = "") -> argparse.Namespac
     defaults = [] if preset is None else read_preset(find_preset(preset, "training", "--training_preset"), argv)
     args = FlagParser("pretrain", description, GROUPS).parse_args([*defaults, *argv])
     args.model_preset = find_preset(args.model_preset, "models", "--model_preset")
+    complete_text_arguments(args)
     return args
 
 
@@ -196,13 +198,15 @@ def read_preset(path: str, argv: list[str]) -> list[str]:
             preset.pop(name, None)
     flags = []
     for name, value in preset.items():
-        is_list = known[name].default_factory is list
+        is_list = list[str] in (known[name].type, *getattr(known[name].type, "__args__", ()))
         if is_list and isinstance(value, list) and all(isinstance(item, str) for item in value):
-            flags += [f"--{name}", *value] if value and name not in explicit else []
+            values = [from_folder(Path(path).resolve().parent, name, item) for item in value]
+            flags += [f"--{name}", *values] if value and name not in explicit else []
         elif isinstance(value, str):
             if known[name].type is bool:
                 value = {"on": "true", "off": "false"}.get(value.lower(), value)  # which YAML has beside yes and no
-            flags.append(f"--{name}={Path(path).resolve().parent / value if name in PATHS and value else value}")
+            if not is_list or name not in explicit:  # what is explicit would be added to a list
+                flags.append(f"--{name}={from_folder(Path(path).resolve().parent, name, value)}")
         elif value is not None or known[name].default is not None:
             allowed = "a list of texts" if is_list else "one value"
             got = "null" if value is None else reprlib.repr(value)
@@ -210,13 +214,20 @@ def read_preset(path: str, argv: list[str]) -> list[str]:
     return flags
 
 
+def from_folder(folder: Path, name: str, value: str) -> str:
+    """The value of a flag in a file of `folder`, where a relative path begins there."""
+    if value and (name in PATHS or (name in MAYBE_PATHS and (folder / value).exists())):
+        return str(folder / value)
+    return value
+
+
 def public_value(name: str, value):
     """The value of a flag as others may read it: no folders of the machine, no credentials of an address."""
     if name == "dataset_url" and value is not None:
         return public_address(value)
-    if name == "imports" and isinstance(value, list):
-        return [public_path(path) for path in value]
-    if name in (*PATHS, "training_preset", "resume", "imports") and value is not None:
+    if name in ("imports", "dataset_path") and isinstance(value, list):
+        return [readable(public_path(path)) for path in value]
+    if name in (*PATHS, *MAYBE_PATHS, "training_preset", "resume", "imports") and value is not None:
         value = public_path(value)
     return readable(value) if isinstance(value, str) else value
 
@@ -287,11 +298,15 @@ def flag_problems(args: argparse.Namespace) -> list[str]:
     check(args.num_epochs is None or 0 < args.num_epochs <= 1e9, "num_epochs", "positive and at most 1e9")
     check(args.num_epochs is None or args.max_steps is None, "num_epochs", "left out when --max_steps is given")
     check(args.lr_decay != "inverse_sqrt" or args.warmup_steps >= 1, "warmup_steps", "at least 1 with inverse_sqrt")
-    dataset = args.dataset or ("file" if args.dataset_path else "pydoc")
     check(args.optimizer != "muon" or args.mixed_precision != "fp16", "optimizer", "adamw with fp16")
-    check(dataset != "pydoc" or args.dataset_path is None, "dataset_path", "left out with --dataset pydoc")
-    check(dataset != "file" or args.dataset_path is not None, "dataset_path", "given with --dataset file")
-    check(dataset == "enwik8" or args.dataset_url is None, "dataset_url", "left out without --dataset enwik8")
+    problems += text_problems(args)
+    is_bpe = args.tokenizer == "bpe"
+    check(is_bpe or args.vocab_size is None, "vocab_size", "left out without --tokenizer bpe")
+    check(not is_bpe or (args.vocab_size or 0) >= 257, "vocab_size", "at least 257 with --tokenizer bpe")
+    check(args.streaming or args.shuffle_buffer is None, "shuffle_buffer", "left out without --streaming")
+    check(args.shuffle_buffer is None or args.shuffle_buffer >= 0, "shuffle_buffer", "at least 0")
+    check(not args.streaming or args.num_epochs is None, "num_epochs", "left out with --streaming, give --max_steps")
+    check(not args.streaming or not args.carry_state, "carry_state", "left out with --streaming")
     check(args.sample_bytes == 0 or args.sample_prompt, "sample_prompt", "at least one character")
     try:
         prompt_bytes(args.sample_prompt)
@@ -299,12 +314,11 @@ def flag_problems(args: argparse.Namespace) -> list[str]:
         check(False, "sample_prompt", "text that UTF-8 has")
     check(args.carry_state or args.stream_length is None, "stream_length", "left out without --carry_state")
     check(not args.overwrite or args.resume == "none", "overwrite", "left out when --resume is given")
-    for name in ("dataset_path", "model_preset"):
-        if getattr(args, name):
-            try:
-                check_file(Path(getattr(args, name)), f"--{name}")
-            except ValueError as error:
-                problems.append(str(error))
+    if args.model_preset:
+        try:
+            check_file(Path(args.model_preset), "--model_preset")
+        except ValueError as error:
+            problems.append(str(error))
     return problems
 
 
@@ -325,7 +339,6 @@ def check_arguments(args: argparse.Namespace, num_processes: int):
         if not ok:
             problems.append(f"--{name} must be {allowed}, got {getattr(args, name)!r}")
 
-    args.dataset = args.dataset or ("file" if args.dataset_path else "pydoc")
     check(args.batch_size % num_processes == 0, "batch_size", f"divisible by {num_processes}, the number of processes")
     args.micro_batch_size = args.micro_batch_size or max(args.batch_size // num_processes, 1)
     per_step = args.micro_batch_size * num_processes

@@ -6,7 +6,7 @@
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
-"""The protocols that `score.py` names: which windows of a text are read, and which bytes of each are scored."""
+"""The protocols of `aft evaluate`: which windows of a text are read, and which tokens of each are scored."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -26,10 +26,10 @@ FIELDS_OF = {  # what belongs to one protocol alone
 
 class Window(NamedTuple):
     """
-    Bytes that a model reads from an empty state; a byte that is predicted is a label.
+    Tokens that a model reads from an empty state; one that is predicted is a label.
 
     Attributes:
-        first: first label. The inputs are one byte earlier.
+        first: first label. The inputs are one token earlier.
         scored: first label that is scored; those before it are context.
         end: end of the labels.
         origin: where the positions of the labels are counted from: the first label of the window or of its stream.
@@ -44,15 +44,15 @@ class Window(NamedTuple):
 @dataclass(frozen=True)
 class Protocol:
     """
-    How bytes are scored. What belongs to another protocol is None.
+    How tokens are scored, which may be bytes. What belongs to another protocol is None.
 
     Attributes:
         protocol (`str`): one of PROTOCOLS.
-        length (`int`): T, bytes of a window of `segments` and `sliding`. Of the others, how many bytes are read at
+        length (`int`): T, tokens of a window of `segments` and `sliding`. Of the others, how many are read at
             once, which changes no score.
-        stride (`int`, *optional*): S of `sliding`, in bytes.
-        stream_length (`int`, *optional*): L of `carried`, bytes of a stream; None for the whole range.
-        refresh_every, refresh_overlap (`int`, *optional*): R and O of `refreshed`: how many bytes are read between one
+        stride (`int`, *optional*): S of `sliding`, in tokens.
+        stream_length (`int`, *optional*): L of `carried`, tokens of a stream; None for the whole range.
+        refresh_every, refresh_overlap (`int`, *optional*): R and O of `refreshed`: how many are read between one
             start and the next, and how many of them had been read before.
     """
 
@@ -68,7 +68,7 @@ class Protocol:
         What is wrong with it, in the names of flags that begin with `prefix`.
 
         Args:
-            limit: where the position tables of the model end, in bytes; None if it has none.
+            limit: where the position tables of the model end, in tokens; None if it has none.
         """
         found = []
 

@@ -20,22 +20,25 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import Accelerator
+from datasets import disable_progress_bars
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from aft.bits_per_byte import evaluate_split
-from aft.byte_data import file_bytes, pydoc_bytes, split_ranges
 from aft.console import one_line
 from aft.drawing import save_figure
 from aft.model_code import remove_code
 from aft.model_configs import has_fixed_state, has_length_limit
-from aft.model_pictures import draw_model, draw_receptive_fields, load_models
+from aft.model_pictures import data_of_model, draw_model, draw_receptive_fields, load_models
 from aft.pretraining import sample_text
 from aft.protocols import Protocol
 from aft.redaction import public_path, readable
-from aft.run_log import MEANINGLESS_ELSEWHERE, fill_model_card, plot_training_curve, read_log, today
+from aft.run_log import MEANINGLESS_ELSEWHERE, describe_score, fill_model_card, plot_training_curve, read_log, today
 from aft.saved_models import load_model
-from aft.vocabulary import byte_tokenizer
+from aft.text_arguments import text_flags
+from aft.text_sources import SPLITS, load_text
+from aft.token_data import TokenData, tokens_at_hand
+from aft.vocabulary import vocabulary_of_model
 
 
 BATCH_SIZE = 16  # windows at once in an evaluation
@@ -47,33 +50,34 @@ CAPTIONS = {
 }
 
 
-def xz_bits_per_byte(content: bytes, start: int) -> float:
-    """Bits that `xz -9e` spends on each byte from `start` on, beyond those for everything before."""
+def xz_bits_per_byte(parts: list[bytes]) -> float:
+    """Bits that `xz -9e` spends on each byte of the last part, beyond those for all before it."""
+    content, start = b"".join(parts), sum(map(len, parts[:-1]))
     with_it, without = (
         len(lzma.compress(part, preset=9 | lzma.PRESET_EXTREME)) for part in (content, content[:start])
     )
     return 8 * (with_it - without) / (len(content) - start)
 
 
-def check_run(folder: Path, content: bytes) -> list[dict]:
+def check_run(folder: Path, sha256: str) -> list[dict]:
     """
     The log of a finished run.
 
     Raises:
-        ValueError: the run is not finished, or was trained on other data than `content`.
+        ValueError: the run is not finished, or was trained on a text with another `sha256`.
     """
     log = folder / "run.jsonl"
     events = read_log(log) if log.is_file() else []
     if not (folder / "config.json").is_file() or not events or events[-1]["event"] != "final":
         last = events[-1]["event"] if events else None
         raise ValueError(f"run: {folder} must be the folder of a finished run, got one whose log ends with {last!r}")
-    trained_on, sha256 = events[0].get("data_sha256"), hashlib.sha256(content).hexdigest()
+    trained_on = events[0].get("data_sha256")
     if trained_on != sha256:
         raise ValueError(f"--dataset_path must be the data of the run, of sha256 {trained_on}, got {sha256}")
     return events
 
 
-def save_weights(model, folder: Path, dtype: torch.dtype) -> None:
+def save_weights(model, vocabulary, folder: Path, dtype: torch.dtype) -> None:
     """
     Saves a model without code, its floating-point numbers in `dtype`; config.json keeps the dtype that the model has.
 
@@ -88,17 +92,17 @@ def save_weights(model, folder: Path, dtype: torch.dtype) -> None:
         model.save_pretrained(folder, state_dict={name: rounded[tensor.data_ptr()] for name, tensor in state.items()})
     except SafetensorError as error:  # what safetensors makes of a full disk
         raise OSError(f"the weights cannot be written to {folder.parent.parent}: {one_line(error)}") from error
-    byte_tokenizer(model.config).save_pretrained(folder)  # after the model, of which it takes the limit of length
+    vocabulary.save(folder, model.config)
     remove_code(folder)
 
 
-def draw(name: str, models: dict, folder: Path, dataset_path: Path | None) -> list[dict]:
+def draw(name: str, models: dict, folder: Path, data: dict[str, TokenData]) -> list[dict]:
     """Draws the model `name` into `folder`, if of AFT with the fields of all `models`; returns files and captions."""
     if models[name].config.model_type not in ("aft", "synthesizer"):
         return []
     figures, captions = draw_model(name, models[name]), dict(CAPTIONS)
     if models[name].config.model_type == "aft":
-        figures[f"{name}-receptive-field.svg"] = draw_receptive_fields(models, dataset_path)
+        figures[f"{name}-receptive-field.svg"] = draw_receptive_fields(models, data)
         captions["receptive-field"] += describe_company({key: models[key] for key in models if key != name})
     files = [save_figure(figure, folder / file) for file, figure in figures.items()]
     return [{"file": path.name, "caption": captions[path.stem.removeprefix(f"{name}-")]} for path in files]
@@ -125,18 +129,18 @@ def choose_protocols(config, length: int) -> list[Protocol]:
     return protocols
 
 
-def score(model, content: bytes, splits: tuple[str, ...], protocols: list[Protocol]) -> list[dict]:
+def score(model, data: TokenData, splits: tuple[str, ...], protocols: list[Protocol]) -> list[dict]:
     """The events of the scores of a model, split by split, with the flags of `aft evaluate` that repeat each."""
     accelerator = Accelerator(mixed_precision="no")
     model = accelerator.prepare(model)
     events = []
     for split in splits:
         for protocol in protocols:
-            result = evaluate_split(model, content, split, accelerator, protocol, BATCH_SIZE)
+            result = evaluate_split(model, data, split, accelerator, protocol, BATCH_SIZE)
             given = {"split": split, **{name: value for name, value in asdict(protocol).items() if value is not None}}
             command = " ".join(f"--{name} {value}" for name, value in given.items())
             events.append({"event": "evaluation", "split": split, **result, "command": command})
-            print(f"{split}: {result['bits_per_byte']:.4f} bits per byte, {protocol.protocol}", flush=True)
+            print(f"{split}: {describe_score(result)}, {protocol.protocol}", flush=True)
     return events
 
 
@@ -154,9 +158,12 @@ def release(args: argparse.Namespace, argv: list[str]) -> Path:
         ValueError: the run is not finished or of other data, or a model has the wrong type.
     """
     transformers.utils.logging.disable_progress_bar()
-    content = pydoc_bytes() if args.dataset_path is None else file_bytes(args.dataset_path)
-    events = check_run(args.run, content)
+    disable_progress_bars()
+    text = load_text(args)
+    events = check_run(args.run, text.sha256)
     trained, _ = load_model(AutoModelForCausalLM, args.run, "run:", dtype=torch.float32, trust_remote_code=False)
+    vocabulary = vocabulary_of_model(args.run, trained.config, "run:", trust_remote_code=False)
+    data = tokens_at_hand(text, vocabulary, args.cache_dir)
     beside = load_models(args.beside, "--beside")
     if wrong := [
         name for name, model in beside.items() if {model.config.model_type, trained.config.model_type} != {"aft"}
@@ -168,21 +175,22 @@ def release(args: argparse.Namespace, argv: list[str]) -> Path:
     args.folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder.parent, prefix=f".{name}-") as temporary:
         folder = Path(temporary) / name
-        save_weights(trained, folder, getattr(torch, args.dtype))
+        save_weights(trained, vocabulary, folder, getattr(torch, args.dtype))
         stored, _ = load_model(AutoModelForCausalLM, folder, f"--dtype {args.dtype}:", trust_remote_code=False)
-        pictures = draw(name, {name: stored.base_model, **beside}, folder, args.dataset_path)
+        texts = {name: data, **{key: data_of_model(beside[key], text, args.cache_dir) for key in beside}}
+        pictures = draw(name, {name: stored.base_model, **beside}, folder, texts)
         plot_training_curve(events, folder / "training_curve.png")
 
-        scores = score(stored, content, ("test", "valid"), choose_protocols(trained.config, length))
+        scores = score(stored, data, ("test", "valid"), choose_protocols(trained.config, length))
         program = ["aft", "evaluate", str(args.folder)]
-        program += [] if args.dataset_path is None else ["--dataset_path", str(args.dataset_path)]
+        program += text_flags(args)
         for event in scores:
             event |= {"step": final["step"], "command": f"{shlex.join(program)} {event['command']}"}
-        [before] = score(trained, content, ("valid",), [Protocol("segments", length)])
+        [before] = score(trained, data, ("valid",), [Protocol("segments", length)])
         after = next(event for event in scores if event["split"] == "valid")
 
         sampling = argparse.Namespace(**{**arguments, "sample_bytes": arguments["sample_bytes"] or 300})
-        final = {**final, "model_name": name, "sample": sample_text(stored, sampling)}
+        final = {**final, "model_name": name, "sample": sample_text(stored, vocabulary, sampling)}
         del final["model_path"]
         config = {**config, "arguments": {k: v for k, v in arguments.items() if k not in MEANINGLESS_ELSEWHERE}}
         released = {
@@ -196,7 +204,7 @@ def release(args: argparse.Namespace, argv: list[str]) -> Path:
             "language": args.language,
             "dtype": args.dtype,
             "storage_cost": after["bits_per_byte"] - before["bits_per_byte"],
-            "xz_bits_per_byte": xz_bits_per_byte(content, split_ranges(len(content))["test"][0]),
+            "xz_bits_per_byte": xz_bits_per_byte([text.split_bytes(split) for split in SPLITS]),
             "pictures": pictures,
         }
         events = [config, *events[1:-1], final, released, *scores]

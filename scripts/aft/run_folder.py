@@ -17,7 +17,6 @@ from safetensors import SafetensorError
 
 from aft.atomic_files import move_model
 from aft.checkpointing import abandon, complete_checkpoints
-from aft.vocabulary import byte_tokenizer
 
 
 MODEL_PART = ".model-"  # the name of a folder with files of a model that are not in place yet begins with it
@@ -61,7 +60,7 @@ def clear_output(args, checkpoint: Path | None, step: int) -> None:
         print(f"set aside until the next checkpoint: {', '.join(names)}, younger than {checkpoint.name}")
 
 
-def save_model(model, accelerator: Accelerator, folder: Path) -> None:
+def save_model(model, accelerator: Accelerator, folder: Path, vocabulary) -> None:
     """
     Writes config, generation config, weights and tokenizer to `folder`; all processes must call this. config.json,
     which says that a model is here, comes last.
@@ -77,9 +76,7 @@ def save_model(model, accelerator: Accelerator, folder: Path) -> None:
                 accelerator.unwrap_model(model, keep_torch_compile=False).save_pretrained(
                     temporary, state_dict=state_dict
                 )
-                byte_tokenizer(accelerator.unwrap_model(model).config).save_pretrained(
-                    temporary
-                )  # after the model, of which it takes the limit of length
+                vocabulary.save(Path(temporary), accelerator.unwrap_model(model).config)
             except SafetensorError as error:  # what safetensors makes of a full disk
                 raise OSError(f"the model cannot be written to {folder}: {error}") from error
             move_model(Path(temporary), folder)

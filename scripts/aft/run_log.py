@@ -23,7 +23,7 @@ from aft.redaction import public_path
 
 CARD_TEMPLATE = Path(__file__).resolve().parent / "model_card_template.md"
 MEANINGLESS_ELSEWHERE = {"training_preset", "imports", *PATHS}  # arguments that no card shows; the command is on it
-HUB_DATASETS = {"enwik8": "LTCB/enwik8"}  # names on the Hub of the known files of byte_data
+HUB_DATASETS = {"enwik8": "LTCB/enwik8"}  # names on the Hub of the known files of raw_files
 LETTERS = {"length": "T", "stride": "S", "stream_length": "L", "refresh_every": "R", "refresh_overlap": "O"}
 PAPERS = {
     "aft": "an [Attention Free Transformer](https://arxiv.org/abs/2105.14103)",
@@ -137,10 +137,17 @@ def plot_training_curve(events: list[dict], path: Path) -> None:
         figure.savefig(temporary, format="png")
 
 
+def describe_score(evaluation: dict) -> str:
+    """The score of an evaluation in words, with the perplexity of a token where tokens are no bytes."""
+    perplexity = f", perplexity {evaluation['perplexity']:.2f}" if "perplexity" in evaluation else ""
+    return f"{evaluation['bits_per_byte']:.4f} bits per byte{perplexity}"
+
+
 def describe_protocol(evaluation: dict) -> str:
     """The protocol of an evaluation in words, e.g. `segments, T = 256, 23310 bytes, float32`."""
     parts = [evaluation["protocol"]]
     parts += [f"{letter} = {evaluation[name]}" for name, letter in LETTERS.items() if name in evaluation]
+    parts += [f"{evaluation['tokens_scored']} tokens"] if "tokens_scored" in evaluation else []
     return ", ".join([*parts, f"{evaluation['bytes_scored']} bytes", evaluation["dtype"]])
 
 
@@ -152,6 +159,11 @@ def final_scores(events: list[dict]) -> list[dict]:
         return scores
     last = {event["split"]: event for event in scores}
     return [last[split] for split in ("test", "valid") if split in last]  # a log that was lost in part may lack valid
+
+
+def number(value: int | None) -> str | None:
+    """A whole number with commas, None for none."""
+    return None if value is None else f"{value:,}"
 
 
 def card_values(events: list[dict]) -> dict:
@@ -187,7 +199,11 @@ def card_values(events: list[dict]) -> dict:
             "hub_dataset", HUB_DATASETS.get(config["data"]) if config["arguments"].get("dataset") == "enwik8" else None
         ),
         "dataset_sha256": config["data_sha256"],
-        **{f"{split}_bytes": f"{config[f'{split}_bytes']:,}" for split in ("train", "valid", "test")},
+        **{f"{split}_bytes": number(config[f"{split}_bytes"]) for split in ("train", "valid", "test")},
+        "tokenizer": config.get("tokenizer"),
+        "vocab_size": number(config.get("vocab_size")),
+        "keeps_text": config.get("keeps_text", True),
+        "documents": config.get("documents"),
         "scores": [
             {
                 "split": event["split"],
@@ -199,7 +215,7 @@ def card_values(events: list[dict]) -> dict:
         ],
         "release": one.get("release"),
         "has_code": "release" not in one,
-        "curve_bytes": f"{config['arguments']['eval_bytes']:,}" if config["arguments"]["eval_bytes"] else None,
+        "curve_bytes": number(config["arguments"]["eval_bytes"] or None),
         "steps": f"{final['step']:,}",
         "tokens": f"{final['step'] * config['tokens_per_step']:,}",
         "minutes": f"{final['training_seconds'] / 60:,.1f}",
@@ -221,7 +237,7 @@ def card_metadata(values: dict) -> ModelCardData:
     )
     if values["run"]:
         dataset = values["hub_dataset"]
-        data.tags += ["byte-level", "causal-lm"]
+        data.tags += ["causal-lm"] if values["tokenizer"] else ["byte-level", "causal-lm"]
         data.language = (values["release"] or {}).get("language")
         data.datasets = [dataset] if dataset else None
         data.metrics = ["bits_per_byte"]
@@ -229,7 +245,7 @@ def card_metadata(values: dict) -> ModelCardData:
         data.eval_results = [
             EvalResult(
                 task_type=task,
-                dataset_type=dataset or "bytes",
+                dataset_type=dataset or ("text" if values["tokenizer"] else "bytes"),
                 dataset_name=values["dataset"],
                 dataset_split="test",
                 metric_type="bits_per_byte",

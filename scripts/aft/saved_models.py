@@ -24,14 +24,19 @@ with contextlib.suppress(ImportError):  # without the package, --trust_remote_co
     import modeling_aft  # noqa: F401  (registers the model types)
 
 
-def load(auto_class, name: str | Path, flag: str = "--model", **options):
+def load(
+    auto_class, name: str | Path, flag: str = "--model", what: str = "model", file: str = "config.json", **options
+):
     """
     What an Auto class makes of a folder, or of a name on the Hub; `options` are those of its `from_pretrained`.
+
+    Args:
+        what, file: what it makes, and the file that a folder must have for it.
 
     Raises:
         ValueError: there is no such folder, or it does not load; names the flag, the folder and the reason.
     """
-    check_model_name(name, flag)
+    check_model_name(name, flag, what=what, file=file)
     elsewhere = "" if Path(name).exists() else f"no such folder{like_path(Path(name))}; as a name on the Hub: "
     try:
         return auto_class.from_pretrained(name, **options)
@@ -41,15 +46,12 @@ def load(auto_class, name: str | Path, flag: str = "--model", **options):
 
 def load_config(name: str | Path, trust_remote_code: bool = False) -> PreTrainedConfig:
     """
-    The configuration of a model of 256 bytes.
+    The configuration of a model.
 
     Raises:
-        ValueError: it does not load, or the model has other tokens.
+        ValueError: it does not load.
     """
-    config = load(AutoConfig, name, trust_remote_code=trust_remote_code)
-    if (found := getattr(config, "vocab_size", "no")) != 256:
-        raise ValueError(f"--model {name}: must be a model of 256 bytes, got {found} tokens")
-    return config
+    return load(AutoConfig, name, trust_remote_code=trust_remote_code)
 
 
 def load_model(auto_class, name: str | Path, flag: str = "--model", new_head: bool = False, **options):

@@ -12,15 +12,18 @@ import argparse
 
 import transformers
 from accelerate import Accelerator
+from datasets import disable_progress_bars
 from transformers import AutoModelForCausalLM
 
 from aft.atomic_files import write_rows
 from aft.bits_per_byte import evaluate_split
-from aft.byte_data import file_bytes, pydoc_bytes
 from aft.model_configs import has_length_limit
 from aft.protocols import POSITION_COLUMNS, Protocol
-from aft.run_log import describe_protocol
+from aft.run_log import describe_protocol, describe_score
 from aft.saved_models import load_config, load_model
+from aft.text_sources import load_text
+from aft.token_data import tokens_at_hand
+from aft.vocabulary import vocabulary_of_model
 
 
 def choose_protocol(config, args: argparse.Namespace) -> Protocol:
@@ -50,17 +53,21 @@ def evaluate(args: argparse.Namespace) -> dict:
     The score of a model, with the flags of `aft evaluate`.
 
     Raises:
-        ValueError: a flag does not fit the model, or the model is not one of bytes, whole and finite.
+        ValueError: a flag does not fit the model, or the model is not whole and finite, or the text cannot be read.
         FloatingPointError: the score is NaN or infinite.
     """
     transformers.utils.logging.disable_progress_bar()
-    content = pydoc_bytes() if args.dataset_path is None else file_bytes(args.dataset_path)
+    disable_progress_bars()
     trust = {"trust_remote_code": args.trust_remote_code}
-    protocol = choose_protocol(load_config(args.model, **trust), args)
+    config = load_config(args.model, **trust)
+    protocol = choose_protocol(config, args)
+    vocabulary = vocabulary_of_model(args.model, config, **trust)
     accelerator = Accelerator()
+    with accelerator.local_main_process_first():
+        data = tokens_at_hand(load_text(args), vocabulary, args.cache_dir)
     model, _ = load_model(AutoModelForCausalLM, args.model, dtype=args.dtype, **trust)
-    result = evaluate_split(accelerator.prepare(model), content, args.split, accelerator, protocol, args.batch_size)
-    accelerator.print(f"{args.split}: {result['bits_per_byte']:.4f} bits per byte ({describe_protocol(result)})")
+    result = evaluate_split(accelerator.prepare(model), data, args.split, accelerator, protocol, args.batch_size)
+    accelerator.print(f"{args.split}: {describe_score(result)} ({describe_protocol(result)})")
     if args.by_position is not None and accelerator.is_main_process:
         names = {"model": args.model, "split": args.split, "protocol": describe_protocol(result)}
         rows = [{**names, **row} for row in result["by_position"]]

@@ -26,9 +26,9 @@ What is larger than 300 kB as svg becomes a png.
 import argparse
 from pathlib import Path
 
-from aft.atomic_files import check_file
 from aft.console import any_text
 from aft.flags import FlagParser, check_model_name
+from aft.text_arguments import TextArguments, complete_text_arguments, text_problems
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -41,12 +41,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = FlagParser("draw", __doc__)
     parser.add_argument("models", type=Path, nargs="+", help="folders of saved models")
     parser.add_argument("--output_dir", required=True, help="folder of the pictures")
-    parser.add_argument(
-        "--dataset_path",
-        type=Path,
-        help="file whose valid split the receptive field reads; else Python's documentation",
-    )
-    parser.add_argument("--length", type=int, help="bytes of a window; else the least max_position_embeddings")
+    parser.add_fields(TextArguments)
+    parser.add_argument("--length", type=int, help="tokens of a window; else the least max_position_embeddings")
     parser.add_argument("--num_windows", type=int, default=4, help="windows of the receptive field (default: 4)")
     args = parser.parse_args(argv)
     problems = [
@@ -56,12 +52,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     ]
     if not args.output_dir:
         problems.append("--output_dir must be a path, got ''")
+    complete_text_arguments(args)
+    problems += text_problems(args)
     if problems:
         raise ValueError("aft draw: " + "; ".join(problems))
     for model in args.models:
         check_model_name(model, "models:", hub=False)
-    if args.dataset_path is not None:
-        check_file(args.dataset_path, "--dataset_path")
     args.output_dir = Path(args.output_dir)
     return args
 

@@ -7,34 +7,35 @@
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
 """
-Bits per byte of a causal language model on a range of bytes, by a named protocol. Every byte is scored once.
+Bits per byte of a causal language model on a split of a text, by a named protocol. Every byte is scored once, by the
+token that ends with it or after it; lengths are counted in tokens, which of many models are bytes.
 
     aft evaluate runs/tiny --split test --protocol segments --length 256
     aft evaluate runs/tiny --dataset_path FILE --protocol sliding --length 256 --stride 64
 
-- `segments`: independent windows of T bytes, side by side. The first byte of a window is predicted from the one byte
-  before it, the last from T bytes.
-- `sliding`: windows of T bytes at stride S. The first is scored whole, of the others only the last S bytes, so that
-  each of them is predicted from T - S + 1 bytes or more.
-- `carried`: streams of L bytes, side by side, or the whole range as one. A stream is read in parts of T bytes and the
-  state is carried from one to the next, so that a byte is predicted from all bytes of its stream before it.
-- `refreshed`: one stream, in which the model starts anew before it would read more than R bytes, and reads the last O
-  again: a byte is predicted from O + 1 to R bytes before it. It reads R / (R - O) times the bytes of the stream.
+- `segments`: independent windows of T tokens, side by side. The first token of a window is predicted from the one
+  before it, the last from T tokens.
+- `sliding`: windows of T tokens at stride S. The first is scored whole, of the others only the last S tokens, so that
+  each of them is predicted from T - S + 1 tokens or more.
+- `carried`: streams of L tokens, side by side, or the whole split as one. A stream is read in parts of T tokens and
+  the state is carried from one to the next, so that a token is predicted from all of its stream before it.
+- `refreshed`: one stream, in which the model starts anew before it would read more than R tokens, and reads the last O
+  again: a token is predicted from O + 1 to R tokens before it. It reads R / (R - O) times the stream.
 
 No score depends on --batch_size or the number of processes, which say how many windows or streams are read at once;
-nor do those of `carried` and `refreshed` on T, how many bytes of each. --by_position tells the same by the position of
-a byte in its window, or of `carried` and `refreshed` in its stream; scripts/draw_positions.py makes a picture of it.
+nor do those of `carried` and `refreshed` on T, how many tokens of each. --by_position tells the same by the position
+of a token in its window, or of `carried` and `refreshed` in its stream; scripts/draw_positions.py makes a picture.
 
-The byte before the range is context and is not scored, so only the very first byte of a file is never scored.
+The token before the split is context and is not scored, so only the very first byte of a file is never scored.
 """
 
 import argparse
 from pathlib import Path
 
-from aft.atomic_files import check_file
 from aft.console import any_text
 from aft.flags import DTYPES, FlagParser, check_model_name, import_files
 from aft.protocols import PROTOCOLS
+from aft.text_arguments import TextArguments, complete_text_arguments, text_problems
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -45,15 +46,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         ValueError: one error that lists every value that is not allowed.
     """
     parser = FlagParser("evaluate", __doc__)
+    parser.add_fields(TextArguments)
     parser.add_argument("model", help="folder of a saved model, or a name on the Hub")
-    parser.add_argument("--dataset_path", type=Path, help="file of bytes; Python's documentation when left out")
     parser.add_argument("--split", default="test", help="train, valid or test (default)")
     parser.add_argument("--protocol", default="segments", help="segments (default), sliding, carried or refreshed")
-    parser.add_argument("--length", type=int, help="T in bytes (default: max_position_embeddings)")
-    parser.add_argument("--stride", type=int, help="S of sliding, in bytes (default: half of T)")
-    parser.add_argument("--stream_length", type=int, help="L of carried, in bytes (default: the whole range)")
-    parser.add_argument("--refresh_every", type=int, help="R of refreshed, in bytes")
-    parser.add_argument("--refresh_overlap", type=int, help="O of refreshed, in bytes")
+    parser.add_argument("--length", type=int, help="T in tokens (default: max_position_embeddings)")
+    parser.add_argument("--stride", type=int, help="S of sliding, in tokens (default: half of T)")
+    parser.add_argument("--stream_length", type=int, help="L of carried, in tokens (default: the whole range)")
+    parser.add_argument("--refresh_every", type=int, help="R of refreshed, in tokens")
+    parser.add_argument("--refresh_overlap", type=int, help="O of refreshed, in tokens")
     parser.add_argument("--batch_size", type=int, default=16, help="windows at once (default: %(default)s)")
     parser.add_argument("--by_position", type=Path, help="csv file for the bits per byte of each range of positions")
     parser.add_argument("--dtype", default="auto", help="auto (what config.json says; default) or one like float32")
@@ -73,11 +74,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         )
         if getattr(args, name) not in choices
     ]
+    complete_text_arguments(args)
+    problems += text_problems(args)
+    if args.streaming and args.split == "train":
+        problems.append("--split must be valid or test with --streaming, got 'train'")
     if problems:
         raise ValueError("aft evaluate: " + "; ".join(problems))
     check_model_name(args.model)
-    if args.dataset_path is not None:
-        check_file(args.dataset_path, "--dataset_path")
     return args
 
 

@@ -7,14 +7,14 @@
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
 """
-Continues a prompt with a byte-level model, and prints the text while it is made.
+Continues a prompt, and prints the text while it is made.
 
     aft generate --model runs/pretraining --prompt "The return value"
     echo "The return value" | aft generate --model runs/pretraining --temperature 0.5
     aft generate --model runs/pretraining --prompt_file head.bin --output_file whole.bin
 
-A prompt is any bytes, UTF-8 or not; line ends at the end of standard input do not count. What is not UTF-8 is printed
-as U+FFFD; --output_file gets the bytes as they are.
+Of a model of bytes a prompt is any bytes, UTF-8 or not; what is not UTF-8 is printed as U+FFFD, and --output_file gets
+the bytes as they are. Of other models it is text. Line ends at the end of standard input do not count.
 """
 
 import argparse
@@ -39,11 +39,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_loading()
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument(
-        "--max_new_tokens", type=int, help="bytes to add; 500, or what a model with a length limit has room for"
+        "--max_new_tokens",
+        type=int,
+        help="tokens to add; 500, or what a model with a length limit has room for",
     )
-    sampling.add_argument("--greedy", action="store_true", help="always take the likeliest byte")
+    sampling.add_argument("--greedy", action="store_true", help="always take the likeliest token")
     sampling.add_argument("--temperature", type=float, default=0.8, help="divides the logits (default: %(default)s)")
-    sampling.add_argument("--top_k", type=int, default=0, help="sample among the k likeliest bytes; 0 = all (default)")
+    sampling.add_argument("--top_k", type=int, default=0, help="sample among the k likeliest; 0 = all (default)")
     sampling.add_argument(
         "--top_p", type=float, default=1.0, help="sample among the likeliest of this mass (default 1)"
     )
@@ -82,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     Runs the program with the flags `argv`, those of the command line by default.
 
     Raises:
-        ValueError: a flag is wrong, the prompt empty or too long, or the model not one of bytes, whole and finite.
+        ValueError: a flag is wrong, the prompt empty or too long, or the model not whole and finite.
     """
     args = parse_arguments(argv)
     import_files(args.imports)

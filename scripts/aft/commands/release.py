@@ -25,11 +25,11 @@ import re
 import sys
 from pathlib import Path
 
-from aft.atomic_files import check_file
 from aft.console import any_text
 from aft.flags import DTYPES, FlagParser, check_model_name, import_files, like_path
 from aft.redaction import readable
 from aft.run_log import read_log
+from aft.text_arguments import TextArguments, complete_text_arguments, text_problems
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -42,7 +42,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = FlagParser("release", __doc__)
     parser.add_argument("run", help="folder of a finished run")
     parser.add_argument("folder", help="the new folder, whose name is that of the model")
-    parser.add_argument("--dataset_path", type=Path, help="data of the run; Python's documentation when left out")
+    parser.add_fields(TextArguments)
     parser.add_argument("--dataset_note", help="what the data are and where from, for the card")
     parser.add_argument("--dataset_license", help="under which license the data are, for the card")
     parser.add_argument(
@@ -67,14 +67,14 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         problems.append(f"folder must be new, or with --overwrite that of an earlier release, got {args.folder}")
     if args.folder.name in (names := [path.resolve().name for path in args.beside]):
         problems.append(f"--beside must have other names than {args.folder.name}, got {', '.join(names)}")
+    complete_text_arguments(args)
+    problems += text_problems(args)
     if problems:
         raise ValueError("aft release: " + "; ".join(problems))
     if not args.run.is_dir():
         raise ValueError(f"run: {args.run}: no such folder{like_path(args.run)}")
     for path in args.beside:
         check_model_name(path, "--beside", hub=False)
-    if args.dataset_path is not None:
-        check_file(args.dataset_path, "--dataset_path")
     return args
 
 

@@ -1,31 +1,24 @@
-"""Files of bytes: sources, verification, splits, the memory-mapped copy, and the order of training windows."""
+"""Files of bytes: local ones, unpacked, and public ones, downloaded and verified."""
 
 import base64
 import errno
 import gzip
 import hashlib
 import os
-import shutil
 import threading
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
 import psutil
 import pytest
 
-from aft.byte_data import (
-    BLOCK_SIZE,
+from aft.raw_files import (
     ENWIK8,
-    ByteData,
     KnownFile,
-    TrainingWindows,
     file_bytes,
     known_file_bytes,
     pydoc_bytes,
-    split_ranges,
 )
 
 
@@ -290,211 +283,6 @@ def test_pydoc_is_english_text():
     assert len(content) > 300_000
     assert b"The simple form" in content
     assert content == pydoc_bytes()
-
-
-# The memory-mapped copy
-
-
-@pytest.mark.parametrize("length", [100, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 3 * BLOCK_SIZE + 17])
-def test_reads_are_exact(tmp_path, length):
-    content = (bytes(range(256)) + random_bytes(length))[:length]
-    data = ByteData.from_bytes(content, tmp_path)
-    assert data.num_bytes == length
-    assert data.sha256 == hashlib.sha256(content).hexdigest()
-    borders = sorted({0, 1, 99, *(border for border in (BLOCK_SIZE, 2 * BLOCK_SIZE) if border < length), length})
-    for start in borders[:-1]:
-        for stop in (end for end in (start + 1, *borders) if end > start):
-            assert data.read(start, stop).tobytes() == content[start:stop]
-
-
-def test_copy_is_memory_mapped_and_reused(tmp_path):
-    first = ByteData.from_bytes(CONTENT, tmp_path)
-    (folder,) = tmp_path.iterdir()
-    written = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert first.table.cache_files
-    second = ByteData.from_bytes(CONTENT, tmp_path)
-    assert second.read(0, len(CONTENT)).tobytes() == CONTENT
-    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == written
-    ByteData.from_bytes(CONTENT[::-1], tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_several_writers_agree(tmp_path):
-    content = random_bytes(20 * BLOCK_SIZE)
-    with ThreadPoolExecutor(4) as pool:
-        copies = list(pool.map(lambda _: ByteData.from_bytes(content, tmp_path), range(4)))
-    assert all(copy.read(0, len(content)).tobytes() == content for copy in copies)
-    assert len(list(tmp_path.iterdir())) == 1
-
-
-TABLE = "data-00000-of-00001.arrow"
-DAMAGES = {
-    "ten-bytes": lambda folder: change(folder / TABLE, (find(folder / TABLE, CONTENT[:100]) + 50, b"ten bytes!")),
-    "offset": lambda folder: change(folder / TABLE, (find(folder / TABLE, CONTENT[:100]) - 5, b"\x7f")),
-    "every-byte": lambda folder: (folder / TABLE).write_bytes(bytes((folder / TABLE).stat().st_size)),
-    "truncated": lambda folder: os.truncate(folder / TABLE, 1000),
-    "empty": lambda folder: os.truncate(folder / TABLE, 0),
-    "no-table": lambda folder: os.remove(folder / TABLE),
-    "no-state": lambda folder: os.remove(folder / "state.json"),
-    "state": lambda folder: (folder / "state.json").write_text('{"_data_files": 1}'),
-    "info": lambda folder: (folder / "dataset_info.json").write_bytes(b"\xff"),
-    "other-features": lambda folder: (folder / "dataset_info.json").write_text('{"features": {}}'),
-    "empty-folder": lambda folder: [os.remove(path) for path in folder.iterdir()],
-    "file": lambda folder: (shutil.rmtree(folder), folder.touch()),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_copy_is_written_again(tmp_path, damage, capsys):
-    ByteData.from_bytes(CONTENT, tmp_path)
-    (folder,) = tmp_path.iterdir()
-    DAMAGES[damage](folder)
-    data = ByteData.from_bytes(CONTENT, tmp_path)
-    assert data.read(0, data.num_bytes).tobytes() == CONTENT
-    assert list(tmp_path.iterdir()) == [folder] and f"{folder}: damaged" in capsys.readouterr().err
-    ByteData.from_bytes(CONTENT, tmp_path)
-    assert capsys.readouterr().err == ""
-
-
-def test_several_writers_repair_a_copy(tmp_path):
-    content = random_bytes(20 * BLOCK_SIZE)
-    for damage in ("truncated", "no-table", "state"):
-        ByteData.from_bytes(content, tmp_path)
-        DAMAGES[damage](next(tmp_path.iterdir()))
-        with ThreadPoolExecutor(4) as pool:
-            copies = list(pool.map(lambda _: ByteData.from_bytes(content, tmp_path), range(4)))
-        assert all(copy.read(0, len(content)).tobytes() == content for copy in copies)
-        assert len(list(tmp_path.iterdir())) == 1
-
-
-def test_copy_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    synced, rename = [], os.rename
-    monkeypatch.setattr("aft.byte_data.sync", lambda path: synced.append(path.name))
-
-    def check(old, new):
-        if old.name == "table":
-            assert {*synced} == {TABLE, "state.json", "dataset_info.json", "table"}
-        rename(old, new)
-
-    monkeypatch.setattr("os.rename", check)
-    ByteData.from_bytes(CONTENT, tmp_path)
-    assert synced[-1] == tmp_path.name
-
-
-def test_folder_that_cannot_be_written_is_named(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="--cache_dir .*file: the data cannot be written there"):
-        ByteData.from_bytes(CONTENT, tmp_path / "file")
-
-
-def test_too_few_bytes_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="at least 100 bytes, got 99"):
-        ByteData.from_bytes(bytes(99), tmp_path)
-
-
-def test_splits():
-    splits = split_ranges(ENWIK8.size)
-    assert splits == {"train": (0, 90_000_000), "valid": (90_000_000, 95_000_000), "test": (95_000_000, 100_000_000)}
-    assert split_ranges(101) == {"train": (0, 90), "valid": (90, 95), "test": (95, 101)}
-
-
-# Training windows
-
-
-def training_windows(
-    num_bytes: int = 1000, length: int = 16, batch_size: int = 8, seed: int = 0, stream_length: int | None = None
-) -> TrainingWindows:
-    # Every value is its own position, so that a window shows where it was read.
-    text = np.arange(num_bytes)
-    return TrainingWindows(lambda start, stop: text[start:stop], num_bytes, length, batch_size, seed, stream_length)
-
-
-training_streams = partial(training_windows, stream_length=48)
-kinds = pytest.mark.parametrize("make", [training_windows, training_streams], ids=["windows", "streams"])
-
-
-def epoch(windows: TrainingWindows, steps: range) -> tuple[np.ndarray, np.ndarray]:
-    """The inputs and labels of some steps, [steps, batch_size, length]."""
-    batches = [windows.batch(step, range(windows.batch_size)) for step in steps]
-    return tuple(np.stack(arrays) for arrays in zip(*batches, strict=True))
-
-
-@kinds
-def test_labels_are_the_next_bytes(make):
-    inputs, labels = make().batch(step=3, rows=range(8))
-    assert inputs.shape == labels.shape == (8, 16)
-    assert inputs.dtype == labels.dtype == np.int64
-    assert (labels == inputs + 1).all()
-    assert (np.diff(inputs, axis=1) == 1).all()
-
-
-@pytest.mark.parametrize("num_bytes, length", [(1000, 16), (1001, 10), (33, 16), (257, 1)])
-def test_an_epoch_sees_each_byte_once(num_bytes, length):
-    windows = training_windows(num_bytes, length, batch_size=1)
-    inputs, labels = epoch(windows, range(windows.windows_per_epoch))
-    assert len(np.unique(inputs)) == inputs.size > num_bytes - 2 * length - 1
-    assert inputs.min() >= 0 and labels.max() < num_bytes
-
-
-def test_epochs_differ_in_order_and_offset():
-    windows = training_windows()
-    starts = [windows.epoch_order(epoch) for epoch in range(4)]
-    assert len({tuple(order) for order in starts}) == 4
-    assert len({order[0] % 16 for order in starts}) > 1
-    assert not (np.diff(starts[0]) > 0).all()
-
-
-@pytest.mark.parametrize("step", [0, 7, 8, 1000])  # the second epoch begins in or before step 7
-@pytest.mark.parametrize("parts", [1, 2, 4])
-@kinds
-def test_a_batch_depends_only_on_seed_and_step(make, step, parts):
-    whole, _ = make().batch(step, range(8))
-    windows = make()
-    windows.batch(5, range(8))  # what was read before does not matter
-    size = 8 // parts
-    pieces = [windows.batch(step, range(first, first + size))[0] for first in range(0, 8, size)]
-    assert (np.concatenate(pieces) == whole).all()
-    assert (make(seed=1).batch(step, range(8))[0] != whole).any()
-
-
-STREAMS = [(1000, 16, 8, 48), (1001, 10, 1, 20), (513, 16, 8, 256), (260, 1, 128, 2)]
-streams = pytest.mark.parametrize("num_bytes, length, batch_size, stream_length", STREAMS)
-
-
-@streams
-def test_a_row_goes_on_where_it_ended(num_bytes, length, batch_size, stream_length):
-    windows = training_windows(num_bytes, length, batch_size, stream_length=stream_length)
-    steps = stream_length // length
-    inputs, labels = epoch(windows, range(7 * steps))
-    begins = np.array([windows.begins(step) for step in range(7 * steps)])
-    assert begins.tolist() == ([True] + [False] * (steps - 1)) * 7
-    follows = inputs[1:, :, 0] == labels[:-1, :, -1]
-    assert follows[~begins[1:]].all() and not follows[begins[1:]].all()
-
-
-@streams
-def test_an_epoch_of_streams_sees_each_byte_once(num_bytes, length, batch_size, stream_length):
-    windows = training_windows(num_bytes, length, 1, stream_length=stream_length)
-    inputs, labels = epoch(windows, range(windows.windows_per_epoch))
-    assert inputs.size == windows.windows_per_epoch * length > num_bytes - 2 * stream_length - 1
-    assert sorted(inputs.flatten()) == list(range(inputs.min(), inputs.min() + inputs.size))
-    assert inputs.min() >= 0 and labels.max() < num_bytes
-
-
-def test_a_stream_of_one_window_is_a_window():
-    plain, streams = training_windows(), training_windows(stream_length=16)
-    for step in range(20):
-        assert (plain.batch(step, range(8))[0] == streams.batch(step, range(8))[0]).all()
-        assert plain.begins(step) and streams.begins(step)
-
-
-@pytest.mark.parametrize("name, options", [("sequence_length", {}), ("stream_length", {"stream_length": 48})])
-def test_short_train_split_is_refused(name, options):
-    length = options.get("stream_length", 16)
-    training_windows(2 * length + 1, **options)
-    message = f"--{name} must be at most {length - 1}, as a train split of {2 * length} bytes .* got {length}"
-    with pytest.raises(ValueError, match=message):
-        training_windows(2 * length, **options)
 
 
 def test_an_address_that_does_not_answer_is_named(tmp_path):
