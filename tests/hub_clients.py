@@ -28,7 +28,7 @@ IDS = torch.arange(40, 52).reshape(2, 6)
 
 def online(hub: HubServer, home: Path, **more: str) -> dict[str, str]:
     """The environment of a process that knows no Hub but the one given, and starts with nothing."""
-    left_out = ("HF_HUB_OFFLINE", "HF_TOKEN", "HF_MODULES_CACHE", "HF_HUB_CACHE")
+    left_out = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_TOKEN", "HF_MODULES_CACHE", "HF_HUB_CACHE")
     return {
         **{name: value for name, value in os.environ.items() if name not in left_out and "PROXY" not in name.upper()},
         "HF_ENDPOINT": hub.url,

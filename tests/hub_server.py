@@ -79,7 +79,7 @@ class HubServer(ThreadingHTTPServer):
 
     Attributes:
         url (`str`): the HF_ENDPOINT of clients.
-        repositories (`dict[str, Repository]`): by id.
+        repositories (`dict[str, Repository]`): by id; of a data set it begins with "datasets:".
         requests (`list[str]`): "METHOD path" of each request.
         unknown (`list[str]`): those that nothing here can answer, and errors of the server itself.
     """
@@ -172,6 +172,8 @@ class Handler(BaseHTTPRequestHandler):
     def find_route(self, path: str):
         """The method that answers a path, and its arguments."""
         method = "GET" if self.command == "HEAD" else self.command
+        path = re.sub(r"^/api/datasets/", "/api/models/datasets:", path)
+        path = re.sub(r"^/datasets/", "/datasets:", path)
         for known, pattern, name in ROUTES:
             if known == method and (match := re.fullmatch(pattern, path)):
                 return getattr(self, name), {key: unquote(text or "") for key, text in match.groupdict().items()}
@@ -275,7 +277,10 @@ class Handler(BaseHTTPRequestHandler):
         return {"standardEnvVars": [], "harnesses": {}}
 
     def describe(self, repo, revision):
-        return {"id": repo, "sha": self.repository(repo).find(revision)}
+        repository = self.repository(repo)
+        commit = repository.find(revision)
+        files = [{"rfilename": name} for name in repository.commits[commit]]
+        return {"id": repo.removeprefix("datasets:"), "sha": commit, "siblings": files}
 
     def list_files(self, repo, revision, file):
         found = self.repository(repo).files(revision)

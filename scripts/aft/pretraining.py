@@ -498,7 +498,7 @@ def set_up(args, argv: list[str], config) -> Run:
 
     for key, value in facts.items():
         if value is not None:
-            accelerator.print(f"{key.replace('_', ' ')}: {f'{value:,}' if isinstance(value, int) else value}")
+            accelerator.print(f"{key.replace('_', ' ')}: {f'{value:,}' if type(value) is int else value}")
     accelerator.print(f"checkpoint: {checkpoint or 'none, starting from the beginning'}")
     accelerator.wait_for_everyone()  # all processes have looked before one of them writes
     if accelerator.is_main_process:

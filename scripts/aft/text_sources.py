@@ -294,9 +294,12 @@ def read_splits(args: argparse.Namespace) -> dict:
             return read_folder_of(args)
         return load_dataset(args.dataset, args.dataset_config, streaming=args.streaming, cache_dir=tables_dir(args))
     except ValueError as error:
-        if str(error).startswith("--"):
+        reason = one_line(error)
+        if reason.startswith("--"):
             raise
-        raise ValueError(f"{what}: {one_line(error)}") from error
+        if "onfig" in reason and args.dataset != "file":  # none is given, or one that is not there
+            what, reason = f"{what} --dataset_config {args.dataset_config}", reason.split(" Example of usage")[0]
+        raise ValueError(f"{what}: {reason}") from error
     except Exception as error:  # of pyarrow, pandas, the Hub, and the network
         reason = one_line(error.__cause__ or error)
         raise ValueError(f"{what}: cannot be read: {reason}") from error
