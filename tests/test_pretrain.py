@@ -82,7 +82,7 @@ def test_explicit_flags_win_over_the_preset(tmp_path):
     "text, expected",
     [
         pytest.param("mixed_precision: no", {"mixed_precision": "no"}, id="no-is-a-word"),
-        pytest.param("compile: yes\ntensorboard: on", {"compile": True, "tensorboard": True}, id="yes-and-on"),
+        pytest.param("compile: yes\nstreaming: on", {"compile": True, "streaming": True}, id="yes-and-on"),
         pytest.param("overwrite: off\ncompile: No", {"overwrite": False, "compile": False}, id="off-and-no"),
         pytest.param("dataset_path: null\nnum_epochs: ~\ndataset:", {"dataset_path": None}, id="null"),
         pytest.param("sample_prompt: 2024-01-01", {"sample_prompt": "2024-01-01"}, id="date"),
@@ -487,7 +487,7 @@ def finished(inputs, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "finished: a run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
-        main(flags(inputs, folder, tensorboard=True))
+        main(flags(inputs, folder, report_to="tensorboard"))
         AcceleratorState._reset_state(reset_partial_state=True)
     return folder
 

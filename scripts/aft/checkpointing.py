@@ -102,9 +102,10 @@ def remove(checkpoint: Path) -> None:
         shutil.rmtree(gone)
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Removes all checkpoints but the `keep` newest, and those that were abandoned."""
-    for old in (*complete_checkpoints(folder)[:-keep], *folder.glob(f"step-*{ABANDONED}")):
+def prune(folder: Path, keep: int, best: int | None = None) -> None:
+    """Removes all checkpoints but the `keep` newest and that of step `best`, and those that were abandoned."""
+    older = [path for path in complete_checkpoints(folder)[:-keep] if step_of(path) != best]
+    for old in (*older, *folder.glob(f"step-*{ABANDONED}")):
         remove(old)
 
 

@@ -63,6 +63,8 @@ def check_memory(args, config: PreTrainedConfig, num_processes: int) -> list[str
     Args:
         args: the flags of `aft pretrain`, checked and completed.
     """
+    from_preset = args.init_from is None
+    of_model = f"--model_preset {args.model_preset}" if from_preset else f"--init_from {args.init_from}"
     memory, problems = device_memory(), []
 
     def check(needed: int, what: str):
@@ -70,9 +72,9 @@ def check_memory(args, config: PreTrainedConfig, num_processes: int) -> list[str
             problems.append(f"{what}: needs more than {needed:,} bytes of memory, the device has {memory:,}")
 
     try:
-        check((training_bytes(config) or 0) // num_processes, f"--model_preset {args.model_preset}")
+        check((training_bytes(config) or 0) // num_processes, of_model)
     except ValueError as error:
-        problems.append(f"--model_preset {args.model_preset}: {error}")
+        problems.append(f"{of_model}: {error}")
     of_window = args.sequence_length * config.vocab_size * 4  # its logits
     for name in ("micro_batch_size", "eval_batch_size"):
         windows = getattr(args, name)

@@ -15,6 +15,7 @@ import math
 from transformers import AutoConfig, PreTrainedConfig
 
 from aft.console import one_line
+from aft.saved_models import load_config
 from aft.settings_files import read_json
 from aft.vocabulary import asked_size
 
@@ -25,19 +26,22 @@ MOST_LAYERS = 1_000_000  # to make a configuration of more takes memory
 
 def build_config(args: argparse.Namespace) -> PreTrainedConfig:
     """
-    The model configuration of `args.model_preset`, with the fields of `args.model_override` changed. Its `vocab_size`
+    The model configuration of `args.model_preset`, or of the model `args.init_from`, with the fields of
+    `args.model_override` changed. Its `vocab_size`
     is that of `args.tokenizer`, unless it says another than the 256 of bytes.
 
     Raises:
         ValueError: the file is not a model configuration, a field or its value is not allowed, the tokenizer does not
             load, or `vocab_size` is another than it needs.
     """
-    name = f"--model_preset {args.model_preset}"
-    values = read_json(args.model_preset, "--model_preset")
+    if args.init_from is None:
+        name, values = f"--model_preset {args.model_preset}", read_json(args.model_preset, "--model_preset")
+    else:
+        name, values = f"--init_from {args.init_from}", load_config(args.init_from, flag="--init_from").to_dict()
     if "model_type" not in values:
         raise ValueError(f"{name}: must be a JSON object with a model_type")
     size = asked_size(args)
-    if values.get("vocab_size", 256) == 256:  # what the presets have, for bytes
+    if args.init_from is None and values.get("vocab_size", 256) == 256:  # what the presets have, for bytes
         values["vocab_size"] = size
     config = make_config(values, name)
     overrides = {}

@@ -26,12 +26,13 @@ import torch
 import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator, DistributedType, PartialState
-from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env, set_seed
+from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, parse_flag_from_env, set_seed
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import modeling_aft  # noqa: F401  (registers the model types)
 from aft.atomic_files import write_whole
+from aft.averaging import WeightAverage
 from aft.bits_per_byte import evaluate_split, load_metric
 from aft.carried_state import CarriedState
 from aft.checkpointing import (
@@ -67,7 +68,9 @@ from aft.run_log import (
     read_log,
     today,
 )
+from aft.saved_models import load_model
 from aft.streamed_windows import StreamedWindows
+from aft.text_arguments import text_flags
 from aft.text_sources import DocumentText, FileText, load_text
 from aft.token_data import TokenData, token_data
 from aft.training_windows import TrainingWindows
@@ -179,6 +182,7 @@ def describe_run(args, accelerator: Accelerator, model, text, data: TokenData, v
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {device.type}"
     return {
         "model": f"{model.config.model_type}, {type(model).__name__}",
+        "init_from": None if args.init_from is None else public_value("init_from", args.init_from),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "data": text.name,
         "data_sha256": data.sha256,
@@ -229,15 +233,34 @@ class Run:
     vocabulary: object
     windows: TrainingWindows | StreamedWindows
     carried: CarriedState | None  # with --carry_state
+    average: WeightAverage | None  # with --ema_decay
     log: RunLog
+    scores: list[tuple[int, float]]  # steps and bits per byte of the evaluations on valid
     folder: Path
     state: dict  # of the last checkpoint
     identity: dict  # what decides the weights
+    step: int = 0  # how many steps are done
 
     def report(self, text: str) -> None:
         """Prints above the progress bar, once."""
         if self.accelerator.is_main_process:
             tqdm.write(text)
+
+    def averaged(self):
+        """A block in which the model has the averages of its weights, if there are any."""
+        return contextlib.nullcontext() if self.average is None else self.average.in_place()
+
+    @property
+    def best(self) -> int | None:
+        """The step of the checkpoint whose model is the best on valid; None before there is one."""
+        saved = [(score, step) for step, score in self.scores if self.is_due("save", step)]
+        return min(saved)[1] if saved else None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the last evaluations were no better than the best before, as often as patience allows."""
+        scores, patience = [score for _, score in self.scores], self.args.early_stopping_patience
+        return patience is not None and bool(scores) and len(scores) - 1 - scores.index(min(scores)) >= patience
 
     def check(self, ok: bool, what: str, step: int) -> None:
         """Ends a run that has diverged, and names the checkpoint that is left."""
@@ -250,7 +273,10 @@ class Run:
         """Scores a split, or its first `max_bytes`, and logs the result."""
         protocol, batch_size = evaluation_protocol(self.args), self.args.eval_batch_size
         try:
-            result = evaluate_split(self.model, self.data, split, self.accelerator, protocol, batch_size, max_bytes)
+            with self.averaged():
+                result = evaluate_split(
+                    self.model, self.data, split, self.accelerator, protocol, batch_size, max_bytes
+                )
             if not math.isfinite(result["bits_per_byte"]):
                 raise FloatingPointError(f"the score is {result['bits_per_byte']} bits per byte")
         except FloatingPointError as error:
@@ -266,7 +292,8 @@ class Run:
         """Logs and prints a sample of text; a sharded model has none, because it cannot generate on one process."""
         if self.accelerator.is_main_process and self.accelerator.distributed_type != DistributedType.FSDP:
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-            text = sample_text(model, self.vocabulary, self.args)
+            with self.averaged():
+                text = sample_text(model, self.vocabulary, self.args)
             self.log.write("sample", step=step, text=text)
             self.report(f"--- sample at step {step}\n{text}\n---")
 
@@ -278,7 +305,7 @@ class Run:
     def measure(self, step: int) -> None:
         """Evaluates and samples if it is time, after the checkpoint of the step: whatever fails here loses none."""
         if self.is_due("eval", step):
-            self.evaluate("valid", step, self.args.eval_bytes)
+            self.scores.append((step, self.evaluate("valid", step, self.args.eval_bytes)["bits_per_byte"]))
         if self.args.sample_bytes and step < self.args.max_steps and self.is_due("sample", step):
             self.sample(step)  # the last sample is made of the saved model
 
@@ -309,11 +336,12 @@ class Run:
     def prune(self) -> None:
         """Removes old checkpoints; the model of the newest has proved good."""
         if self.accelerator.is_main_process:
-            prune(self.folder / "checkpoints", self.args.keep_checkpoints)
+            prune(self.folder / "checkpoints", self.args.keep_checkpoints, self.best)
 
     def train(self) -> None:
         """Trains, and saves, evaluates and samples on the way."""
         args, state = self.args, self.state
+        self.step = state["step"]
         if not state.get("measured", True):  # the run that saved this checkpoint may have ended before
             self.measure(state["step"])
         self.model.train()
@@ -325,11 +353,16 @@ class Run:
         ) as progress:
             sums, tokens, started = 0.0, 0, time.perf_counter()  # of nats and bytes
             for step in range(state["step"], args.max_steps):
+                if self.is_over:
+                    self.report(f"valid has not become better {args.early_stopping_patience} times: the run ends")
+                    break
                 sums += train_step(
                     self.model, self.optimizers, self.accelerator, self.windows, step, args, self.carried
                 )
+                if self.average is not None:
+                    self.average.update()
                 tokens += args.batch_size * args.sequence_length
-                done = step + 1
+                done = self.step = step + 1
                 progress.update()
                 # A line also stands before everything that is no training, so that no measured time includes it.
                 if not any(self.is_due(name, done) for name in ("log", "eval", "sample", "save")):
@@ -355,11 +388,18 @@ class Run:
 
     def finish(self) -> dict:
         """Scores the test split, saves the model with curve and card, and returns the final event of the log."""
-        test = self.evaluate("test", self.args.max_steps)
-        save_model(self.model, self.accelerator, self.folder, self.vocabulary)
+        step, best = self.step, self.best
+        if best is not None:
+            self.report(f"best on valid: step {best}")
+            if self.args.load_best_model_at_end and best != step:
+                load_checkpoint(self.accelerator, self.folder / "checkpoints" / f"step-{best}")
+                step = best
+        test = self.evaluate("test", step)
+        with self.averaged():
+            save_model(self.model, self.accelerator, self.folder, self.vocabulary)
         self.prune()
         path = self.folder.resolve()
-        final = {"step": self.args.max_steps, "test_bits_per_byte": test["bits_per_byte"]}
+        final = {"step": step, "test_bits_per_byte": test["bits_per_byte"]}
         final |= {"model_name": readable(path.name), "training_seconds": self.state["training_seconds"], "sample": ""}
         if self.accelerator.is_main_process:
             if self.args.sample_bytes:  # from the folder, which shows that it loads
@@ -372,19 +412,20 @@ class Run:
             write_whole(self.folder / "README.md", fill_model_card(events))
             print(f"--- sample\n{final['sample']}\n---")
             print(f"test: {describe_score(test)}\nmodel: {path}")
-            print(next_commands(self.args.output_dir))
+            print(next_commands(self.args))
         self.accelerator.wait_for_everyone()
         return {**final, "model_path": str(path)}
 
 
-def next_commands(output_dir: str) -> str:
+def next_commands(args: argparse.Namespace) -> str:
     """What to type when a run has ended: three commands for its model."""
-    aft, folder = program(), shlex.quote(output_dir)
+    aft, folder = program(), shlex.quote(args.output_dir)
+    text = shlex.join(text_flags(args)) or "--dataset FILE"
     return "\n".join(
         [
             "next:",
             f'  {aft} generate --model {folder} --prompt "The "',
-            f"  {aft} evaluate {folder} --dataset_path FILE",
+            f"  {aft} evaluate {folder} {text}",
             f"  {aft} finetune --model {folder} --text_file FILE --output_dir {folder}-tuned",
         ]
     )
@@ -402,6 +443,8 @@ def make_accelerator(args) -> Accelerator:
         dynamo_backend="inductor" if args.compile else None,
         # train_step divides the loss itself; without this, a launch file could make backward divide it again.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        log_with=args.report_to or None,
+        project_dir=args.output_dir,
     )
     sharded = accelerator.distributed_type == DistributedType.FSDP
     if args.optimizer == "muon" and (sharded or accelerator.mixed_precision == "fp16"):
@@ -411,6 +454,8 @@ def make_accelerator(args) -> Accelerator:
             else "with fp16, whose loss scale belongs to one optimizer"
         )
         raise ValueError(f"--optimizer must be adamw {reason}, got 'muon'")
+    if args.ema_decay is not None and sharded:
+        raise ValueError(f"--ema_decay must be left out with FSDP, whose weights are sharded, got {args.ema_decay}")
     if args.carry_state and sharded and accelerator.state.fsdp_plugin.activation_checkpointing:
         raise ValueError(
             "--carry_state must be left out with fsdp_activation_checkpointing, which would read the state twice, got "
@@ -425,10 +470,15 @@ def open_log(args, accelerator: Accelerator, checkpoint: Path | None, state: dic
         Path(args.output_dir) / "run.jsonl",
         continues=None if checkpoint is None else checkpoint.parent.parent / "run.jsonl",
         keep_lines=state["log_lines"],
-        tensorboard=Path(args.output_dir) / "tensorboard" if args.tensorboard else None,
+        track=accelerator.log if args.report_to else None,
         active=accelerator.is_main_process,
     )
     command = shlex.join(["aft", "pretrain", *public_flags(argv)])
+    if args.report_to:
+        arguments = {name: str(public_value(name, value)) for name, value in vars(args).items()}
+        last_step = log.kept[-1].get("step", 0) if log.kept else 0
+        options = {"tensorboard": {"purge_step": last_step + 1 if log.kept else None}}
+        accelerator.init_trackers("tensorboard" if args.report_to == ["tensorboard"] else "aft", arguments, options)
     if log.active and (missing := state["log_lines"] - len(log.kept)):
         print(f"run.jsonl beside {checkpoint} has {missing} lines less than when that was saved", file=sys.stderr)
     if not any(event["event"] == "config" for event in log.kept):
@@ -480,7 +530,11 @@ def set_up(args, argv: list[str], config) -> Run:
     check_output(args, checkpoint)
 
     set_seed(args.seed)
-    model = AutoModelForCausalLM.from_config(config)
+    if args.init_from is None:
+        model = AutoModelForCausalLM.from_config(config)
+    else:
+        options = {"config": config, "dtype": torch.float32}
+        model, _ = load_model(AutoModelForCausalLM, args.init_from, "--init_from", **options)
     model.generation_config.update(do_sample=True, temperature=0.8, top_k=40)
     if has_length_limit(config):  # else pipelines ask for 256 tokens, whatever there is room for
         model.generation_config.max_new_tokens = max(1, config.max_position_embeddings // 2)
@@ -492,6 +546,10 @@ def set_up(args, argv: list[str], config) -> Run:
     facts = describe_run(args, accelerator, model, text, data, vocabulary, windows)
     model, *optimizers = accelerator.prepare(model, *create_optimizers(model, args))
     rows = first_rows(accelerator, args)
+    average = None
+    if args.ema_decay is not None:
+        average = WeightAverage(accelerator.unwrap_model(model), args.ema_decay)
+        accelerator.register_for_checkpointing(average)
     carried = CarriedState(config, windows, rows, accelerator) if args.carry_state else None
     if checkpoint is not None:
         load_checkpoint(accelerator, checkpoint)
@@ -505,7 +563,14 @@ def set_up(args, argv: list[str], config) -> Run:
         clear_output(args, checkpoint, state["step"])
     facts["model_config"] = identity["model_config"]
     log = open_log(args, accelerator, checkpoint, state, argv, **facts)
-    return Run(args, accelerator, model, optimizers, data, vocabulary, windows, carried, log, folder, state, identity)
+    scores = [
+        (event["step"], event["bits_per_byte"])
+        for event in log.kept
+        if event["event"] == "evaluation" and event["split"] == "valid"
+    ]
+    [scores] = broadcast_object_list([scores])  # of the process that has the log
+    parts = (model, optimizers, data, vocabulary, windows, carried, average)
+    return Run(args, accelerator, *parts, log, scores, folder, state, identity)
 
 
 def pretrain(argv: list[str]) -> dict:

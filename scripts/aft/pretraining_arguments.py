@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from aft.atomic_files import check_file
-from aft.flags import IMPORT_HELP, FlagParser, find_preset, flag, import_files
+from aft.flags import IMPORT_HELP, FlagParser, check_model_name, find_preset, flag, import_files
 from aft.protocols import PROTOCOLS, Protocol
 from aft.redaction import public_address, public_path, readable
 from aft.settings_files import read_yaml
@@ -30,20 +30,21 @@ CHOICES = {
 }
 # Flags that hold a path: in a preset, a relative one starts at the preset's folder.
 PATHS = ("model_preset", "dataset_path", "cache_dir", "output_dir")
-MAYBE_PATHS = ("dataset", "tokenizer")  # which may be names too: a path if something is there
+MAYBE_PATHS = ("dataset", "tokenizer", "init_from")  # which may be names too: a path if something is there
 # Flags that change neither the weights nor the scores: where the model and the data come from, of which the content
 # counts, and what a run writes. An unfinished comparison may go on with others.
 MAY_DIFFER_WHEN_CONTINUED = {
     *("training_preset", "model_preset", "model_override", "imports"),
     *("dataset", "dataset_path", "dataset_config", "dataset_url", "text_column", "cache_dir"),
     *("validation_split", "test_split", "test_size"),
-    *("output_dir", "resume", "overwrite", "tensorboard", "save_every", "keep_checkpoints"),
+    *("output_dir", "resume", "overwrite", "report_to", "save_every", "keep_checkpoints"),
     *("sample_every", "sample_bytes", "sample_prompt"),
 }
 # With those that change scores alone, what a resumed run may change.
 MAY_DIFFER_ON_RESUME = MAY_DIFFER_WHEN_CONTINUED | {
     *("eval_protocol", "eval_stride", "eval_stream_length", "eval_refresh_every", "eval_refresh_overlap"),
-    *("eval_every", "eval_bytes", "eval_batch_size", "log_every"),
+    *("eval_every", "eval_bytes", "eval_batch_size", "log_every", "init_from"),
+    *("early_stopping_patience", "load_best_model_at_end"),
 }
 
 
@@ -57,8 +58,13 @@ class ModelArguments:
         "Explicit flags win.",
         "--preset",
     )
-    model_preset: str = flag(
-        "aft-conv-tiny", "JSON file of a model config, or the name of one in the package.", "--model"
+    model_preset: str | None = flag(
+        None,
+        "JSON file of a model config, or the name of one in the package; None is init_from's, else aft-conv-tiny.",
+        "--model",
+    )
+    init_from: str | None = flag(
+        None, "Begin with the weights of a saved model, a folder or a name on the Hub, in place of random ones."
     )
     model_override: list[str] = field(
         default_factory=list,
@@ -73,10 +79,10 @@ class ModelArguments:
 class DataArguments:
     _argument_group_name = "tokens and windows"
 
-    tokenizer: str = flag(
-        "bytes",
+    tokenizer: str | None = flag(
+        None,
         "bytes; bpe, which is trained on the train split and has vocab_size tokens; or a saved tokenizer: a folder, a "
-        "tokenizer.json, or a name on the Hub.",
+        "tokenizer.json, or a name on the Hub. None is that of init_from, else bytes.",
     )
     vocab_size: int | None = flag(None, "How many tokens --tokenizer bpe gets, at least 257.")
     shuffle_buffer: int | None = flag(
@@ -117,6 +123,15 @@ class TrainingArguments:
     adam_beta1: float = flag(0.9, "First beta of AdamW.")
     adam_beta2: float = flag(0.99, "Second beta of AdamW.")
     max_grad_norm: float = flag(1.0, "Norm to which gradients are clipped; 0 = no clipping.")
+    ema_decay: float | None = flag(
+        None, "Average the weights with this decay, such as 0.999; what is scored and saved is the average."
+    )
+    early_stopping_patience: int | None = flag(
+        None, "End after so many evaluations on valid in a row that are no better than the best before."
+    )
+    load_best_model_at_end: bool = flag(
+        False, "End with the checkpoint that is the best on valid, in place of the newest. Both are kept in any case."
+    )
     mixed_precision: str | None = flag(None, "no, bf16 or fp16; None is what accelerate launch was told, else no.")
     seed: int = flag(0, "Seed of the initial weights, the data order, dropout and samples.")
 
@@ -135,7 +150,10 @@ class OutputArguments:
     eval_bytes: int = flag(0, "Score only the first so many bytes of valid; 0 = all. The test split is always whole.")
     eval_batch_size: int | None = flag(None, "Windows per process in one evaluation; None is micro_batch_size.")
     log_every: int = flag(10, "Steps between lines of the log.")
-    tensorboard: bool = flag(False, "Also write TensorBoard files to output_dir/tensorboard.")
+    report_to: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Trackers of accelerate that also get the log: tensorboard, wandb, ...; none for none."},
+    )
     sample_every: int = flag(250, "Steps between samples of text; 0 = only at the end.")
     sample_bytes: int = flag(300, "Tokens per sample; 0 = no samples.")
     sample_prompt: str = flag("The ", "What samples begin with.")
@@ -160,7 +178,10 @@ def parse_arguments(argv: list[str], description: str = "") -> argparse.Namespac
     preset = preset_flag.parse_known_args([item for item in argv if item not in ("-h", "--help")])[0].training_preset
     defaults = [] if preset is None else read_preset(find_preset(preset, "training", "--training_preset"), argv)
     args = FlagParser("pretrain", description, GROUPS).parse_args([*defaults, *argv])
-    args.model_preset = find_preset(args.model_preset, "models", "--model_preset")
+    if args.init_from is None:
+        args.model_preset = "aft-conv-tiny" if args.model_preset is None else args.model_preset
+        args.model_preset = find_preset(args.model_preset, "models", "--model_preset")
+    args.tokenizer = (args.init_from or "bytes") if args.tokenizer is None else args.tokenizer
     complete_text_arguments(args)
     return args
 
@@ -193,7 +214,8 @@ def read_preset(path: str, argv: list[str]) -> list[str]:
     if unknown := sorted(map(str, set(preset) - set(known))):
         raise ValueError(f"--training_preset {path}: unknown keys {', '.join(unknown)}; known: {sorted(known)}")
     explicit = named_flags(argv)
-    for name, rival in (("max_steps", "num_epochs"), ("num_epochs", "max_steps")):
+    rivals = (("max_steps", "num_epochs"), ("num_epochs", "max_steps"), ("model_preset", "init_from"))
+    for name, rival in rivals:
         if rival in explicit:
             preset.pop(name, None)
     flags = []
@@ -303,6 +325,18 @@ def flag_problems(args: argparse.Namespace) -> list[str]:
     is_bpe = args.tokenizer == "bpe"
     check(is_bpe or args.vocab_size is None, "vocab_size", "left out without --tokenizer bpe")
     check(not is_bpe or (args.vocab_size or 0) >= 257, "vocab_size", "at least 257 with --tokenizer bpe")
+    check(args.init_from is None or args.model_preset is None, "model_preset", "left out with --init_from")
+    check(args.ema_decay is None or 0 < args.ema_decay < 1, "ema_decay", "in (0, 1)")
+    patience = args.early_stopping_patience
+    check(patience is None or patience >= 1, "early_stopping_patience", "at least 1")
+    check(patience is None or args.eval_every > 0, "eval_every", "at least 1 with --early_stopping_patience")
+    best = args.load_best_model_at_end
+    check(not best or args.eval_every > 0, "eval_every", "at least 1 with --load_best_model_at_end")
+    both = args.save_every > 0 and args.eval_every % max(args.save_every, 1) == 0
+    check(
+        not best or both, "save_every", f"a divisor of --eval_every ({args.eval_every}) with --load_best_model_at_end"
+    )
+    check("none" not in args.report_to or args.report_to == ["none"], "report_to", "trackers, or none alone")
     check(args.streaming or args.shuffle_buffer is None, "shuffle_buffer", "left out without --streaming")
     check(args.shuffle_buffer is None or args.shuffle_buffer >= 0, "shuffle_buffer", "at least 0")
     check(not args.streaming or args.num_epochs is None, "num_epochs", "left out with --streaming, give --max_steps")
@@ -314,9 +348,12 @@ def flag_problems(args: argparse.Namespace) -> list[str]:
         check(False, "sample_prompt", "text that UTF-8 has")
     check(args.carry_state or args.stream_length is None, "stream_length", "left out without --carry_state")
     check(not args.overwrite or args.resume == "none", "overwrite", "left out when --resume is given")
-    if args.model_preset:
+    for look in (
+        lambda: args.model_preset and check_file(Path(args.model_preset), "--model_preset"),
+        lambda: args.init_from is not None and check_model_name(args.init_from, "--init_from"),
+    ):
         try:
-            check_file(Path(args.model_preset), "--model_preset")
+            look()
         except ValueError as error:
             problems.append(str(error))
     return problems
@@ -329,6 +366,8 @@ def check_arguments(args: argparse.Namespace, num_processes: int):
     Raises:
         ValueError: one error that lists everything that is wrong.
     """
+    from accelerate.tracking import get_available_trackers
+
     from aft.memory_needs import check_memory
     from aft.model_configs import build_config, has_fixed_state, has_length_limit
 
@@ -344,6 +383,10 @@ def check_arguments(args: argparse.Namespace, num_processes: int):
     per_step = args.micro_batch_size * num_processes
     check(args.batch_size % per_step == 0, "batch_size", f"divisible by micro_batch_size x processes ({per_step})")
 
+    args.report_to = [name for name in args.report_to if name != "none"]
+    trackers = {str(name) for name in get_available_trackers()}
+    lacks = f"of those that are installed ({', '.join(sorted(trackers)) or 'none'})"
+    check({*args.report_to} <= trackers, "report_to", lacks)
     config = None
     try:
         config = build_config(args)

@@ -10,6 +10,7 @@
 
 import json
 import shlex
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -33,13 +34,13 @@ PAPERS = {
 
 class RunLog:
     """
-    Appends events to `run.jsonl`, and their numbers to TensorBoard when asked for.
+    Appends events to `run.jsonl`, and passes their numbers on to trackers.
 
     Args:
         path (`Path`): the file.
         continues (`Path`, *optional*): the log to go on with: of the run whose checkpoint this one starts from.
         keep_lines (`int`): how many of its lines to keep; the rest is younger than the checkpoint resumed from.
-        tensorboard (`Path`, *optional*): folder of the TensorBoard files.
+        track (`Callable`, *optional*): `track(numbers, step)` gets those of each event that has a step.
         active (`bool`): False on every process but one, where nothing is written.
 
     Attributes:
@@ -54,35 +55,28 @@ class RunLog:
         path: Path,
         continues: Path | None = None,
         keep_lines: int = 0,
-        tensorboard: Path | None = None,
+        track: Callable[[dict[str, float], int], None] | None = None,
         active: bool = True,
     ):
-        self.path, self.active, self.writer, self.num_lines, self.kept = path, active, None, 0, []
+        self.path, self.active, self.track, self.num_lines, self.kept = path, active, track, 0, []
         if not active:
             return
         if continues is not None and continues.is_file():
             self.kept = [public_event(event) for event in read_log(continues, keep_lines)]
         write_whole(path, "".join(json.dumps(event) + "\n" for event in self.kept))
         self.num_lines = len(self.kept)
-        if tensorboard is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            last_step = self.kept[-1].get("step", 0) if self.kept else 0
-            self.writer = SummaryWriter(str(tensorboard), purge_step=last_step + 1 if self.kept else None)
 
     def write(self, event: str, **values) -> None:
-        """Appends one line; in TensorBoard, numbers of an event that has a step are named event/value."""
+        """Appends one line; for trackers, numbers of an event that has a step are named event/value."""
         if not self.active:
             return
         line = json.dumps({"event": event, **values}, allow_nan=False)
         with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
         self.num_lines += 1
-        if self.writer is not None and "step" in values:
-            for name, value in values.items():
-                if name != "step" and isinstance(value, (int, float)):
-                    self.writer.add_scalar(f"{values.get('split', event)}/{name}", value, values["step"])
-            self.writer.flush()
+        if self.track is not None and "step" in values:
+            numbers = {name: value for name, value in values.items() if name != "step" and type(value) in (int, float)}
+            self.track({f"{values.get('split', event)}/{name}": numbers[name] for name in numbers}, values["step"])
 
     def sync(self) -> None:
         """Waits until all lines are on the disk: a checkpoint that counts on them comes after."""
@@ -201,6 +195,7 @@ def card_values(events: list[dict]) -> dict:
         "dataset_sha256": config["data_sha256"],
         **{f"{split}_bytes": number(config[f"{split}_bytes"]) for split in ("train", "valid", "test")},
         "tokenizer": config.get("tokenizer"),
+        "init_from": config.get("init_from"),
         "vocab_size": number(config.get("vocab_size")),
         "keeps_text": config.get("keeps_text", True),
         "documents": config.get("documents"),

@@ -44,14 +44,14 @@ def load(
         raise ValueError(f"{flag} {name}: {elsewhere}{one_line(error)}") from error
 
 
-def load_config(name: str | Path, trust_remote_code: bool = False) -> PreTrainedConfig:
+def load_config(name: str | Path, trust_remote_code: bool = False, flag: str = "--model") -> PreTrainedConfig:
     """
     The configuration of a model.
 
     Raises:
         ValueError: it does not load.
     """
-    return load(AutoConfig, name, trust_remote_code=trust_remote_code)
+    return load(AutoConfig, name, flag, trust_remote_code=trust_remote_code)
 
 
 def load_model(auto_class, name: str | Path, flag: str = "--model", new_head: bool = False, **options):
