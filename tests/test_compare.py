@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 from statistics import fmean, median, stdev
@@ -34,6 +36,9 @@ runs:
   local: {model_preset: model.json}
   simple: {model_preset: model.json, model_override: {aft_type: simple}, training: {batch_size: 2}}
 """
+
+
+NUMBERED = [(1, "local"), (2, "simple"), (3, "wrong")]
 
 
 def in_this_process(run, command, seconds):
@@ -394,6 +399,44 @@ def test_process_of_its_own(inputs, monkeypatch):
     assert comparison.run_process(run, "command", float("inf")) and run.finished
     result = json.loads((run.folder / RESULT).read_text())
     assert 0 < result["peak_bytes"] < 2**30 and result["command"] == "command"
+
+
+def test_runs_beside_each_other(inputs, monkeypatch, capfd):
+    """Two of three at once, one of which fails: each has its own output, and the table is that of the others."""
+    monkeypatch.undo()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    plan = "  wrong: {model_preset: model.json, training: {learning_rate: 1.0e+20, lr_decay: constant}}\n"
+    (inputs / "plan.yaml").write_text((inputs / "plan.yaml").read_text() + plan)
+    with pytest.raises(RuntimeError, match="wrong-seed0$"):
+        main(flags(inputs, "--seeds", "0", "--jobs", "2"))
+    output = capfd.readouterr()
+    assert sorted(output.out.splitlines()[:3]) == [f"{i}/3 {name}-seed0: trains" for i, name in NUMBERED]
+    assert re.fullmatch("wrong-seed0: error: .*the run has diverged.*\n", output.err)
+    assert set(table(inputs)) == {"local", "simple"}
+    for _, name in NUMBERED:
+        text = (inputs / "runs" / "plan" / f"{name}-seed0" / "output.txt").read_text()
+        assert "parameters: " in text and ("diverged" in text) == (name == "wrong")
+    assert os.environ["ACCELERATE_USE_CPU"] == "true"
+
+
+@pytest.mark.parametrize(
+    "visible, jobs, expected",
+    [(None, 2, ["0", "1"]), (None, 3, ["0", "1", "0"]), ("4,7", 2, ["4", "7"]), ("GPU-a", 1, ["GPU-a"])],
+)
+def test_runs_share_the_gpus(monkeypatch, visible, jobs, expected):
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert comparison.places(jobs) == [{"CUDA_VISIBLE_DEVICES": device} for device in expected]
+
+
+@pytest.mark.parametrize("threads, jobs, expected", [(8, 3, "2"), (2, 4, "1")])
+def test_runs_share_the_cores(monkeypatch, threads, jobs, expected):
+    monkeypatch.setattr("torch.get_num_threads", lambda: threads)
+    assert comparison.places(jobs) == [{"OMP_NUM_THREADS": expected}] * jobs
 
 
 @pytest.mark.parametrize("tokens, expected", [(5, None), (10, 5.0), (15, 4.0), (20, 3.0)])

@@ -11,13 +11,17 @@
 import argparse
 import json
 import math
+import os
 import shlex
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from queue import Queue
+from threading import Lock
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
@@ -25,7 +29,7 @@ import modeling_aft
 from aft.atomic_files import write_whole
 from aft.compare_plan import SET_BY_COMPARE, Plan
 from aft.compare_table import RESULT, write_table
-from aft.console import run_program
+from aft.console import run_elsewhere
 from aft.machine import peak_bytes, processor_name
 from aft.model_configs import build_config
 from aft.pretraining import pretrain
@@ -36,6 +40,8 @@ from aft.text_sources import load_text
 
 
 ENTRY = "entry.json"
+OUTPUT = "output.txt"  # of a run beside others
+STARTING = Lock()  # of a process, which takes over the environment
 
 
 class FailedRuns(RuntimeError, ChildProcessError):
@@ -168,15 +174,42 @@ def train(run: PlannedRun, command: str) -> None:
     write_whole(run.folder / RESULT, json.dumps(result, indent=2) + "\n")
 
 
-def run_process(run: PlannedRun, command: str, seconds: float) -> bool:
+def places(jobs: int) -> list[dict[str, str]]:
+    """What the environment of each of `jobs` processes at once has, so that they share the GPUs, or the cores."""
+    if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+        given = os.environ.get("CUDA_VISIBLE_DEVICES")
+        devices = given.split(",") if given else [str(index) for index in range(torch.cuda.device_count())]
+        return [{"CUDA_VISIBLE_DEVICES": devices[index % len(devices)]} for index in range(jobs)]
+    threads = torch.get_num_threads() // jobs
+    return [{"OMP_NUM_THREADS": str(max(threads, 1))}] * jobs
+
+
+def train_planned(fields: dict, command: str) -> None:
+    """Trains the run with these fields."""
+    train(PlannedRun(**fields), command)
+
+
+def run_process(run: PlannedRun, command: str, seconds: float, place: dict[str, str] | None = None) -> bool:
     """
     Trains one run in a process of its own, so that its peak memory is its own, for so many seconds at most.
+
+    Args:
+        place: of several runs at once: what the environment of this one has. What it prints goes to its folder.
 
     Returns:
         Whether it went well; a run whose time is over has, and continues from its last checkpoint another time.
     """
-    process = get_context("spawn").Process(target=run_program, args=(partial(train, run, command),))
-    process.start()
+    output = None if place is None else run.folder / OUTPUT
+    call = (__name__, "train_planned", (vars(run), command), output)  # nothing that imports this module too early
+    process = get_context("spawn").Process(target=run_elsewhere, args=call)
+    with STARTING:
+        before = dict(os.environ)
+        os.environ.update(place or {})
+        try:
+            process.start()
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
     try:
         process.join(None if math.isinf(seconds) else seconds)
     finally:
@@ -187,20 +220,35 @@ def run_process(run: PlannedRun, command: str, seconds: float) -> bool:
     return stopped or process.exitcode == 0
 
 
-def train_all(planned: list[PlannedRun], entries: list[dict], command: str, hours: float) -> list[PlannedRun]:
-    """Trains what is not finished yet until the hours are over; returns the runs that failed."""
+def train_all(
+    planned: list[PlannedRun], entries: list[dict], command: str, hours: float, jobs: int = 1
+) -> list[PlannedRun]:
+    """Trains what is not finished yet until the hours are over, `jobs` at once; returns the runs that failed."""
     deadline = time.monotonic() + 3600 * hours
-    failed = []
-    for number, (run, entry) in enumerate(zip(planned, entries, strict=True), start=1):
-        left = deadline - time.monotonic()
-        what = "finished" if run.finished else "trains" if left > 0 else "no time left"
-        print(f"{number}/{len(planned)} {run.folder.name}: {what}", flush=True)
-        if run.finished or left <= 0:
-            continue
-        write_whole(run.folder / ENTRY, json.dumps(entry, indent=2) + "\n")
-        if not run_process(run, command, left):
-            failed.append(run)
-    return failed
+    free = Queue()
+    for place in places(jobs):
+        free.put(place)
+
+    def train_one(number: int, run: PlannedRun, entry: dict) -> bool:
+        place = free.get()
+        try:
+            left = deadline - time.monotonic()
+            what = "finished" if run.finished else "trains" if left > 0 else "no time left"
+            print(f"{number}/{len(planned)} {run.folder.name}: {what}", flush=True)
+            if run.finished or left <= 0:
+                return True
+            write_whole(run.folder / ENTRY, json.dumps(entry, indent=2) + "\n")
+            return run_process(run, command, left, **({} if jobs == 1 else {"place": place}))
+        finally:
+            free.put(place)
+
+    work = list(zip(range(1, len(planned) + 1), planned, entries, strict=True))
+    if jobs == 1:
+        went_well = [train_one(*one) for one in work]
+    else:
+        with ThreadPoolExecutor(jobs) as pool:
+            went_well = list(pool.map(lambda one: train_one(*one), work))
+    return [run for run, ok in zip(planned, went_well, strict=True) if not ok]
 
 
 def compare(args: argparse.Namespace, more_flags: list[str], argv: list[str]) -> list[Path]:
@@ -227,7 +275,8 @@ def compare(args: argparse.Namespace, more_flags: list[str], argv: list[str]) ->
     if not args.table_only:
         chosen = [index for index, run in enumerate(planned) if run.name in (args.only or plan.runs)]
         command = shlex.join(["aft", "compare", *argv])
-        failed = train_all([planned[i] for i in chosen], [entries[i] for i in chosen], command, args.max_hours)
+        jobs = min(args.jobs or max(torch.cuda.device_count(), 1), max(len(chosen), 1))
+        failed = train_all([planned[i] for i in chosen], [entries[i] for i in chosen], command, args.max_hours, jobs)
     folders = {name: [run.folder for run in planned if run.name == name and run.finished] for name in plan.runs}
     check_seeds(folders)
     written = []

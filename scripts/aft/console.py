@@ -9,6 +9,7 @@
 """The edge between a program and whoever starts it: text that every terminal can print, and errors in one line."""
 
 import contextlib
+import importlib
 import logging
 import os
 import re
@@ -105,3 +106,32 @@ def run_program(main: Callable[[], object]) -> None:
             print(message, file=sys.stderr, flush=True)
     if status:
         sys.exit(status)
+
+
+def run_elsewhere(module: str, name: str, arguments: tuple, output: Path | None = None) -> None:
+    """
+    Calls a function in a new process as `run_program` does, and imports its module only then, so that what libraries
+    say of each other is not heard here either.
+
+    Args:
+        output: file to add all that is printed to; the reason of a failure then stands on stderr as well.
+
+    Raises:
+        SystemExit: with the status, if it is not 0.
+    """
+
+    def call() -> None:
+        getattr(importlib.import_module(module), name)(*arguments)
+
+    if output is None:
+        return run_program(call)
+    terminal = os.dup(2)
+    with open(output, "ab") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    try:
+        run_program(call)
+    except SystemExit:
+        last = output.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+        os.write(terminal, f"{output.parent.name}: {' '.join(last)}\n".encode())
+        raise

@@ -21,6 +21,9 @@ not listed below go to every run, and win over the plan. A finished run is skipp
 from its last checkpoint; a run of which the plan, the flags or the data have changed since is an error (--table_only,
 which knows neither flags nor data, notices a changed model).
 
+With --jobs several runs train at once, each on a GPU of its own, or on its share of the cores; what a run prints is in
+its folder then, in output.txt. The times of runs can be compared if all had as many neighbours.
+
 A plan is a YAML file:
 
     training_preset: ../training/small.yaml      # optional; paths start at the plan's folder
@@ -57,6 +60,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("plan", help="YAML file, or the name of a plan of the package; stands before the flags")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="train these runs of the plan; the table has all")
     parser.add_argument("--seeds", type=int, nargs="+", help="in place of the plan's")
+    parser.add_argument("--jobs", type=int, help="runs at once, sharing GPUs or cores (default: one for each GPU)")
     parser.add_argument("--max_hours", type=float, default=math.inf, help="after these, train no more")
     parser.add_argument("--seconds", type=float, help="the budget at equal wall-clock, in place of the plan's")
     parser.add_argument("--table_only", action="store_true", help="train nothing: table and picture of what is there")
@@ -67,6 +71,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         f"--{name} must be {allowed}, got {getattr(args, name)!r}"
         for name, ok, allowed in (
             ("seeds", args.seeds is None or are_seeds(args.seeds), "different whole numbers from 0"),
+            ("jobs", args.jobs is None or args.jobs >= 1, "at least 1"),
             ("max_hours", args.max_hours > 0, "positive"),
             ("seconds", args.seconds is None or 0 < args.seconds < math.inf, "positive and finite"),
             ("runs_dir", args.runs_dir != "", "a path"),
