@@ -26,7 +26,7 @@ from accelerate import Accelerator
 from datasets import disable_progress_bars
 
 from aft.atomic_files import write_rows
-from aft.console import run_program
+from aft.console import any_text, run_program
 from aft.flags import FlagParser
 from aft.machine import processor_name
 from aft.raw_files import pydoc_bytes
@@ -77,6 +77,7 @@ def read_stream(path: Path, cache_dir: Path, num_bytes: int) -> list[dict]:
     return rows
 
 
+@any_text()
 def main(argv: list[str] | None = None) -> list[dict]:
     """
     Runs the program with the flags `argv`, those of the command line by default; returns the rows.
@@ -90,6 +91,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     args = parser.parse_args(argv)
     if not 0 < args.gigabytes <= 1000:
         raise ValueError(f"--gigabytes must be in (0, 1000], got {args.gigabytes}")
+    if args.csv is not None and args.csv.suffix != ".csv":
+        raise ValueError(f"--csv must be a .csv file, got {args.csv}")
     disable_progress_bars()
     num_bytes = int(args.gigabytes * 1e9)
     with tempfile.TemporaryDirectory() as folder:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from datasets import load_dataset
+from stream_memory import main as stream_memory
 
 from aft.streamed_windows import StreamedWindows
 from aft.text_sources import DocumentText
@@ -123,3 +124,10 @@ def test_a_stream_without_text_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n' * 5)
     with pytest.raises(ValueError, match="--dataset: the stream has no text for each process"):
         streamed(tmp_path / "a.jsonl", separated=False).batch(0, range(2))
+
+
+def test_memory_does_not_grow_with_what_is_read(tmp_path, capsys):
+    rows = stream_memory(["--gigabytes", "0.02", "--csv", str(tmp_path / "rows.csv")])
+    assert [row["gigabytes_read"] for row in rows] == pytest.approx(np.linspace(0.002, 0.02, 10), abs=0.01)
+    assert rows[-1]["resident_megabytes"] - rows[2]["resident_megabytes"] < 15
+    assert len((tmp_path / "rows.csv").read_text().splitlines()) == 11

@@ -9,11 +9,14 @@
 """What a run needs at least, before any of it is allocated: sizes that no device has are refused, and not tried."""
 
 import copy
+import sys
 
 import psutil
 import torch
 from accelerate.utils import parse_flag_from_env
 from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from aft.estimates import Estimate, estimate
 
 
 def device_memory() -> int:
@@ -80,4 +83,26 @@ def check_memory(args, config: PreTrainedConfig, num_processes: int) -> list[str
         windows = getattr(args, name)
         check(windows * of_window, f"--{name} {windows} with --sequence_length {args.sequence_length}")
     check(args.sample_bytes * 8, f"--sample_bytes {args.sample_bytes}")
-    return problems
+    return problems or activation_problems(args, estimate(config, args.sequence_length), memory)
+
+
+def activation_problems(args, found: Estimate | None, memory: int) -> list[str]:
+    """
+    What is wrong with `--micro_batch_size`, if a step needs more memory than there is, and which would do. With mixed
+    precision or recomputed activations it needs less than is estimated, so this only warns.
+    """
+    windows = args.micro_batch_size
+    if found is None or found.needed(windows) <= memory:
+        return []
+    fits = found.most_windows(memory)
+    fitting = max((size for size in range(1, windows) if args.batch_size % size == 0 and size <= fits), default=None)
+    advice = "no size would do" if fitting is None else f"{fitting} would do"
+    text = (
+        f"--micro_batch_size {windows} with --sequence_length {args.sequence_length}: a step needs about "
+        f"{found.needed(windows):,} bytes of memory, the device has {memory:,}; {advice}"
+    )
+    is_less = args.gradient_checkpointing or args.compile or args.mixed_precision in ("bf16", "fp16")
+    if not is_less:
+        return [text]
+    print(f"{text}, without --mixed_precision, --compile or --gradient_checkpointing", file=sys.stderr)
+    return []

@@ -45,6 +45,7 @@ from aft.checkpointing import (
     save_checkpoint,
 )
 from aft.console import program
+from aft.estimates import estimate
 from aft.folder_lock import locked
 from aft.model_configs import has_length_limit
 from aft.optimization import all_finite, create_optimizers, learning_rate, set_learning_rate
@@ -192,11 +193,25 @@ def describe_run(args, accelerator: Accelerator, model, text, data: TokenData, v
         "windows_per_epoch": per_epoch,
         "epochs": per_epoch and round(args.max_steps * args.batch_size / per_epoch, 3),
         "steps": args.max_steps,
+        "tokens": args.max_steps * args.batch_size * args.sequence_length,
         "tokens_per_step": args.batch_size * args.sequence_length,
+        **describe_needs(args, model.config),
         "micro_batches_per_step": args.batch_size // (args.micro_batch_size * accelerator.num_processes),
         "num_processes": accelerator.num_processes,
         "hardware": hardware if device.type == "cuda" else f"{hardware}, {torch.get_num_threads()} threads",
         "precision": accelerator.mixed_precision if accelerator.mixed_precision != "no" else "float32",
+    }
+
+
+def describe_needs(args, config) -> dict:
+    """What a step takes, as far as shapes tell: operations, and memory in float32 without anything that saves it."""
+    found = estimate(config, args.sequence_length)
+    if found is None:
+        return {}
+    return {
+        "flops_per_token": round(found.flops_per_token),
+        "megabytes_of_weights_and_averages": round(found.state_bytes / 1e6),
+        "megabytes_per_window": round(found.window_bytes / 1e6, 1),
     }
 
 
