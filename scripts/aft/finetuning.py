@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
     EarlyStoppingCallback,
     default_data_collator,
@@ -38,6 +39,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from aft.atomic_files import write_whole
 from aft.bits_per_byte import METRIC as BITS_PER_BYTE
 from aft.bits_per_byte import load_metric
+from aft.chats import encode_chats, prepare_tokenizer, read_chats
 from aft.finetuning_arguments import FinetuningArguments, default_learning_rate, describe_run, parse_arguments
 from aft.finetuning_checkpoints import check_identity, find_checkpoint
 from aft.finetuning_flags import InputArguments
@@ -82,7 +84,7 @@ def load_config_and_tokenizer(inputs: InputArguments):
 
 @dataclass
 class Task:
-    """What one of the two modes gives to Trainer, and what of its files and its model decides the weights."""
+    """What one of the modes gives to Trainer, and what of its files and its model decides the weights."""
 
     model: torch.nn.Module
     train: Dataset
@@ -224,6 +226,57 @@ def language_model_task(inputs: InputArguments, args: FinetuningArguments, confi
     )
 
 
+# Chats
+
+
+def split_rows(rows: Dataset, inputs: InputArguments) -> tuple[Dataset, Dataset]:
+    """Those to train on, and those that `--split_seed` draws to validate on."""
+    held_out = int(len(rows) * inputs.validation_share)
+    if held_out == 0:
+        raise ValueError(f"--validation_share {inputs.validation_share} of {len(rows)} rows is not a single one")
+    order = np.random.default_rng(inputs.split_seed).permutation(len(rows))
+    return Subset(rows, order[held_out:]), Subset(rows, order[:held_out])
+
+
+def chat_task(inputs: InputArguments, args: FinetuningArguments, config, tokenizer) -> Task:
+    """The causal language model, and the chats of `--chat_file` and of what validates it."""
+    prepare_tokenizer(tokenizer, f"--model {inputs.model}")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # what is padded has no labels
+    limit = inputs.max_length or (config.max_position_embeddings if has_length_limit(config) else None)
+    tables = {
+        name: read_chats(Path(path), name)
+        for name in ("chat_file", "validation_file")
+        if (path := getattr(inputs, name))
+    }
+    chats = tables["chat_file"].rows
+    if "validation_file" not in tables:
+        parts = split_rows(range(len(chats)), inputs)
+        train, held_out = (
+            replace(tables["chat_file"], rows=[chats[index] for index in part.indices]) for part in parts
+        )
+    else:
+        train, held_out = tables["chat_file"], tables["validation_file"]
+    train, validation = (encode_chats(part, tokenizer, inputs.truncation, limit) for part in (train, held_out))
+    with args.main_process_first(desc="loading a metric"):
+        metric = load_metric(BITS_PER_BYTE, inputs.cache_dir)
+
+    def compute_metrics(output) -> dict[str, float]:
+        return metric.compute(nats=[math.fsum(output.predictions)], byte_counts=[validation.num_bytes])
+
+    model, identity = load_base(AutoModelForCausalLM, inputs)
+    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return Task(
+        model=model,
+        train=train,
+        validation=validation,
+        collator=DataCollatorForSeq2Seq(tokenizer),
+        compute_metrics=compute_metrics,
+        identity=identity | {name: table.sha256 for name, table in tables.items()},
+        reduce_logits=sum_nats,
+    )
+
+
 # Classifier
 
 
@@ -265,11 +318,7 @@ def classifier_task(inputs: InputArguments, args: FinetuningArguments, config, t
     }
     train, validation = rows["labelled_file"], rows.get("validation_file")
     if validation is None:
-        held_out = int(len(train) * inputs.validation_share)
-        if held_out == 0:
-            raise ValueError(f"--validation_share {inputs.validation_share} of {len(train)} rows is not a single one")
-        order = np.random.default_rng(inputs.split_seed).permutation(len(train))
-        train, validation = Subset(train, order[held_out:]), Subset(train, order[:held_out])
+        train, validation = split_rows(train, inputs)
     with args.main_process_first(desc="loading a metric"):
         metric = load_metric(CLASSIFICATION, inputs.cache_dir)
 
@@ -382,6 +431,7 @@ def finetune(argv: list[str]) -> dict[str, float]:
     transformers.utils.logging.disable_progress_bar()
     config, tokenizer = load_config_and_tokenizer(inputs)
     set_seed(args.seed)  # the initial weights of a new head
-    task = (language_model_task if inputs.text_file else classifier_task)(inputs, args, config, tokenizer)
+    make_task = language_model_task if inputs.text_file else chat_task if inputs.chat_file else classifier_task
+    task = make_task(inputs, args, config, tokenizer)
     with locked(Path(args.output_dir), active=args.process_index == 0):
         return run(inputs, args, config, tokenizer, task)

@@ -21,7 +21,7 @@ from aft.finetuning_flags import FinetuningDefaults, InputArguments, input_probl
 # in the files counts in place of their paths.
 MAY_DIFFER_ON_RESUME = {
     *("model", "imports", "trust_remote_code", "cache_dir"),
-    *("text_file", "labelled_file", "validation_file", "predict_file"),
+    *("text_file", "labelled_file", "chat_file", "validation_file", "predict_file"),
     *("output_dir", "resume_from_checkpoint", "restore_callback_states_from_checkpoint", "use_cpu", "local_rank"),
     *("save_strategy", "save_steps", "save_total_limit", "save_only_model", "save_on_each_node"),
     *("enable_jit_checkpoint", "per_device_eval_batch_size", "eval_accumulation_steps", "eval_do_concat_batches"),
@@ -81,7 +81,7 @@ def parse_arguments(argv: list[str]) -> tuple[InputArguments, FinetuningArgument
     if args.early_stopping_patience is not None:
         check(args.early_stopping_patience >= 1, "early_stopping_patience", "at least 1")
         check(args.load_best_model_at_end, "load_best_model_at_end", "true with --early_stopping_patience")
-    metrics = ("loss", "bits_per_byte") if inputs.text_file else ("loss", "accuracy", "macro_f1")
+    metrics = ("loss", "accuracy", "macro_f1") if inputs.labelled_file else ("loss", "bits_per_byte")
     best = (args.metric_for_best_model or "loss").removeprefix("eval_")
     check(best in metrics, "metric_for_best_model", "one of " + ", ".join(metrics))
     check(
@@ -110,5 +110,5 @@ def describe_run(inputs: InputArguments, args: FinetuningArguments, made_of: dic
     flags = {**vars(inputs), **args.to_dict()}
     identity = {name: value for name, value in flags.items() if name not in MAY_DIFFER_ON_RESUME}
     identity |= {"num_processes": args.world_size, "devices_per_process": max(args.n_gpu, 1)}
-    identity |= {"text_file": None, "labelled_file": None, "validation_file": None, **made_of}
+    identity |= {"text_file": None, "labelled_file": None, "chat_file": None, "validation_file": None, **made_of}
     return json.loads(json.dumps(identity, default=str))

@@ -27,6 +27,9 @@ class InputArguments:
     trust_remote_code: bool = flag(False, "Run the code that comes with a model of an unknown type.")
     text_file: str | None = flag(None, "File to train a language model on; .zip and .gz are unpacked.")
     labelled_file: str | None = flag(None, "Table (.csv, .jsonl) of texts and labels to train a classifier on.")
+    chat_file: str | None = flag(
+        None, "Table (.jsonl, .parquet) of chats (messages) or of prompt and completion, of which answers are trained."
+    )
     validation_file: str | None = flag(None, "File of the same kind to evaluate on, in place of a held-out share.")
     validation_share: float = flag(0.1, "Share of the data that is held out without validation_file.")
     split_seed: int = flag(0, "Seed of which rows of a table are held out.")
@@ -81,12 +84,16 @@ def input_problems(inputs: InputArguments) -> list[str]:
         if not ok:
             problems.append(f"--{name} must be {allowed}, got {getattr(inputs, name)!r}")
 
-    text_mode = inputs.text_file is not None
+    modes = ("text_file", "labelled_file", "chat_file")
+    given = [name for name in modes if getattr(inputs, name) is not None]
     check(bool(inputs.model), "model", "given")
-    check(text_mode or inputs.labelled_file is not None, "text_file", "given, or else --labelled_file")
-    check(not text_mode or inputs.labelled_file is None, "labelled_file", "left out with --text_file")
-    check(not text_mode or inputs.predict_file is None, "predict_file", "left out with --text_file")
-    for name in ("text_file", "labelled_file", "validation_file", "predict_file"):
+    check(len(given) > 0, "text_file", "given, or else --labelled_file or --chat_file")
+    for name in given[1:]:
+        check(False, name, f"left out with --{given[0]}")
+    check(
+        given == ["labelled_file"] or inputs.predict_file is None, "predict_file", "left out without --labelled_file"
+    )
+    for name in (*modes, "validation_file", "predict_file"):
         path = getattr(inputs, name)
         if path is not None and not Path(path).is_file():
             problems.append(f"--{name} must be a file, got {path!r}{like_path(Path(path))}")

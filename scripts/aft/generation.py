@@ -16,24 +16,32 @@ from typing import TextIO
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, TextStreamer, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
 from transformers.generation.streamers import BaseStreamer
 
 from aft.atomic_files import write_whole
 from aft.model_configs import has_length_limit
-from aft.saved_models import load_config, load_model
-from aft.vocabulary import vocabulary_of_model
+from aft.saved_models import load, load_config, load_model
+from aft.vocabulary import BYTE_END, vocabulary_of_model
 
 
 class ByteStreamer(BaseStreamer):
-    """Writes bytes as text as soon as they are whole characters; what is not UTF-8 becomes U+FFFD."""
+    """
+    Writes bytes as text as soon as they are whole characters; what is not UTF-8 becomes U+FFFD.
 
-    def __init__(self, output: TextIO):
-        self.output = output
+    Args:
+        skip_prompt (`bool`): leave out the prompt, and the byte that ends a text.
+    """
+
+    def __init__(self, output: TextIO, skip_prompt: bool = False):
+        self.output, self.skip_prompt, self.has_prompt = output, skip_prompt, False
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def put(self, value: torch.Tensor) -> None:
         """Takes the token ids of the prompt or of the next byte, of any shape with one sequence."""
+        is_prompt, self.has_prompt = not self.has_prompt, True
+        if self.skip_prompt:
+            value = value[:0] if is_prompt else value[value != BYTE_END]
         self.output.write(self.decoder.decode(bytes(value.flatten().tolist())))
         self.output.flush()
 
@@ -70,11 +78,12 @@ def read_prompt(args: argparse.Namespace) -> bytes:
     return prompt
 
 
-def make_streamer(vocabulary, output: TextIO) -> BaseStreamer:
-    """Prints what is made of these tokens as it comes, and the prompt before it."""
+def make_streamer(vocabulary, output: TextIO, skip_prompt: bool = False) -> BaseStreamer:
+    """Prints what is made of these tokens as it comes, and the prompt before it, if that is not skipped."""
     if vocabulary.is_bytes:
-        return ByteStreamer(output)
-    return TextStreamer(vocabulary.tokenizer, clean_up_tokenization_spaces=False)
+        return ByteStreamer(output, skip_prompt)
+    options = {"clean_up_tokenization_spaces": False, "skip_special_tokens": skip_prompt}
+    return TextStreamer(vocabulary.tokenizer, skip_prompt, **options)
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -89,13 +98,14 @@ def generate(args: argparse.Namespace) -> None:
     if not is_device(device):
         raise ValueError(f"aft generate: --device must be a device that is here, got {device!r}")
     transformers.utils.logging.disable_progress_bar()
-    prompt = read_prompt(args)
+    alone = not (args.chat or args.batch_file)
+    prompt = read_prompt(args) if alone else b""
     trust = {"trust_remote_code": args.trust_remote_code}
     config = load_config(args.model, **trust)
     vocabulary = vocabulary_of_model(args.model, config, **trust)
-    prompt = vocabulary.encode_prompt(prompt)
+    prompt = vocabulary.encode_prompt(prompt) if alone else []
     max_new_tokens = args.max_new_tokens or 500
-    if has_length_limit(config):
+    if alone and has_length_limit(config):
         limit, length = config.max_position_embeddings, len(prompt)
         max_new_tokens = args.max_new_tokens or min(max_new_tokens, limit - length)
         if not 1 <= max_new_tokens <= limit - length:
@@ -104,16 +114,30 @@ def generate(args: argparse.Namespace) -> None:
                 f"max_position_embeddings of the model, {limit}"
             )
     model, _ = load_model(AutoModelForCausalLM, args.model, dtype=getattr(torch, args.dtype), **trust)
+    model.to(device)
     set_seed(args.seed)
     sampling = {"do_sample": True, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    if args.greedy:
+        sampling = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+    options = {"max_new_tokens": max_new_tokens, "repetition_penalty": args.repetition_penalty, **sampling}
+    if not alone:
+        tokenizer = load(AutoTokenizer, args.model, **trust)
+        limit = config.max_position_embeddings if has_length_limit(config) else None
+        if args.chat:
+            from aft.talking import talk
+
+            talk(model, vocabulary, tokenizer, {**options, "limit": limit})
+        else:
+            from aft.many_prompts import continue_file
+
+            continue_file(model, tokenizer, args, limit, options)
+        return
     ids = torch.tensor([prompt], device=device)
-    made = model.to(device).generate(
+    made = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         streamer=make_streamer(vocabulary, sys.stdout),
-        max_new_tokens=max_new_tokens,
-        repetition_penalty=args.repetition_penalty,
-        **({"do_sample": False, "temperature": None, "top_k": None, "top_p": None} if args.greedy else sampling),
+        **options,
     )
     if args.output_file is not None:
         write_whole(args.output_file.resolve(), vocabulary.decode(made[0].tolist()))

@@ -7,14 +7,18 @@
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
 """
-Fine-tunes a saved model with `transformers.Trainer`, as a language model or as a classifier of texts.
+Fine-tunes a saved model with `transformers.Trainer`, as a language model, on chats, or as a classifier of texts.
 
     aft finetune --model runs/tiny --text_file notes.txt --output_dir runs/notes
+    aft finetune --model runs/tiny --chat_file chats.jsonl --output_dir runs/chat
     aft finetune --model runs/tiny --labelled_file mails.csv --predict_file new.csv
     accelerate launch -m aft finetune --model runs/tiny --text_file notes.txt --resume_from_checkpoint auto
 
 --text_file: any bytes for a model of bytes, else UTF-8 text for the model's own tokenizer. It is cut into windows of
 --max_length tokens that overlap by one, so that every token but the first is predicted once.
+--chat_file: .jsonl or .parquet, with messages (role: system, user or assistant; content) or prompt and completion. The
+answers are trained, and scored in bits per byte of them. A tokenizer without a chat template gets one. `aft generate
+--chat` talks with the result.
 --labelled_file: .csv or .jsonl, UTF-8, with a column of texts and one of labels, strings or integers. The model gets a
 new head, with the names of the labels in its config; one that is a classifier already goes on with the labels it has.
 

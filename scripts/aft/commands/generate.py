@@ -12,9 +12,13 @@ Continues a prompt, and prints the text while it is made.
     aft generate --model runs/pretraining --prompt "The return value"
     echo "The return value" | aft generate --model runs/pretraining --temperature 0.5
     aft generate --model runs/pretraining --prompt_file head.bin --output_file whole.bin
+    aft generate --model runs/pretraining --batch_file prompts.txt --output_file texts.jsonl
+    aft generate --model runs/chat --chat
 
 Of a model of bytes a prompt is any bytes, UTF-8 or not; what is not UTF-8 is printed as U+FFFD, and --output_file gets
 the bytes as they are. Of other models it is text. Line ends at the end of standard input do not count.
+--chat talks with a model that aft finetune --chat_file has made: its state goes from turn to turn, and nothing is read
+twice.
 """
 
 import argparse
@@ -35,7 +39,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="folder that aft pretrain made, or a name on the Hub")
     parser.add_argument("--prompt", help="text to continue; standard input when left out")
     parser.add_argument("--prompt_file", help="file whose bytes to continue, all of them")
-    parser.add_argument("--output_file", help="file for the bytes of the prompt and what continues it")
+    parser.add_argument("--chat", action="store_true", help="answer each line of standard input, by the chat template")
+    parser.add_argument("--batch_file", help="prompts: a line each, or .jsonl with prompt or messages in each object")
+    parser.add_argument("--batch_size", type=int, default=8, help="of them at once (default: %(default)s)")
+    parser.add_argument(
+        "--output_file", help="file for the bytes of the prompt and what continues it; of --batch_file .jsonl"
+    )
     parser.add_loading()
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument(
@@ -54,11 +63,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", help="where the model runs (default: cuda if it is there, else cpu)")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default: %(default)s)")
     args = parser.parse_args(argv)
-    source, target = (None if name is None else Path(name) for name in (args.prompt_file, args.output_file))
+    source, target, batch = (
+        None if name is None else Path(name) for name in (args.prompt_file, args.output_file, args.batch_file)
+    )
+    ways = [
+        name for name in ("prompt", "prompt_file", "chat", "batch_file") if getattr(args, name) not in (None, False)
+    ]
     problems = [
         f"--{name} must be {allowed}, got {getattr(args, name)!r}"
         for name, ok, allowed in (
-            ("prompt", args.prompt is None or args.prompt_file is None, "left out with --prompt_file"),
+            *((name, False, f"left out with --{ways[-1]}") for name in ways[:-1]),
+            ("output_file", target is None or not args.chat, "left out with --chat"),
+            ("batch_file", batch is None or batch.is_file(), "a file"),
+            ("batch_size", args.batch_size >= 1, "at least 1"),
             ("prompt_file", source is None or (source.exists() and not source.is_dir()), "a file or a pipe"),
             ("output_file", target is None or target.is_file() or not target.exists(), "a new file or a regular one"),
             ("max_new_tokens", args.max_new_tokens is None or args.max_new_tokens >= 1, "at least 1"),
@@ -74,7 +91,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if problems:
         raise ValueError("aft generate: " + "; ".join(problems))
     check_model_name(args.model)
-    args.prompt_file, args.output_file = source, target
+    args.prompt_file, args.output_file, args.batch_file = source, target, batch
     return args
 
 
