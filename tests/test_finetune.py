@@ -548,7 +548,7 @@ def wrong(few, tmp_path_factory) -> dict[str, Path]:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        pytest.param({}, "--text_file must be given, or else --labelled_file, got None", id="no-mode"),
+        pytest.param({}, "--text_file must be given, or else --labelled_file or --chat_file, got None", id="no-mode"),
         pytest.param(
             {"text_file": "good.txt", "labelled_file": "good.csv"}, "--labelled_file must be left out", id="both-modes"
         ),
