@@ -33,6 +33,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from aft.commands.finetune import main
 from aft.finetuning import CLASSIFICATION, TokenWindows, split_text
 from aft.finetuning_arguments import default_learning_rate
+from aft.learning_rate_search import FACTORS
 from aft.raw_files import pydoc_bytes
 from modeling_aft import ByteTokenizer
 
@@ -195,6 +196,34 @@ def test_smoothed_labels_are_those_of_the_next_byte(family, known, bases, text_f
 
 
 TEXT = pydoc_bytes()[:6000].decode() + "naïve café, Größe 3 µm → 漢字\n" * 5
+
+
+def test_a_learning_rate_is_found(bases, text_file, tmp_path, capsys):
+    """The run is that of the rate that is told, which has the least loss of those that are told."""
+    options = {"model": bases["aft"], "text_file": text_file, "max_steps": 3, "max_length": 32}
+    finetune(tmp_path / "found", **options, learning_rate=None, search_steps=3)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("learning rate "))
+    losses = {float(rate): float(loss) for rate, loss in re.findall(r"([\d.]+e-\d+): ([\d.]+)", line)}
+    found = float(line.split()[2].rstrip(","))
+    assert sorted(losses) == pytest.approx([3e-3 / 9, 1e-3, 3e-3, 9e-3], rel=0.02)
+    assert losses[found] == min(losses.values())
+    exact = next(3e-3 * factor for factor in FACTORS if f"{3e-3 * factor:.1e}" == f"{found:.1e}")
+    finetune(tmp_path / "given", **options, learning_rate=exact)
+    found, given = weights(tmp_path / "found"), weights(tmp_path / "given")
+    assert all(torch.equal(found[name], given[name]) for name in given)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"search_steps": 0}, "--search_steps must be at least 1, got 0"),
+        ({"search_steps": 1, "learning_rate": 0.1}, "--search_steps must be left out with --learning_rate"),
+    ],
+    ids=["none", "with-a-rate"],
+)
+def test_a_search_that_makes_no_sense_is_refused(bases, text_file, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        finetune(tmp_path, model=bases["aft"], text_file=text_file, **{"learning_rate": None, **changes})
 
 
 @pytest.fixture(scope="module")

@@ -47,6 +47,7 @@ from aft.finetuning_trainer import FinetuningTrainer, RunIdentity
 from aft.flags import import_files
 from aft.folder_lock import locked
 from aft.labelled_tables import EncodedRows, describe_labels, encode_table, read_table
+from aft.learning_rate_search import search_learning_rate
 from aft.model_configs import has_length_limit
 from aft.raw_files import file_bytes
 from aft.saved_models import load, load_model
@@ -359,6 +360,12 @@ def run(inputs: InputArguments, args: FinetuningArguments, config, tokenizer, ta
     """Trains if there is anything to train, evaluates and predicts; returns all metrics."""
     if args.learning_rate is None:
         args.learning_rate = default_learning_rate(task.model.num_parameters())
+        if inputs.search_steps is not None:
+            start = args.learning_rate
+            found, losses = search_learning_rate(task, args, start, inputs.search_steps, tokenizer)
+            tried = ", ".join(f"{rate:.1e}: {loss:.4f}" for rate, loss in losses.items())
+            print(f"learning rate {found:.1e}, by the loss after {inputs.search_steps} steps ({tried})", flush=True)
+            args.learning_rate = found
     checkpoint = find_checkpoint(args, verify=True)  # once more: what ran here may have ended meanwhile
     identity = describe_run(inputs, args, task.identity)
     if checkpoint is not None:

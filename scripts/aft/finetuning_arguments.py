@@ -78,6 +78,8 @@ def parse_arguments(argv: list[str]) -> tuple[InputArguments, FinetuningArgument
     for name in ("seed", "data_seed"):
         check(values[name] is None or 0 <= values[name] < 2**32, name, "in [0, 2**32)")
     check(args.learning_rate is None or args.learning_rate >= 0, "learning_rate", "at least 0")
+    alone = args.learning_rate is None and args.world_size == 1 and args.trains
+    check(inputs.search_steps is None or alone, "search_steps", "left out with --learning_rate, or several processes")
     if args.early_stopping_patience is not None:
         check(args.early_stopping_patience >= 1, "early_stopping_patience", "at least 1")
         check(args.load_best_model_at_end, "load_best_model_at_end", "true with --early_stopping_patience")

@@ -41,6 +41,9 @@ class InputArguments:
         "Tokens of a window, or at most of a row; None is max_position_embeddings, for rows only if it is a limit.",
     )
     truncation: str = flag("none", "Of rows that are too long: none (an error), right (drop the end) or left.")
+    search_steps: int | None = flag(
+        None, "Try four learning rates around the default for so many steps each, and take the best on held-out data."
+    )
     cache_dir: str | None = flag(None, "Folder for what `evaluate` writes; None is its default. No table goes there.")
 
 
@@ -102,6 +105,7 @@ def input_problems(inputs: InputArguments) -> list[str]:
     check(inputs.label_column != inputs.text_column, "label_column", "another column than --text_column")
     check(0 < inputs.validation_share < 1, "validation_share", "in (0, 1)")
     check(inputs.max_length is None or inputs.max_length >= 2, "max_length", "at least 2")
+    check(inputs.search_steps is None or inputs.search_steps >= 1, "search_steps", "at least 1")
     check(inputs.truncation in ("none", "right", "left"), "truncation", "none, right or left")
     if inputs.model:
         try:

@@ -183,7 +183,7 @@ def release(args: argparse.Namespace, argv: list[str]) -> Path:
 
         scores = score(stored, data, ("test", "valid"), choose_protocols(trained.config, length))
         program = ["aft", "evaluate", str(args.folder)]
-        program += text_flags(args)
+        program += map(public_argument, text_flags(args))
         for event in scores:
             event |= {"step": final["step"], "command": f"{shlex.join(program)} {event['command']}"}
         [before] = score(trained, data, ("valid",), [Protocol("segments", length)])
