@@ -353,7 +353,9 @@ def test_command_line_writes_the_scores_by_position(folders, tmp_path):
     assert {row["protocol"] for row in rows} == {"refreshed, T = 1024, R = 20, O = 5, 50 bytes, float32"}
     assert {(row["model"], row["split"]) for row in rows} == {(str(folders / "recurrent"), "test")}
     picture = draw_positions([str(tmp_path / "a.csv")] * 2 + ["--output", str(tmp_path / "a.svg")])
-    assert picture.read_text().count("recurrent: refreshed, T = 1024, R = 20, O = 5") == 2
+    assert picture.read_text().count(">recurrent<") == 2
+    with pytest.raises(ValueError, match="files: must be 6 at most, .* got 7"):
+        draw_positions([str(tmp_path / "a.csv")] * 7 + ["--output", str(tmp_path / "a.svg")])
     (tmp_path / "b.csv").write_text("first,last\n1,1\n")
     with pytest.raises(ValueError, match=r"b.csv must be a file that score.py --by_position wrote: .*'first', 'last'"):
         draw_positions([str(tmp_path / "b.csv"), "--output", str(tmp_path / "b.svg")])

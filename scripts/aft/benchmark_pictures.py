@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from aft.benchmark_rows import read_rows
-from aft.drawing import save_figure, tidy
+from aft.drawing import colour_of, groups, save_figure, tidy
 
 
 # What is drawn of a suite: title, column, factor, label of the axis, and which columns beside dtype and width make
@@ -27,31 +27,13 @@ PICTURES = {
     "decode": ("Decoding step", "rate", 1, "tokens/s", ("batch_size",)),
     "memory": ("Peak memory of training", "peak_bytes", 2**-20, "MiB", ("batch_size",)),
 }
-# The palette of Okabe and Ito, which the colour-blind can tell apart. A colour belongs to the beginning of a name.
-COLOURS = {
-    "aft-simple": "#0072B2",
-    "aft-local": "#D55E00",
-    "aft-conv": "#009E73",
-    "aft-full": "#CC79A7",
-    "plain-aft-full": "#E69F00",
-    "sdpa": "#000000",
-    "synthesizer": "#E69F00",
-    "dense-plain": "#000000",
-    "dense": "#E69F00",
-    "transformer": "#56B4E9",
-    "gpt2": "#000000",
-    "llama": "#888888",
-    "mamba": "#56B4E9",
-    "rwkv": "#D55E00",
-    "hgrn": "#009E73",
-    "gla": "#CC79A7",
-}
+REFERENCES = ("gpt2", "sdpa")  # which of them is in each picture of a suite
 OURS = ("aft-", "synthesizer", "transformer", "dense")
 MARKERS = "os^Dv<>pPX*hd"
 
 
 def draw_pictures(folder: Path) -> list[Path]:
-    """Draws every csv file of a suite in PICTURES into an svg file beside it.
+    """Draws every csv file of a suite in PICTURES into an svg file beside it, and what is too many into others.
 
     Args:
         folder: where the csv files are.
@@ -66,8 +48,13 @@ def draw_pictures(folder: Path) -> list[Path]:
     for path in sorted(folder.glob("*-*.csv")):
         suite = path.stem.partition("-")[0]
         if suite in PICTURES and (rows := read_rows(path)):
-            paths.append(draw(suite, rows, path.with_suffix(".svg")))
-            print(f"wrote {paths[-1]}")
+            contestants = dict.fromkeys(row["contestant"] for row in rows)
+            reference = next((name for name in REFERENCES if name in contestants), None)
+            for number, names in enumerate(groups(contestants, reference), start=1):
+                chosen = [row for row in rows if row["contestant"] in names]
+                name = path.stem if number == 1 else f"{path.stem}-{number}"
+                paths.append(draw(suite, chosen, path.with_name(f"{name}.svg")))
+                print(f"wrote {paths[-1]}")
     if not paths:
         raise ValueError(f"--output_dir must hold csv files of {', '.join(PICTURES)}, got {folder}")
     return paths
@@ -105,7 +92,7 @@ def draw_lines(axes, lines: dict[str, dict[int, float]], names: list[str]) -> No
             lengths,
             [lines[name][length] for length in lengths],
             label=name,
-            color=colour(name),
+            color=colour_of(name),
             linestyle="-" if name.startswith(OURS) else "--",
             marker=MARKERS[names.index(name) % len(MARKERS)],
             markerfacecolor="white" if compiled else None,
@@ -121,8 +108,3 @@ def draw_lines(axes, lines: dict[str, dict[int, float]], names: list[str]) -> No
     axes.yaxis.set_minor_formatter(NullFormatter())
     tidy(axes)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9)
-
-
-def colour(name: str) -> str:
-    """That of the longest beginning in COLOURS, grey for others."""
-    return next((COLOURS[c] for c in sorted(COLOURS, key=len, reverse=True) if name.startswith(c)), "#888888")

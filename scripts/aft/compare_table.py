@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from aft.atomic_files import write_rows, write_whole
-from aft.drawing import label, line_style, save_figure, tidy
+from aft.drawing import groups, label, line_styles, save_figure, tidy
 from aft.run_log import describe_protocol, read_log
 from aft.settings_files import read_json
 
@@ -147,7 +147,7 @@ def write_table(
         reference: the run whose training time is the budget at equal wall-clock, where `seconds` is None.
 
     Returns:
-        The files: csv, Markdown, picture.
+        The files: csv, Markdown, and pictures of six curves at most, the reference in each.
 
     Raises:
         ValueError: the runs have different data.
@@ -162,16 +162,19 @@ def write_table(
         seconds, origin = rows[reference]["seconds"], f", as {reference} took"
     for name, row in rows.items():
         row |= {"equal_seconds": seconds, "valid_at_equal_seconds": score_at(row, runs[name], seconds)}
-    picture = save_figure(draw_curves(runs, rows, seconds), stem.with_suffix(".svg"))
+    pictures = []
+    for number, names in enumerate(groups(runs, reference), start=1):
+        path = stem.with_name(f"{stem.name}{'' if number == 1 else f'-{number}'}.svg")
+        pictures.append(save_figure(draw_curves({name: runs[name] for name in names}, rows, seconds), path))
     rounded = [
         {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
         for row in rows.values()
     ]
     write_rows(table := stem.with_suffix(".csv"), COLUMNS, rounded)
     missing = [name for name, each in folders.items() if not each]
-    text = markdown(stem.name, list(rows.values()), origin, missing, picture.name)
+    text = markdown(stem.name, list(rows.values()), origin, missing, [path.name for path in pictures])
     write_whole(document := stem.with_suffix(".md"), text)
-    return [table, document, picture]
+    return [table, document, *pictures]
 
 
 def cell(row: dict, column: str, form: str, best: float) -> str:
@@ -187,7 +190,7 @@ def cell(row: dict, column: str, form: str, best: float) -> str:
     return f"**{text}**" if column == "valid" and value == best else text
 
 
-def markdown(title: str, rows: list[dict], origin: str, missing: list[str], picture: str) -> str:
+def markdown(title: str, rows: list[dict], origin: str, missing: list[str], pictures: list[str]) -> str:
     """The table as a Markdown document, with everything that its numbers depend on."""
     best = min(row["valid"] for row in rows)
     differing = [column for column in CONDITIONS if len({row[column] for row in rows}) > 1]
@@ -215,18 +218,19 @@ def markdown(title: str, rows: list[dict], origin: str, missing: list[str], pict
             lines.append(f"- {column.replace('_', ' ')}: {'; '.join(values)}")
     if missing:
         lines.append(f"- not finished, and left out: {', '.join(missing)}")
-    return "\n".join([*lines, "", f"![Learning curves]({picture})", ""])
+    lines += [line for picture in pictures for line in ("", f"![Learning curves]({picture})")]
+    return "\n".join([*lines, ""])
 
 
 def draw_curves(runs: dict[str, list[dict]], rows: dict[str, dict], seconds: float | None) -> Figure:
     """Bits per byte on valid over tokens and over training seconds: means of the seeds, shaded from best to worst."""
     figure = Figure(figsize=(13, 5), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    for index, (name, each) in enumerate(runs.items()):
+    panels, styles = figure.subplots(1, 2, sharey=True), line_styles(runs)
+    for name, each in runs.items():
         curves = np.stack([run["curve"] for run in each])  # the seeds of a run are evaluated at the same steps
         tokens, scores = curves[0, :, 0], curves[..., 1]
         for x, axes in zip((tokens, tokens / rows[name]["tokens_per_second"]), panels, strict=True):
-            style = line_style(index)
+            style = styles[name]
             axes.plot(x, scores.mean(0), label=label(name), linewidth=1.4, marker=".", markersize=4, **style)
             if len(each) > 1:
                 low, high = scores.min(0), scores.max(0)

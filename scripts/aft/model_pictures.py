@@ -17,7 +17,7 @@ import transformers
 from matplotlib.figure import Figure
 from transformers import AutoConfig, AutoModel
 
-from aft.drawing import COLOURS, label, line_style, save_figure, tidy
+from aft.drawing import COLOURS, label, line_styles, save_figure, tidy
 from aft.flags import check_model_name
 from aft.saved_models import load, load_model
 from aft.text_sources import load_text
@@ -242,12 +242,13 @@ def draw_fields(fields: dict[str, np.ndarray]) -> Figure:
     length = next(iter(fields.values())).shape[1]
     nearest = np.unique(np.geomspace(1, length, 48).round().astype(int))
     uniform = np.minimum(nearest / np.arange(length // 2 + 1, length + 1)[:, None], 1).mean(0)
+    styles = line_styles(fields)
     for layer, one in enumerate(axes):
         one.plot(nearest, uniform, label=None if layer else "all keys alike", color="#888888", linewidth=1)
-        for index, (name, shares) in enumerate(fields.items()):
+        for name, shares in fields.items():
             if layer < len(shares):
                 shown = None if layer else label(name)
-                one.plot(nearest, shares[layer].cumsum()[nearest - 1], label=shown, linewidth=1.4, **line_style(index))
+                one.plot(nearest, shares[layer].cumsum()[nearest - 1], label=shown, linewidth=1.4, **styles[name])
         one.set_xscale("log", base=2)
         one.set_ylim(0, 1.02)
         tidy(one)
