@@ -564,7 +564,7 @@ def test_model_card_has_the_numbers_of_the_log(finished):
 
 def test_curve_and_tensorboard_exist(finished):
     assert (finished / "training_curve.png").read_bytes().startswith(b"\x89PNG")
-    assert list((finished / "tensorboard").glob("events.out.tfevents.*"))
+    assert list((finished / "tensorboard").rglob("events.out.tfevents.*"))
 
 
 def test_checkpoints_are_pruned(inputs, finished, tmp_path):

@@ -204,7 +204,7 @@ def test_a_preset_gives_way_to_a_model_to_begin_with(inputs, trained, tmp_path):
 
 def test_numbers_go_to_trackers(inputs, tmp_path):
     main(flags(inputs, tmp_path / "run", report_to="tensorboard"))
-    [file] = (tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*")
+    [file] = (tmp_path / "run" / "tensorboard" / "aft").glob("events.out.tfevents.*")
     found = EventAccumulator(str(file)).Reload()
     points = [(event.step, event.value) for event in found.Scalars("valid/bits_per_byte")]
     assert points == [(step, pytest.approx(score, rel=1e-6)) for step, score in scores(tmp_path / "run")]

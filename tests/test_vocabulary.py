@@ -13,7 +13,7 @@ from aft.vocabulary import (
     train_bpe,
     trained_vocabulary,
 )
-from modeling_aft import ByteTokenizer
+from modeling_aft import AFTConfig, ByteTokenizer
 
 
 TEXTS = [
@@ -156,3 +156,13 @@ def test_more_tokens_than_the_text_gives_are_refused(tmp_path):
     with pytest.raises(ValueError, match="--vocab_size must be at most 259, the tokens that this text gives, got 300"):
         trained_vocabulary(FileText("a", b"ab " * 100), 300, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("positions, limit", [("learned", 48), ("none", None)])
+def test_a_tokenizer_is_saved_with_the_limit_of_its_model(tmp_path, positions, limit):
+    vocabulary = TokenizerVocabulary(bpe(), "--tokenizer")
+    config = AFTConfig(position_embedding_type=positions, aft_type="simple", max_position_embeddings=48)
+    before = vocabulary.tokenizer.model_max_length
+    vocabulary.save(tmp_path, config)
+    saved = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert saved.model_max_length == (limit or before) and vocabulary.tokenizer.model_max_length == before

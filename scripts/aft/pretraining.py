@@ -26,7 +26,13 @@ import torch
 import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator, DistributedType, PartialState
-from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, parse_flag_from_env, set_seed
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+    broadcast_object_list,
+    parse_flag_from_env,
+    set_seed,
+)
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -459,7 +465,7 @@ def make_accelerator(args) -> Accelerator:
         # train_step divides the loss itself; without this, a launch file could make backward divide it again.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         log_with=args.report_to or None,
-        project_dir=args.output_dir,
+        project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir) / "tensorboard")),
     )
     sharded = accelerator.distributed_type == DistributedType.FSDP
     if args.optimizer == "muon" and (sharded or accelerator.mixed_precision == "fp16"):
@@ -493,7 +499,7 @@ def open_log(args, accelerator: Accelerator, checkpoint: Path | None, state: dic
         arguments = {name: str(public_value(name, value)) for name, value in vars(args).items()}
         last_step = log.kept[-1].get("step", 0) if log.kept else 0
         options = {"tensorboard": {"purge_step": last_step + 1 if log.kept else None}}
-        accelerator.init_trackers("tensorboard" if args.report_to == ["tensorboard"] else "aft", arguments, options)
+        accelerator.init_trackers("aft", arguments, options)
     if log.active and (missing := state["log_lines"] - len(log.kept)):
         print(f"run.jsonl beside {checkpoint} has {missing} lines less than when that was saved", file=sys.stderr)
     if not any(event["event"] == "config" for event in log.kept):

@@ -168,8 +168,14 @@ class TokenizerVocabulary:
         )
 
     def save(self, folder: Path, config) -> None:
-        """Writes the tokenizer to the folder of a model."""
-        self.tokenizer.save_pretrained(folder)
+        """Writes the tokenizer to the folder of a model, with the limit of length that the model has."""
+        given, limit = self.tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)
+        if limit is not None and getattr(config, "has_position_table", True):
+            self.tokenizer.model_max_length = min(given, limit)
+        try:
+            self.tokenizer.save_pretrained(folder)
+        finally:
+            self.tokenizer.model_max_length = given
 
 
 def load_vocabulary(name: str, flag: str = "--tokenizer", **options) -> TokenizerVocabulary | ByteVocabulary:
