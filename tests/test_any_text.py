@@ -299,3 +299,11 @@ def test_a_stream_trains_as_the_same_text_in_memory_would(inputs, tmp_path):
         logits = model(input_ids=ids[:-1].view(4, LENGTH)).logits
     nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[1:], reduction="sum").item()
     assert event["bits_per_byte"] == pytest.approx(nats / math.log(2) / sum(ids[1:] != 255).item(), rel=1e-5)
+
+
+def test_nothing_worries_when_a_model_has_tokens_of_its_own(inputs, tmp_path, capfd):
+    """GPT-2's end of texts is 50256, which no tokenizer here has."""
+    pretrain(flags(inputs, tmp_path / "run", model=inputs / "gpt2.json", max_steps=1, sample_bytes=0))
+    error = capfd.readouterr().err
+    assert "token_id" not in error and "Generating" not in error
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").config.bos_token_id is None

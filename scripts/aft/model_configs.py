@@ -43,6 +43,9 @@ def build_config(args: argparse.Namespace) -> PreTrainedConfig:
     size = asked_size(args)
     if args.init_from is None and values.get("vocab_size", 256) == 256:  # what the presets have, for bytes
         values["vocab_size"] = size
+    if args.init_from is None:
+        for token in ("bos_token_id", "eos_token_id", "pad_token_id"):  # those of a model's own tokenizer elsewhere
+            values.setdefault(token, None)
     config = make_config(values, name)
     overrides = {}
     for item in args.model_override:

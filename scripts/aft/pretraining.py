@@ -20,7 +20,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -528,7 +527,6 @@ def set_up(args, argv: list[str], config) -> Run:
     folder = Path(args.output_dir)
     checkpoint = find_checkpoint(args.resume, folder / "checkpoints")
     accelerator = make_accelerator(args)
-    datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     with accelerator.local_main_process_first():
         load_metric()  # before the training, in which nothing may keep it from loading

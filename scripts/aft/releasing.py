@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import Accelerator
-from datasets import disable_progress_bars
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
@@ -158,7 +157,6 @@ def release(args: argparse.Namespace, argv: list[str]) -> Path:
         ValueError: the run is not finished or of other data, or a model has the wrong type.
     """
     transformers.utils.logging.disable_progress_bar()
-    disable_progress_bars()
     text = load_text(args)
     events = check_run(args.run, text.sha256)
     trained, _ = load_model(AutoModelForCausalLM, args.run, "run:", dtype=torch.float32, trust_remote_code=False)
@@ -183,7 +181,7 @@ def release(args: argparse.Namespace, argv: list[str]) -> Path:
 
         scores = score(stored, data, ("test", "valid"), choose_protocols(trained.config, length))
         program = ["aft", "evaluate", str(args.folder)]
-        program += map(public_argument, text_flags(args))
+        program += text_flags(args)
         for event in scores:
             event |= {"step": final["step"], "command": f"{shlex.join(program)} {event['command']}"}
         [before] = score(trained, data, ("valid",), [Protocol("segments", length)])

@@ -12,7 +12,6 @@ import argparse
 
 import transformers
 from accelerate import Accelerator
-from datasets import disable_progress_bars
 from transformers import AutoModelForCausalLM
 
 from aft.atomic_files import write_rows
@@ -57,7 +56,6 @@ def evaluate(args: argparse.Namespace) -> dict:
         FloatingPointError: the score is NaN or infinite.
     """
     transformers.utils.logging.disable_progress_bar()
-    disable_progress_bars()
     trust = {"trust_remote_code": args.trust_remote_code}
     config = load_config(args.model, **trust)
     protocol = choose_protocol(config, args)

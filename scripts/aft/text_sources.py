@@ -23,7 +23,15 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, DatasetDict, IterableDataset, Value, load_dataset, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    IterableDataset,
+    Value,
+    disable_progress_bars,
+    load_dataset,
+    load_from_disk,
+)
 
 from aft.console import one_line
 from aft.raw_files import ENWIK8, KnownFile, differences, file_bytes, known_file_bytes, pydoc_bytes
@@ -401,6 +409,7 @@ def load_text(args: argparse.Namespace) -> FileText | DocumentText:
         ValueError: it cannot be read, has too little text, or not the column or the split that was asked for.
         OSError: a download failed.
     """
+    disable_progress_bars()
     if args.dataset == "pydoc":
         return FileText(f"pydoc topics of Python {platform.python_version()}", pydoc_bytes())
     [path] = args.dataset_path if len(args.dataset_path or ()) == 1 else [None]
