@@ -96,6 +96,20 @@ class Task:
     reduce_logits: Callable | None = None  # of a batch, to what compute_metrics needs of them
     prediction: EncodedRows | None = None
 
+    def make_trainer(self, model: torch.nn.Module, args, tokenizer, callbacks=()) -> FinetuningTrainer:
+        """A trainer of a model on what this task has."""
+        return FinetuningTrainer(
+            model=model,
+            args=args,
+            train_dataset=self.train,
+            eval_dataset=self.validation,
+            data_collator=self.collator,
+            processing_class=tokenizer,
+            compute_metrics=self.compute_metrics,
+            preprocess_logits_for_metrics=self.reduce_logits,
+            callbacks=[*callbacks],
+        )
+
 
 def load_base(auto_class, inputs: InputArguments, **options) -> tuple[torch.nn.Module, dict]:
     """
@@ -187,6 +201,17 @@ def sum_nats(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits[:, :-1].float().mT, labels[:, 1:], reduction="none").sum(1)
 
 
+def bits_per_byte_of(num_bytes: int, inputs: InputArguments, args: FinetuningArguments) -> Callable:
+    """What makes bits per byte of the nats of each row, of held-out text of so many bytes."""
+    with args.main_process_first(desc="loading a metric"):
+        metric = load_metric(BITS_PER_BYTE, inputs.cache_dir)
+
+    def compute_metrics(output) -> dict[str, float]:
+        return metric.compute(nats=[math.fsum(output.predictions)], byte_counts=[num_bytes])
+
+    return compute_metrics
+
+
 def language_model_task(inputs: InputArguments, args: FinetuningArguments, config, tokenizer) -> Task:
     """The causal language model, and the windows of `--text_file` and of what validates it."""
     length = inputs.max_length or getattr(config, "max_position_embeddings", None)
@@ -203,12 +228,7 @@ def language_model_task(inputs: InputArguments, args: FinetuningArguments, confi
         held_out_name = f"the last --validation_share {inputs.validation_share} of {name}"
     ids, _ = encode_text(content, tokenizer, name)
     held_out_ids, bytes_scored = encode_text(held_out, tokenizer, held_out_name)
-    with args.main_process_first(desc="loading a metric"):
-        metric = load_metric(BITS_PER_BYTE, inputs.cache_dir)
-
-    def compute_metrics(output) -> dict[str, float]:
-        return metric.compute(nats=[math.fsum(output.predictions)], byte_counts=[bytes_scored])
-
+    compute_metrics = bits_per_byte_of(bytes_scored, inputs, args)
     model, identity_of_model = load_base(AutoModelForCausalLM, inputs)
     # With smoothing, Trainer computes the loss itself, and shifts the labels of the classes in this table alone.
     if args.label_smoothing_factor > 0 and type(model).__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
@@ -259,12 +279,7 @@ def chat_task(inputs: InputArguments, args: FinetuningArguments, config, tokeniz
     else:
         train, held_out = tables["chat_file"], tables["validation_file"]
     train, validation = (encode_chats(part, tokenizer, inputs.truncation, limit) for part in (train, held_out))
-    with args.main_process_first(desc="loading a metric"):
-        metric = load_metric(BITS_PER_BYTE, inputs.cache_dir)
-
-    def compute_metrics(output) -> dict[str, float]:
-        return metric.compute(nats=[math.fsum(output.predictions)], byte_counts=[validation.num_bytes])
-
+    compute_metrics = bits_per_byte_of(validation.num_bytes, inputs, args)
     model, identity = load_base(AutoModelForCausalLM, inputs)
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
     return Task(
@@ -371,20 +386,10 @@ def run(inputs: InputArguments, args: FinetuningArguments, config, tokenizer, ta
     if checkpoint is not None:
         check_identity(Path(checkpoint), identity)
     patience = args.early_stopping_patience
-    trainer = FinetuningTrainer(
-        model=task.model,
-        args=args,
-        train_dataset=task.train,
-        eval_dataset=task.validation,
-        data_collator=task.collator,
-        processing_class=tokenizer,
-        compute_metrics=task.compute_metrics,
-        preprocess_logits_for_metrics=task.reduce_logits,
-        callbacks=[
-            RunIdentity(identity),
-            *([EarlyStoppingCallback(patience, args.early_stopping_threshold)] if patience else []),
-        ],
-    )
+    callbacks = [RunIdentity(identity)]
+    if patience:
+        callbacks.append(EarlyStoppingCallback(patience, args.early_stopping_threshold))
+    trainer = task.make_trainer(task.model, args, tokenizer, callbacks)
     metrics, before = {}, {}
 
     def report(part: str, values: dict[str, float]):

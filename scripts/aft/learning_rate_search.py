@@ -14,8 +14,6 @@ import tempfile
 import torch
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from aft.finetuning_trainer import FinetuningTrainer
-
 
 FACTORS = (1 / 9, 1 / 3, 1, 3)  # of the rate that would be taken without a search
 
@@ -49,16 +47,8 @@ def search_learning_rate(task, args, rate: float, num_steps: int, tokenizer) -> 
     for factor in FACTORS:
         tried = rate * factor
         with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
-            trainer = FinetuningTrainer(
-                model=copy.deepcopy(task.model),
-                args=short_arguments(args, tried, num_steps, folder),
-                train_dataset=task.train,
-                eval_dataset=task.validation,
-                data_collator=task.collator,
-                processing_class=tokenizer,
-                compute_metrics=task.compute_metrics,
-                preprocess_logits_for_metrics=task.reduce_logits,
-            )
+            short = short_arguments(args, tried, num_steps, folder)
+            trainer = task.make_trainer(copy.deepcopy(task.model), short, tokenizer)
             try:
                 trainer.train()
                 losses[tried] = trainer.evaluate()["eval_loss"]

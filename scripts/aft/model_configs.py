@@ -27,8 +27,8 @@ MOST_LAYERS = 1_000_000  # to make a configuration of more takes memory
 def build_config(args: argparse.Namespace) -> PreTrainedConfig:
     """
     The model configuration of `args.model_preset`, or of the model `args.init_from`, with the fields of
-    `args.model_override` changed. Its `vocab_size`
-    is that of `args.tokenizer`, unless it says another than the 256 of bytes.
+    `args.model_override` changed. The `vocab_size` of a preset is that of `args.tokenizer`, unless it says another
+    than the 256 of bytes.
 
     Raises:
         ValueError: the file is not a model configuration, a field or its value is not allowed, the tokenizer does not
@@ -41,9 +41,9 @@ def build_config(args: argparse.Namespace) -> PreTrainedConfig:
     if "model_type" not in values:
         raise ValueError(f"{name}: must be a JSON object with a model_type")
     size = asked_size(args)
-    if args.init_from is None and values.get("vocab_size", 256) == 256:  # what the presets have, for bytes
-        values["vocab_size"] = size
     if args.init_from is None:
+        if values.get("vocab_size", 256) == 256:  # what the presets have, for bytes
+            values["vocab_size"] = size
         for token in ("bos_token_id", "eos_token_id", "pad_token_id"):  # those of a model's own tokenizer elsewhere
             values.setdefault(token, None)
     config = make_config(values, name)

@@ -72,10 +72,6 @@ class StreamedWindows:
         accelerator.register_save_state_pre_hook(lambda models, weights, folder: self.save(Path(folder)))
         accelerator.register_load_state_pre_hook(lambda models, folder: self.load(Path(folder)))
 
-    def begins(self, step: int) -> bool:
-        """Every window begins with an empty state."""
-        return True
-
     def read_documents(self, epoch: int, first: int) -> Iterator[tuple[dict, np.ndarray, np.ndarray]]:
         """The place, ids and sizes of each document from number `first` of an epoch on, epoch after epoch."""
         while True:

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from aft.atomic_files import sync
+from aft.checkpointing import sha256
 from aft.console import one_line
 from aft.text_sources import SPLITS, DocumentText, FileText, split_ranges
 
@@ -117,7 +118,7 @@ def write_tokens(text: FileText | DocumentText, vocabulary, folder: Path) -> Non
             splits[split], num_bytes[split] = (start, count), total
     names = ("ids.bin", "sizes.bin")
     content = {"dtype": np.dtype(ids_type).name, "splits": splits, "num_bytes": num_bytes, "text": text.sha256}
-    content |= {"is_exact": vocabulary.is_exact, "sha256": {name: file_sha256(folder / name) for name in names}}
+    content |= {"is_exact": vocabulary.is_exact, "sha256": {name: sha256(folder / name) for name in names}}
     (folder / "tokens.json").write_text(json.dumps(content))
 
 
@@ -131,11 +132,6 @@ def write_bytes(text: FileText, folder: Path) -> None:
     (folder / "tokens.json").write_text(json.dumps(content))
 
 
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def open_tokens(folder: Path, vocabulary) -> TokenData:
     """
     What `write_tokens` or `write_bytes` has written, read once to check that it is what training shall read.
@@ -146,7 +142,7 @@ def open_tokens(folder: Path, vocabulary) -> TokenData:
     content = json.loads((folder / "tokens.json").read_text())
     arrays = {"ids.bin": np.dtype(content["dtype"]), "sizes.bin": np.dtype(np.uint32)}
     for name, expected in content["sha256"].items():
-        if (found := file_sha256(folder / name)) != expected:
+        if (found := sha256(folder / name)) != expected:
             raise ValueError(f"the sha256 of {name} is {found}")
     found = {name: np.memmap(folder / name, dtype=arrays[name], mode="r") for name in content["sha256"]}
     vocabulary.is_exact = vocabulary.is_exact and content["is_exact"]
