@@ -102,7 +102,7 @@ def refuse_unknown(model, keywords: dict, known: frozenset[str]) -> None:
     Raises:
         TypeError: one is unknown. What is swallowed may be what a newer release passes, or a misspelled argument.
     """
-    if unknown := sorted(keywords.keys() - known):
+    if unknown := sorted(name for name in keywords if name not in known):
         raise TypeError(
             f"{type(model).__name__}.forward() got unexpected keyword arguments {', '.join(unknown)}; allowed: "
             f"{', '.join(sorted((inspect.signature(model.forward).parameters.keys() | known) - {'kwargs'}))}."
