@@ -28,6 +28,7 @@ WRONG = {  # flags that are refused at once, and with what
     ),
     "compare.py": ([NOWHERE], "plan: no such file: "),
     "stream_memory.py": (["--csv", NOWHERE], "--csv must be a .csv file, got nowhere/"),
+    "tune_triton.py": (["--csv", NOWHERE], "--csv must be a .csv file, got nowhere/"),
     "convert_z1t.py": ([NOWHERE, "out", "--tanh_linear", "--tanh_mlp"], "checkpoint: no such file: nowhere/"),
     "draw_model.py": ([NOWHERE, "--output_dir", NOWHERE], "models: nowhere/"),
     "finetune.py": (["--model", "m", "--text_file", NOWHERE], "aft finetune: --text_file must be a file, got "),
