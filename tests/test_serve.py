@@ -13,19 +13,20 @@ from openai import OpenAI
 from torch import float32
 from transformers.cli.serving.model_manager import ModelManager
 
+from aft.chats import prepare_tokenizer
 from modeling_aft import ByteTokenizer
 
 
 PRINTABLE = range(32, 127)
 PROMPT = "Once upon a time"
 CHAT = [{"role": "user", "content": "Who is there?"}]
-TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant: "
 VARIANTS = ["conv-nopos", "dense+dot_product"]
 
 
 def save(variant, folder):
-    """A model that says nothing but ASCII, and a tokenizer for chats."""
-    model, tokenizer = make_model(variant, dtype=float32), ByteTokenizer(chat_template=TEMPLATE)
+    """A model that says nothing but ASCII, and the tokenizer that `aft finetune --chat_file` saves."""
+    model, tokenizer = make_model(variant, dtype=float32), ByteTokenizer()
+    prepare_tokenizer(tokenizer, "--model")
     model.generation_config.suppress_tokens = [byte for byte in range(256) if byte not in PRINTABLE]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -73,7 +74,12 @@ def served(tmp_path_factory):
 
 
 def greedy(model, tokenizer, prompt):
-    inputs = tokenizer(prompt, return_tensors="pt")
+    if isinstance(prompt, str):
+        inputs = tokenizer(prompt, return_tensors="pt")
+    else:
+        inputs = tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
     output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     return tokenizer.decode(output[0, inputs.input_ids.shape[1] :])
 
@@ -98,7 +104,7 @@ def test_chats_are_put_into_the_template_of_the_folder(served, variant, stream):
         text = "".join(part.choices[0].delta.content or "" for part in answer)
     else:
         text = answer.choices[0].message.content
-    assert len(text) == 8 and text == greedy(model, tokenizer, "user: Who is there?\nassistant: ")
+    assert len(text) == 8 and text == greedy(model, tokenizer, CHAT)
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
@@ -111,7 +117,7 @@ def test_responses_are_those_of_the_chat(served, variant, stream):
         text = "".join(event.delta for event in answer if event.type == "response.output_text.delta")
     else:
         text = answer.output_text
-    assert len(text) == 8 and text == greedy(model, tokenizer, "user: Who is there?\nassistant: ")
+    assert len(text) == 8 and text == greedy(model, tokenizer, CHAT)
 
 
 def test_without_the_change_of_its_config_a_folder_is_not_served(tmp_path):
