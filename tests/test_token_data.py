@@ -172,16 +172,11 @@ def test_several_writers_repair_a_copy(tmp_path):
 
 
 def test_copy_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    synced, rename = [], os.rename
-    monkeypatch.setattr("aft.token_data.sync", lambda path: synced.append(path.name))
-
-    def check(old, new):
-        if old.name == "tokens":
-            assert {*synced} == {"ids.bin", "tokens.json", "tokens"}
-        rename(old, new)
-
-    monkeypatch.setattr("os.rename", check)
+    synced, before, rename = [], [], os.rename
+    monkeypatch.setattr("aft.atomic_files.sync", lambda path: synced.append(path.name))
+    monkeypatch.setattr("os.rename", lambda old, new: (before.append({*synced}), rename(old, new)))
     of_bytes(CONTENT, tmp_path)
+    assert before == [{"ids.bin", "tokens.json", "new"}]
     assert synced[-1] == tmp_path.name
 
 

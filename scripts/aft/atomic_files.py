@@ -12,6 +12,7 @@ import contextlib
 import csv
 import io
 import os
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from uuid import uuid4
@@ -47,6 +48,33 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
+    """
+    An empty folder to write files to. When the block ends, they reach the disk, and then it becomes `folder`; when it
+    raises, it is removed. A `folder` that is there stays, as another process wrote it with the same content, unless
+    `replace` says that it is damaged: then it is moved away, for a process that has mapped its files goes on.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+        dir=folder.parent, prefix=f"{folder.name[:20]}-new-", ignore_cleanup_errors=True
+    ) as temporary:
+        new, damaged = Path(temporary) / "new", Path(temporary) / "damaged"
+        new.mkdir()
+        yield new
+        for path in (*new.iterdir(), new):
+            sync(path)
+        if replace:
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(folder, damaged)
+        try:
+            os.rename(new, folder)
+        except OSError:
+            if not folder.exists():
+                raise
+        sync(folder.parent)
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

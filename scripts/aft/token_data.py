@@ -8,17 +8,14 @@
 # specific language governing permissions and limitations under the License.
 """The tokens of a text as memory-mapped files, and how many bytes of it each stands for."""
 
-import contextlib
 import hashlib
 import json
-import os
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
 
-from aft.atomic_files import sync
+from aft.atomic_files import new_folder
 from aft.checkpointing import sha256
 from aft.console import one_line
 from aft.text_sources import SPLITS, DocumentText, FileText, split_ranges
@@ -185,22 +182,8 @@ def tokens_at_hand(text: FileText | DocumentText, vocabulary, cache_dir: str | P
 
 def write_folder(text, vocabulary, folder: Path, replace: bool) -> None:
     """Writes the tokens of a text as `folder`, whole or not at all; if `replace` in place of damaged ones."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="tokens-new-", ignore_cleanup_errors=True) as temporary:
-        new, damaged = Path(temporary) / "tokens", Path(temporary) / "damaged"
-        new.mkdir()
+    with new_folder(folder, replace) as new:
         if is_plain(text, vocabulary):
             write_bytes(text, new)
         else:
             write_tokens(text, vocabulary, new)
-        for path in (*new.iterdir(), new):
-            sync(path)
-        if replace:  # not in place: a process that has mapped it goes on
-            with contextlib.suppress(FileNotFoundError):
-                os.rename(folder, damaged)
-        try:
-            os.rename(new, folder)
-        except OSError:
-            if not folder.exists():  # else another process was faster, with the same content
-                raise
-        sync(folder.parent)

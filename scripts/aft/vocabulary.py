@@ -13,8 +13,6 @@ bytes of the text as its offsets say. Which tokenizer fits a model, and how many
 
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -22,6 +20,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from aft.atomic_files import new_folder
 from aft.console import one_line
 from aft.saved_models import load
 
@@ -278,16 +277,8 @@ def trained_vocabulary(text, size: int, cache_dir: str | Path) -> TokenizerVocab
     folder = Path(cache_dir) / f"bpe-{key}"
     if not (folder / "tokenizer.json").is_file():
         tokenizer = train_bpe(text.training_texts(), size)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix="bpe-new-") as temporary:
-            new = Path(temporary) / "bpe"
+        with new_folder(folder, replace=folder.exists()) as new:  # one that is not whole
             tokenizer.save_pretrained(new)
-            shutil.rmtree(folder, ignore_errors=True)  # one that is not whole
-            try:
-                new.rename(folder)
-            except OSError:
-                if not (folder / "tokenizer.json").is_file():  # else another process was faster, with the same text
-                    raise
     vocabulary = load_vocabulary(str(folder))
     vocabulary.name = "a byte-level BPE, trained on the train split"
     vocabulary.tokenizer.name_or_path = ""
