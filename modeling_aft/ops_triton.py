@@ -62,7 +62,6 @@ _BLOCK_T = 32  # queries of a tile, and keys of a block
 # registers), and warps. One warp reduces over time without the others, and repeats no work of theirs.
 _FORWARD = ({"columns": 32, "num_warps": 1}, {"columns": 32, "num_warps": 1})
 _BACKWARD = ({"columns": 32, "num_warps": 1}, {"columns": 32, "num_warps": 1})
-_STAGES = (2, 1)  # tiles in flight, forward and backward
 _TRITON_DTYPE = triton and {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
 
 
@@ -199,7 +198,6 @@ class _Constants(NamedTuple):
         PAST: the keys of a panel before its own, 0 without a window.
         DTYPE, TINY, LARGEST: of the computation, and the bounds beyond which it is done in log space.
         FACTOR, PRECISION: what the factors of matrix products are rounded to, and how they are multiplied.
-        STAGES: how many tiles are in flight in the main kernels.
         CHUNKED: whether there are several chunks.
         EVEN: whether all columns of all programs exist.
         FAST: whether the processor's own approximations of exp(x) and 1 / x, in float32, will do.
@@ -219,7 +217,6 @@ class _Constants(NamedTuple):
     FACTOR: Any
     PRECISION: str
     ACTIVATION: str
-    STAGES: int
     CHUNKED: bool
     EVEN: bool
     FAST: bool
@@ -337,21 +334,29 @@ def _batch(group, index, C: tl.constexpr):
 
 
 @_jit
-def _columns(block, group, sizes, C: tl.constexpr):
-    """The key and the value channels of a block, as many of each."""
-    head, first, share_block = _block(block, sizes, C)
-    # 4 channels per thread, not the 8 of the widest load: each thread holds a copy of the sums of its channels.
-    column = tl.max_contiguous(tl.arange(0, C.BLOCK_B * C.BLOCK_K * C.BLOCK_R), [4])
-    key = column // C.BLOCK_R
+def _key_columns(block, group, column, EACH: tl.constexpr, sizes, C: tl.constexpr):
+    """The key channels of the columns of a block, of which EACH side by side share one."""
+    head, first, _ = _block(block, sizes, C)
+    key = column // EACH
     if C.BLOCK_B > 1:  # else the compiler would not see that neighbours are neighbours
         key = key % C.BLOCK_K
     key += first
-    share = share_block * C.BLOCK_R + column % C.BLOCK_R
-    batch = _batch(group, column // (C.BLOCK_K * C.BLOCK_R), C)
-    exists = (key < sizes.head_keys) & (share < C.SHARED)
+    batch = _batch(group, column // (C.BLOCK_K * EACH), C)
+    exists = key < sizes.head_keys
     if C.BLOCK_B > 1:
         exists &= batch < sizes.batches
-    key += head * sizes.head_keys
+    return _Columns(batch, key + head * sizes.head_keys, exists)
+
+
+@_jit
+def _columns(block, group, sizes, C: tl.constexpr):
+    """The key and the value channels of a block, as many of each."""
+    _, _, share_block = _block(block, sizes, C)
+    # 4 channels per thread, not the 8 of the widest load: each thread holds a copy of the sums of its channels.
+    column = tl.max_contiguous(tl.arange(0, C.BLOCK_B * C.BLOCK_K * C.BLOCK_R), [4])
+    batch, key, exists = _key_columns(block, group, column, C.BLOCK_R, sizes, C)
+    share = share_block * C.BLOCK_R + column % C.BLOCK_R
+    exists &= share < C.SHARED
     return _Columns(batch, key, exists), _Columns(batch, key * C.SHARED + share, exists)
 
 
@@ -509,7 +514,7 @@ def _relative(sum, reference, C: tl.constexpr):
 
 
 @_jit
-def _nothing_sent(EXACT: tl.constexpr, C: tl.constexpr):
+def _nothing_sent(C: tl.constexpr):
     zero = tl.zeros((C.BLOCK_B * C.BLOCK_K * C.BLOCK_R,), C.DTYPE)
     return _Sent(zero + float("inf"), zero, zero)
 
@@ -539,31 +544,42 @@ def _risen(sent, decay, tiles, EXACT: tl.constexpr, C: tl.constexpr):
 
 
 @_jit
-def _log_weights(rows, row, sizes, t0, shift, KEYS: tl.constexpr, C: tl.constexpr):
-    """w [BLOCK_T, KEYS] of queries t0, ... and keys t0 - shift, ...: minus infinity for keys that come later.
-
-    The bias of query t is at `rows` + t x `row`.
-    """
+def _log_weights(bias, sizes, t0, shift, KEYS: tl.constexpr, C: tl.constexpr):
+    """w [BLOCK_T, KEYS] of queries t0, ... and keys t0 - shift, ...: minus infinity for keys that come later."""
     query = tl.arange(0, C.BLOCK_T)[:, None]
     tap = query + shift - tl.arange(0, KEYS)[None, :]
     weights = tl.where(tap >= 0, 0.0, float("-inf")).to(C.DTYPE)
     if C.PAST > 0:
         inside = (tap >= 0) & (tap < sizes.taps) & (t0 + query >= 0) & (t0 + query < sizes.length)
-        pointers = rows + t0.to(tl.int64) * row + (query * row + tap)
+        pointers = bias.rows + t0.to(tl.int64) * bias.row + (query * bias.row + tap)
         weights += tl.load(pointers, mask=inside, other=0.0).to(C.DTYPE)
     return weights
 
 
 @_jit
+def _maxima_addresses(bias, tile, C: tl.constexpr):
+    """Those of the maxima [BLOCK_T] of a tile; what lies before the first tile reads those of the first."""
+    start = bias.tile_head + tl.maximum(tile, 0).to(tl.int64) * bias.tile
+    return bias.maxima + start + tl.arange(0, C.BLOCK_T)
+
+
+@_jit
+def _weights_addresses(bias, tile, block, C: tl.constexpr):
+    """Those of the weights [BLOCK_T, BLOCK_T] of a tile and a block of its panel, in the same way."""
+    panel: tl.constexpr = C.PAST + C.BLOCK_T
+    query, key = tl.arange(0, C.BLOCK_T)[:, None], tl.arange(0, C.BLOCK_T)[None, :]
+    start = bias.tile_head + tl.maximum(tile, 0).to(tl.int64) * bias.tile
+    return bias.weights + start * panel + (query * panel + block * C.BLOCK_T + key)
+
+
+@_jit
 def _weights(part, tile, block, C: tl.constexpr):
     """The weights [BLOCK_T, BLOCK_T] of the queries of a tile and the keys of a block of its panel."""
-    query, key = tl.arange(0, C.BLOCK_T)[:, None], tl.arange(0, C.BLOCK_T)[None, :]
     if C.PAST == 0:
+        query, key = tl.arange(0, C.BLOCK_T)[:, None], tl.arange(0, C.BLOCK_T)[None, :]
         return tl.where(query >= key, 1.0, 0.0).to(C.FACTOR)
     else:
-        panel: tl.constexpr = C.PAST + C.BLOCK_T
-        start = part.bias.tile_head + tl.maximum(tile, 0).to(tl.int64) * part.bias.tile
-        return tl.load(part.bias.weights + start * panel + (query * panel + block * C.BLOCK_T + key))
+        return tl.load(_weights_addresses(part.bias, tile, block, C))
 
 
 @_jit
@@ -573,8 +589,7 @@ def _row_maximum(part, tile, C: tl.constexpr):
     if C.PAST == 0:
         return tl.zeros((BLOCK_T,), C.DTYPE)
     else:
-        start = part.bias.tile_head + tl.maximum(tile, 0).to(tl.int64) * part.bias.tile
-        return tl.load(part.bias.maxima + start + tl.arange(0, C.BLOCK_T))
+        return tl.load(_maxima_addresses(part.bias, tile, C))
 
 
 @_jit
@@ -613,7 +628,7 @@ def _exact_panel(part, sizes, older, tile, C: tl.constexpr):
     for index in range(C.PAST + BLOCK_T):
         start = t0 - C.PAST + index
         k, v = _load_keys(part, sizes, start, t0, 1, C)
-        logits = k + _log_weights(part.bias.rows, part.bias.row, sizes, t0, t0 - start, 1, C)
+        logits = k + _log_weights(part.bias, sizes, t0, t0 - start, 1, C)
         e = zero + 1.0
         total = _merge(total, _Sum(logits, e, e * v), C)
     k, v = _load_keys(part, sizes, t0 - C.PAST, t0, BLOCK_T, C)
@@ -710,15 +725,12 @@ def _lay_out_weights(bias, heads, batches, sizes, C: tl.constexpr):
     bias = _of_head(bias, head, batch.to(tl.int64))
     maximum = tl.zeros((BLOCK_T,), C.DTYPE)  # older keys have bias 0
     for block in range(panel // BLOCK_T):
-        w = _log_weights(bias.rows, bias.row, sizes, t0, C.PAST - block * BLOCK_T, BLOCK_T, C)
+        w = _log_weights(bias, sizes, t0, C.PAST - block * BLOCK_T, BLOCK_T, C)
         maximum = tl.maximum(maximum, tl.max(w, 1))
-    start = bias.tile_head + tile.to(tl.int64) * bias.tile
-    query, key = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_T)
-    tl.store(bias.maxima + start + query, maximum)
+    tl.store(_maxima_addresses(bias, tile, C), maximum)
     for block in range(panel // BLOCK_T):
-        w = _log_weights(bias.rows, bias.row, sizes, t0, C.PAST - block * BLOCK_T, BLOCK_T, C)
-        pointers = bias.weights + start * panel + (query[:, None] * panel + block * BLOCK_T + key[None, :])
-        tl.store(pointers, _exp(w - maximum[:, None], C).to(C.FACTOR))
+        w = _log_weights(bias, sizes, t0, C.PAST - block * BLOCK_T, BLOCK_T, C)
+        tl.store(_weights_addresses(bias, tile, block, C), _exp(w - maximum[:, None], C).to(C.FACTOR))
 
 
 @_jit
@@ -776,7 +788,7 @@ def _forward(inputs, sums, out, sizes, C: tl.constexpr):
         older = _relative(_load_sum(sums.initial, 1, 0, sizes.width, columns, C.DTYPE), part.reference, C)
     found = tl.zeros((BLOCK_T, COLUMNS), tl.int32)
     first = chunk * sizes.chunk_tiles
-    for tile in tl.range(first, tl.minimum(first + sizes.chunk_tiles, sizes.tiles), num_stages=C.STAGES):
+    for tile in tl.range(first, tl.minimum(first + sizes.chunk_tiles, sizes.tiles), num_stages=2):
         _store_sum(sums.states, sizes.tiles, tile, sizes.width, columns, older)
         panel, older = _panel(part, sizes, older, tile, C)
         older = _fallen(older, part.decay, 1, False, C)
@@ -810,7 +822,7 @@ def _backward_sums(grad, inputs, sums, sizes, C: tl.constexpr):
     """
     block, chunk, group = _program(sizes.blocks, sizes.chunks)
     part, grad = _part(inputs, sizes, block, group, C), _contiguous(grad, sizes.length, sizes.width)
-    sent = _nothing_sent(False, C)
+    sent = _nothing_sent(C)
     first = chunk * sizes.chunk_tiles + C.PAST // C.BLOCK_T
     stop = tl.minimum(first + sizes.chunk_tiles, sizes.tiles)
     for step in range(stop - first):
@@ -827,13 +839,12 @@ def _backward_scan(inputs, sums, sizes, C: tl.constexpr):
     block, _, group = _program(sizes.blocks, 1)
     part = _part(inputs, sizes, block, group, C)
     columns = part.value_columns
-    sent = _nothing_sent(False, C)
+    sent = _nothing_sent(C)
     for step in range(sizes.chunks):
         chunk = sizes.chunks - 1 - step
-        more = _load_sum(sums.carry, sizes.chunks, chunk, sizes.width, columns, C.DTYPE)
+        more = _Sent(*_load_sum(sums.carry, sizes.chunks, chunk, sizes.width, columns, C.DTYPE))
         _store_sum(sums.carry, sizes.chunks, chunk, sizes.width, columns, sent)
-        sent = _risen(sent, part.decay, sizes.chunk_tiles, False, C)
-        sent = _sent_on(sent, _Sent(more.maximum, more.normalizer, more.total), False, C)
+        sent = _sent_on(_risen(sent, part.decay, sizes.chunk_tiles, False, C), more, False, C)
 
 
 @_jit
@@ -856,7 +867,7 @@ def _block_gradients(
         for j in range(BLOCK_T):
             this = tl.arange(0, BLOCK_T) == j
             k_j, v_j = _load_keys(part, sizes, start + j, t0, 1, C)
-            w_j = _log_weights(part.bias.rows, part.bias.row, sizes, t0, t0 - start - j, 1, C)
+            w_j = _log_weights(part.bias, sizes, t0, t0 - start - j, 1, C)
             e = _exp(k_j + w_j - maximum, C)
             d_logits = e * (g * v_j - c)
             dv += tl.where(this[:, None], tl.sum(e * g, 0)[None, :], 0.0)
@@ -901,39 +912,47 @@ def _slot(scratch, index, C: tl.constexpr):
 
 
 @_jit
+def _logits_of(gradients, sizes, block, group, chunk, C: tl.constexpr):
+    """Where the gradients of the panels of a chunk begin."""
+    index, size = block * sizes.groups + group, C.BLOCK_T * (C.PAST + C.BLOCK_T)
+    if C.LOGITS == "each":
+        return gradients.logits + index * sizes.tiles * size
+    else:
+        return gradients.logits + (index * sizes.chunks + chunk) * size
+
+
+@_jit
 def _backward_tiles(
-    grad, part, sums, sent, scratch, gradients, sizes, block, group, first, stop, logits,
+    grad, part, sums, sent, scratch, gradients, sizes, block, chunk, group, stop,
     EXACT: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of the queries and keys of the tiles from `first` to before `stop`, given what all queries send
-    back that are later than the panels with these keys. Returned are what the queries from the first tile on send
-    back, as of that tile, and which numbers need log space."""
+    """The gradients of the queries and keys from those of a chunk on to before the tile `stop`, given what all queries
+    send back that are later than the panels with these keys. Returned are what the queries from the first tile on
+    send back, as of that tile, and which numbers need log space."""
     BLOCK_T: tl.constexpr = C.BLOCK_T
     COLUMNS: tl.constexpr = C.BLOCK_B * C.BLOCK_K * C.BLOCK_R
     PAST_BLOCKS: tl.constexpr = C.PAST // BLOCK_T
     columns = part.value_columns
-    head, key, share_block = _block(block, sizes, C)
-    column = tl.arange(0, C.BLOCK_B * C.BLOCK_K)  # a group of columns shares a key channel
-    key += column % C.BLOCK_K if C.BLOCK_B > 1 else column  # as in `_columns`
-    key_batch = _batch(group, column // C.BLOCK_K, C)
-    exists = key < sizes.head_keys
-    if C.BLOCK_B > 1:
-        exists &= key_batch < sizes.batches
-    key_batch += share_block * sizes.batches
-    block_keys = _Columns(key_batch, head * sizes.head_keys + key, exists)
+    _, _, share_block = _block(block, sizes, C)
+    batch, key, exists = _key_columns(block, group, tl.arange(0, C.BLOCK_B * C.BLOCK_K), 1, sizes, C)
+    block_keys = _Columns(batch + share_block * sizes.batches, key, exists)
     keys = sizes.left + sizes.length
     d_query = _contiguous(gradients.query, sizes.length, sizes.width)
     d_value = _contiguous(gradients.value, keys, sizes.width)
     d_key = _contiguous(gradients.key, keys, sizes.width // C.SHARED)
+    logits = _logits_of(gradients, sizes, block, group, chunk, C)
+    grad = _contiguous(grad, sizes.length, sizes.width)
+    scratch += tl.program_id(0).to(tl.int64) * (2 * C.PAST * COLUMNS)
 
     zeros = tl.zeros((BLOCK_T, COLUMNS), tl.int32)
     found, to_older = zeros, sent
     # What the later tiles have sent to the keys of this one.
     waiting_dk = tl.zeros((BLOCK_T, COLUMNS), C.DTYPE)
     waiting_dv = tl.zeros((BLOCK_T, COLUMNS), C.DTYPE)
-    # These keys are also seen by the first queries after them.
+    # The keys of a chunk are also seen by the first queries after it; the keys of the first chunk begin before it.
+    first = tl.where(chunk == 0, -((sizes.left + BLOCK_T - 1) // BLOCK_T), chunk * sizes.chunk_tiles)
     last = tl.minimum(stop + PAST_BLOCKS, sizes.tiles) - 1
-    for step in tl.range(0, last - first + 1, num_stages=C.STAGES):
+    for step in tl.range(0, last - first + 1, num_stages=1):  # scratch must not be read ahead
         tile = last - step
         own = tile < stop
         older = _load_sum(sums.states, sizes.tiles, tl.maximum(tile, 0), sizes.width, columns, C.DTYPE)
@@ -989,38 +1008,19 @@ def _store_older(gradients, part, sizes, sent, scale):
 
 
 @_jit
-def _first_tile(chunk, sizes, C: tl.constexpr):
-    """The keys of the first chunk begin before it."""
-    return tl.where(chunk == 0, -((sizes.left + C.BLOCK_T - 1) // C.BLOCK_T), chunk * sizes.chunk_tiles)
-
-
-@_jit
-def _logits_of(gradients, sizes, block, group, chunk, C: tl.constexpr):
-    """Where the gradients of the panels of a chunk begin."""
-    index, size = block * sizes.groups + group, C.BLOCK_T * (C.PAST + C.BLOCK_T)
-    if C.LOGITS == "each":
-        return gradients.logits + index * sizes.tiles * size
-    else:
-        return gradients.logits + (index * sizes.chunks + chunk) * size
-
-
-@_jit
 def _backward(grad, inputs, sums, scratch, gradients, sizes, C: tl.constexpr):
     """Reads grad [B, T, D], the inputs, the states and, of several chunks, carry; writes the gradients and the flags.
 
     scratch [programs, 2, PAST, columns] is the program's own. Half precision and SHARED = 1: 14 bytes per element.
     """
     block, chunk, group = _program(sizes.blocks, sizes.chunks)
-    part, grad = _part(inputs, sizes, block, group, C), _contiguous(grad, sizes.length, sizes.width)
-    scratch += tl.program_id(0).to(tl.int64) * (2 * C.PAST * C.BLOCK_B * C.BLOCK_K * C.BLOCK_R)
-    sent = _nothing_sent(False, C)
+    part = _part(inputs, sizes, block, group, C)
+    sent = _nothing_sent(C)
     if C.CHUNKED:
-        carry = _load_sum(sums.carry, sizes.chunks, chunk, sizes.width, part.value_columns, C.DTYPE)
-        sent = _Sent(carry.maximum, carry.normalizer, carry.total)
-    first, stop = _first_tile(chunk, sizes, C), tl.minimum((chunk + 1) * sizes.chunk_tiles, sizes.tiles)
-    logits = _logits_of(gradients, sizes, block, group, chunk, C)
+        sent = _Sent(*_load_sum(sums.carry, sizes.chunks, chunk, sizes.width, part.value_columns, C.DTYPE))
+    stop = tl.minimum((chunk + 1) * sizes.chunk_tiles, sizes.tiles)
     to_older, found = _backward_tiles(
-        grad, part, sums, sent, scratch, gradients, sizes, block, group, first, stop, logits, False, C
+        grad, part, sums, sent, scratch, gradients, sizes, block, chunk, group, stop, False, C
     )
     if chunk == 0:
         initial = _load_sum(sums.initial, 1, 0, sizes.width, part.value_columns, C.DTYPE)
@@ -1033,17 +1033,15 @@ def _backward_in_log_space(grad, inputs, sums, scratch, gradients, sizes, C: tl.
     """Writes the gradients again, for the whole sequence, where there is a flag."""
     block, _, group = _program(sizes.blocks, 1)
     if _flagged(sums, sizes, block, group):
-        part, grads = _part(inputs, sizes, block, group, C), _contiguous(grad, sizes.length, sizes.width)
-        ring = scratch + tl.program_id(0).to(tl.int64) * (2 * C.PAST * C.BLOCK_B * C.BLOCK_K * C.BLOCK_R)
-        logits = _logits_of(gradients, sizes, block, group, 0, C)
+        part = _part(inputs, sizes, block, group, C)
         if C.LOGITS == "sum":  # all of it goes to the first chunk
+            logits = _logits_of(gradients, sizes, block, group, 0, C)
             place = tl.arange(0, C.BLOCK_T)
             for row in range(C.PAST + C.BLOCK_T, sizes.chunks * (C.PAST + C.BLOCK_T)):
                 tl.store(logits + row * C.BLOCK_T + place, tl.zeros_like(place).to(C.DTYPE))
         to_older, _found = _backward_tiles(
-            grads, part, sums, _nothing_sent(True, C), ring, gradients, sizes, block, group,
-            _first_tile(0, sizes, C), sizes.tiles, logits, True, C,
-        )  # fmt: skip
+            grad, part, sums, _nothing_sent(C), scratch, gradients, sizes, block, 0, group, sizes.tiles, True, C
+        )
         _store_older(gradients, part, sizes, to_older, 1.0)
 
 
@@ -1132,7 +1130,6 @@ def _plan(query, key, value, rows, decay, activation, layouts) -> tuple[_Sizes, 
         FACTOR=_TRITON_DTYPE[factor],
         PRECISION="tf32" if half else "ieee" if dtype == torch.float64 else "tf32x3",
         ACTIVATION=activation,
-        STAGES=1,
         CHUNKED=chunks > 1,
         EVEN=batch % block_b == head_keys % block_k == shared % block_r == 0,
         FAST=dtype == torch.float32 and not _INTERPRETED,
@@ -1196,7 +1193,7 @@ def _windowed(
         sums = sums._replace(carry=_sums_like(query, key, value, sizes.chunks))
         _forward_sums[programs](inputs, sums.carry, sizes, constants, **options)
         _forward_scan[sequences](inputs, sums, sizes, constants, num_warps=1)
-    _forward[programs](inputs, sums, out, sizes, constants._replace(STAGES=_STAGES[0]), **options)
+    _forward[programs](inputs, sums, out, sizes, constants, **options)
     _forward_in_log_space[sequences](inputs, sums, out, sizes, constants, num_warps=4)
     return out, states, reference, weights, maxima
 
@@ -1257,13 +1254,10 @@ def _windowed_backward(
     gradients = _Gradients(d_query, d_key, d_value, d_logits, d_older)
     waiting = constants.PAST if constants.PAST > _BLOCK_T else 0
     scratch = states.new_empty(programs, 2, waiting, constants.BLOCK_B * constants.BLOCK_K * constants.BLOCK_R)
-    constants = constants._replace(LOGITS=kind)
-    options["num_stages"] = 1  # the scratch buffer must not be read ahead
-    main = constants._replace(STAGES=_STAGES[1])
-    _backward[(programs,)](grad, inputs, sums, scratch, gradients, sizes, main, **options)
-    _backward_in_log_space[(blocks * groups,)](
-        grad, inputs, sums, scratch, gradients, sizes, constants, num_warps=4, num_stages=1
-    )
+    arguments = grad, inputs, sums, scratch, gradients, sizes, constants._replace(LOGITS=kind)
+    # Loops inside of these must not read the scratch buffer ahead either: hence one stage.
+    _backward[(programs,)](*arguments, **options, num_stages=1)
+    _backward_in_log_space[(blocks * groups,)](*arguments, num_warps=4, num_stages=1)
 
     d_key = d_key[0] if share_blocks == 1 else d_key.sum(0)
     d_rows = _gradient_of_rows(d_logits, rows) if needs_rows else states.new_empty(0)
@@ -1289,32 +1283,19 @@ def _gradient_of_rows(d_logits: Tensor, rows: Tensor) -> Tensor:
     if length == 1:
         d_logits = d_logits.sum(2, keepdim=True)
     past = d_logits.shape[4] - _BLOCK_T
+    d_logits = d_logits.contiguous()
     # Query q of a tile has tap j at the key PAST + q - j of its panel.
-    *steps, row, _ = d_logits.contiguous().stride()
+    *steps, row, _ = d_logits.stride()
     size = (*d_logits.shape[:4], taps)
-    band = d_logits.contiguous().as_strided(size, (*steps, row + 1, 1), past - taps + 1).flip(4)
+    band = d_logits.as_strided(size, (*steps, row + 1, 1), past - taps + 1).flip(4)
     if length == 1:
         return band.sum(3).to(rows.dtype)
     return band.flatten(2, 3)[:, :, :length].to(rows.dtype)
 
 
 @_windowed_backward.register_fake
-def _(
-    grad,
-    query,
-    key,
-    value,
-    rows,
-    initial,
-    decay,
-    states,
-    reference,
-    weights,
-    maxima,
-    activation,
-    needs_rows,
-    needs_decay,
-):
+def _(grad, query, key, value, rows, initial, decay, states, *others):
+    *_, needs_rows, needs_decay = others
     like = [t.new_empty(t.shape) for t in (query, key, value)]
     d_rows = rows.new_empty(rows.shape) if needs_rows else states.new_empty(0)
     d_decay = decay.new_empty(decay.shape) if needs_decay else states.new_empty(0)
@@ -1322,22 +1303,8 @@ def _(
 
 
 @flops_of(_windowed_backward)
-def _(
-    grad,
-    query,
-    key,
-    value,
-    rows,
-    initial,
-    decay,
-    states,
-    reference,
-    weights,
-    maxima,
-    activation,
-    needs_rows,
-    needs_decay,
-):
+def _(grad, query, key, value, rows, *others):
+    *_, needs_rows, _ = others
     # The products of the forward pass, again, and the two gradients of each.
     return (2 + needs_rows) * _windowed_flops(query, key, value, rows)
 
@@ -1364,8 +1331,8 @@ _windowed.register_autograd(_differentiate, setup_context=_save_for_backward)
 def windowed_triton(window: Window) -> Tensor:
     """
     See [`Window`], causal. A query that sees no key gives 0, with zero gradients. The sums are taken in float32, or in
-    float64 if an input is. Products of bfloat16 inputs are taken in bfloat16, those
-    of float16 in tf32, and added up in float32.
+    float64 if an input is. Products of bfloat16 inputs are taken in bfloat16, those of float16 in tf32, and added up
+    in float32.
     """
     query, key, value, rows, past, (maximum, normalizer, average), _, activation, decay = window
     if past is not None:

@@ -27,6 +27,7 @@ import torch
 
 from aft.atomic_files import write_rows
 from aft.console import any_text, run_program
+from aft.machine import processor_name
 from modeling_aft import ops_triton
 from modeling_aft.ops_state import nothing
 
@@ -91,7 +92,7 @@ def measure(args, form: str, columns: int, warps: int, chunks: int) -> dict:
         milliseconds = triton.testing.do_bench_cudagraph(function, rep=args.milliseconds, return_mode="median")
         row |= {f"{name}_ms": f"{milliseconds:.4g}", f"{name}_launch_ms": f"{launch_milliseconds(function):.4g}"}
     sizes = {name: getattr(args, name) for name in ("batch_size", "length", "width", "heads", "window", "dtype")}
-    about = {"processor": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+    about = {"processor": processor_name("cuda"), "torch": torch.__version__, "triton": triton.__version__}
     return {**row, **sizes, **about, "date": date.today().isoformat()}
 
 

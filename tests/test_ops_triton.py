@@ -97,8 +97,9 @@ def test_compile_for_a_gpu(form, decay, monkeypatch, tmp_path):
     assert list(compiled) == kernels
     for name, kernel in compiled.items():
         assert kernel.asm["cubin"], name
-        if form != "conv" and name in ("_forward_sums", "_backward_sums", "_backward"):
-            assert re.search(r"ld\.global\S*\.v[24]\.", kernel.asm["ptx"]), name
+        if form != "conv" and name in ("_forward_sums", "_forward", "_backward_sums", "_backward"):
+            wide = r"ld\.global\S*\.v[24]\.|cp\.async\.c[ag]\.shared\.global [^;]*, 0x(8|10), "
+            assert re.search(wide, kernel.asm["ptx"]), name
 
 
 def make_tensors(form, length, window=5, heads=HEADS, keys=None, width=WIDTH, past=False, decay=False):
