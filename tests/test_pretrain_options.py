@@ -1,5 +1,6 @@
 """What a run may do beside training: average its weights, keep the best, end early, begin with weights, and report."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -191,6 +192,18 @@ def test_fields_of_a_model_to_begin_with_may_change(inputs, trained, tmp_path):
     with pytest.raises(ValueError, match="--init_from .*its tensors are not those"):
         main(flags(inputs, tmp_path / "other", **{**more, "model_override": "hidden_size=32"}))
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("kind", ["learned", "fixed"])
+def test_a_saved_model_gains_a_decay(inputs, trained, tmp_path, capsys, kind):
+    # At rates of nothing it is the model that it was; the rates are those that a new model has.
+    slow = ["--model_override", f"decay={kind}", "decay_min_half_life=1e8", "decay_max_half_life=1e8"]
+    more = {"model_preset": None, "init_from": trained, "max_steps": 1, "learning_rate": 1e-9}
+    main([*flags(inputs, tmp_path / "run", **more), *slow])
+    assert f"not in {trained}, so new: model.layers.0.mixer.decay.weight" in capsys.readouterr().out
+    assert scores(tmp_path / "run")[0][1] == pytest.approx(scores(trained)[-1][1], abs=1e-4)
+    rates = AutoModelForCausalLM.from_pretrained(tmp_path / "run").model.layers[0].mixer.decay()
+    torch.testing.assert_close(rates, torch.full_like(rates, math.log(2) / 1e8))
 
 
 def test_a_preset_gives_way_to_a_model_to_begin_with(inputs, trained, tmp_path):

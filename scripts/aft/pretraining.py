@@ -74,7 +74,7 @@ from aft.run_log import (
     read_log,
     today,
 )
-from aft.saved_models import load_model
+from aft.saved_models import first_of, load_config, load_model
 from aft.streamed_windows import StreamedWindows
 from aft.text_arguments import text_flags
 from aft.text_sources import DocumentText, FileText, load_text
@@ -516,6 +516,17 @@ def open_log(args, accelerator: Accelerator, checkpoint: Path | None, state: dic
     return log
 
 
+def added_tensors(args, config) -> frozenset[str]:
+    """The names of the tensors that `--model_override` adds to the model of `--init_from`, as a decay does."""
+    if not args.model_override:
+        return frozenset()
+    with torch.device("meta"):
+        saved, changed = (
+            AutoModelForCausalLM.from_config(each).state_dict() for each in (load_config(args.init_from), config)
+        )
+    return frozenset(changed) - frozenset(saved)
+
+
 def set_up(args, argv: list[str], config) -> Run:
     """
     Everything that a run needs, in its folder, which is held for it. Nothing of an earlier run is touched before all
@@ -552,8 +563,10 @@ def set_up(args, argv: list[str], config) -> Run:
     if args.init_from is None:
         model = AutoModelForCausalLM.from_config(config)
     else:
-        options = {"config": config, "dtype": torch.float32}
-        model, _ = load_model(AutoModelForCausalLM, args.init_from, "--init_from", **options)
+        options = {"config": config, "dtype": torch.float32, "added": added_tensors(args, config)}
+        model, new = load_model(AutoModelForCausalLM, args.init_from, "--init_from", **options)
+        if new:
+            accelerator.print(f"not in {args.init_from}, so new: {first_of(new)}")
     model.generation_config.update(do_sample=True, temperature=0.8, top_k=40)
     if has_length_limit(config):  # else pipelines ask for 256 tokens, whatever there is room for
         model.generation_config.max_new_tokens = max(1, config.max_position_embeddings // 2)

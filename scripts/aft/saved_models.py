@@ -54,12 +54,20 @@ def load_config(name: str | Path, trust_remote_code: bool = False, flag: str = "
     return load(AutoConfig, name, flag, trust_remote_code=trust_remote_code)
 
 
-def load_model(auto_class, name: str | Path, flag: str = "--model", new_head: bool = False, **options):
+def load_model(
+    auto_class,
+    name: str | Path,
+    flag: str = "--model",
+    new_head: bool = False,
+    added: frozenset[str] = frozenset(),
+    **options,
+):
     """
     A model, after a check that the tensors of its file are those that it has, and finite.
 
     Args:
         new_head: whether its head may be another than the one that was saved, and then random.
+        added: names of tensors that the file need not have: those that it lacks begin as in a new model.
 
     Returns:
         The `PreTrainedModel`, and the names of the tensors that are new, a set.
@@ -86,6 +94,7 @@ def load_model(auto_class, name: str | Path, flag: str = "--model", new_head: bo
             ("unexpected_keys", other_head and type(base).__name__ not in saved),
         )
     )
+    new |= added & set(report["missing_keys"])
     found = {
         "missing": set(report["missing_keys"]) - new,
         "unexpected": set(report["unexpected_keys"]) - spare,
