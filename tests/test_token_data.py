@@ -1,5 +1,6 @@
 """The tokens of a text: exact, memory-mapped, found again by content, and written again when they are damaged."""
 
+import errno
 import hashlib
 import os
 import shutil
@@ -169,6 +170,19 @@ def test_several_writers_repair_a_copy(tmp_path):
             copies = list(pool.map(lambda _: of_bytes(content, tmp_path), range(4)))
         assert all(copy.ids.tobytes() == content for copy in copies)
         assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_copy_that_another_has_moved_away_is_written(tmp_path, monkeypatch):
+    rename, calls = os.rename, []
+
+    def fail_first(old, new):
+        calls.append(new)
+        if len(calls) == 1:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+        rename(old, new)
+
+    monkeypatch.setattr("os.rename", fail_first)
+    assert of_bytes(CONTENT, tmp_path).ids.tobytes() == CONTENT and len(calls) == 2
 
 
 def test_copy_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):

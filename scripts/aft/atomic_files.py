@@ -10,6 +10,7 @@
 
 import contextlib
 import csv
+import errno
 import io
 import os
 import tempfile
@@ -69,11 +70,15 @@ def new_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
         if replace:
             with contextlib.suppress(FileNotFoundError):
                 os.rename(folder, damaged)
-        try:
-            os.rename(new, folder)
-        except OSError:
-            if not folder.exists():
-                raise
+        while new.exists():
+            try:
+                os.rename(new, folder)
+            except OSError as error:
+                if folder.exists():
+                    break
+                # Another process was faster, and a third has moved its folder away again.
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
         sync(folder.parent)
 
 
