@@ -125,6 +125,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                 problems.append(f"--{name} must be powers of 2, got {value}")
     if args.heads > 0 and args.width % args.heads:
         problems.append(f"--heads must divide --width {args.width}, got {args.heads}")
+    if args.dtype == "float32" and min(args.columns) < 2:
+        problems.append(f"--columns must be at least 2 with --dtype float32, got {min(args.columns)}: it takes half")
     if Path(args.csv).suffix != ".csv":
         problems.append(f"--csv must be a .csv file, got {args.csv}")
     if problems:

@@ -28,7 +28,10 @@ WRONG = {  # flags that are refused at once, and with what
     ),
     "compare.py": ([NOWHERE], "plan: no such file: "),
     "stream_memory.py": (["--csv", NOWHERE], "--csv must be a .csv file, got nowhere/"),
-    "tune_triton.py": (["--csv", NOWHERE], "--csv must be a .csv file, got nowhere/"),
+    "tune_triton.py": (
+        ["--csv", NOWHERE, "--columns", "1", "--dtype", "float32"],
+        "--columns must be at least 2 with --dtype float32, got 1: it takes half; --csv must be a .csv file, got ",
+    ),
     "convert_z1t.py": ([NOWHERE, "out", "--tanh_linear", "--tanh_mlp"], "checkpoint: no such file: nowhere/"),
     "draw_model.py": ([NOWHERE, "--output_dir", NOWHERE], "models: nowhere/"),
     "finetune.py": (["--model", "m", "--text_file", NOWHERE], "aft finetune: --text_file must be a file, got "),

@@ -7,6 +7,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -17,7 +18,7 @@ import torch
 from accelerate.commands.launch import launch_command_parser
 
 from aft.__main__ import main as aft
-from modeling_aft import AFTConfig, AFTForCausalLM, ByteTokenizer
+from modeling_aft import AFTConfig, AFTForCausalLM, AFTForMaskedLM, ByteTokenizer
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -140,12 +141,14 @@ def test_python_compiles_and_imports_exist(block):
 
 @pytest.fixture(scope="module")
 def stand_in(tmp_path_factory):
-    """The folder of a model as small as it gets, in place of runs/tiny, which takes minutes to train."""
-    folder = tmp_path_factory.mktemp("documents") / "tiny"
+    """A folder of models as small as they get, in place of those of runs/, which take minutes to train."""
+    folder = tmp_path_factory.mktemp("documents")
     torch.manual_seed(0)
-    config = AFTConfig(hidden_size=16, num_hidden_layers=1, position_bias_rank=4, max_position_embeddings=256)
-    AFTForCausalLM(config).save_pretrained(folder)
-    ByteTokenizer().save_pretrained(folder)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "position_bias_rank": 4, "max_position_embeddings": 256}
+    AFTForCausalLM(AFTConfig(**sizes)).save_pretrained(folder / "tiny")
+    ByteTokenizer().save_pretrained(folder / "tiny")
+    AFTForMaskedLM(AFTConfig(**sizes, vocab_size=257, is_decoder=False)).save_pretrained(folder / "tiny-masked")
+    ByteTokenizer(mask_token="[MASK]").save_pretrained(folder / "tiny-masked")
     return folder
 
 
@@ -154,9 +157,7 @@ def test_python_runs(document, stand_in, tmp_path, monkeypatch):
     """The blocks of a page, one after the other, in a folder that has what the root of the repository has."""
     for name in ("configuration", "model_cards", "README.md"):
         (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / "runs" / "tiny").mkdir(parents=True)
-    for file in stand_in.iterdir():
-        (tmp_path / "runs" / "tiny" / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(stand_in, tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}
     for line, block in find_blocks(document, "python"):

@@ -60,7 +60,7 @@ def test_windows_are_the_documents_one_after_the_other(path, separated):
         assert inputs.dtype == np.int64 and inputs.shape == labels.shape == (2, 8)
         assert inputs.flatten().tolist() == expected[16 * step : 16 * step + 16]
         assert labels.flatten().tolist() == expected[16 * step + 1 : 16 * step + 17]
-        assert windows.num_bytes(step, range(2)) == sum(token != 255 for token in labels.flatten())
+        assert windows.sizes(step, range(2)).sum() == sum(token != 255 for token in labels.flatten())
 
 
 def test_rows_may_be_read_again_until_the_next_step(path):

@@ -6,7 +6,7 @@
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
-"""Bits per byte of a causal language model on a range of tokens, by one of the protocols of `aft evaluate`."""
+"""Bits per byte of a language model on a range of tokens, by one of the protocols of `aft evaluate`."""
 
 import math
 from collections.abc import Iterator
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
 
+from aft.masking import Masking
 from aft.protocols import Protocol, Window
 from aft.token_data import TokenData
 
@@ -69,20 +70,51 @@ def load_batch(data: TokenData, batch: list[Window], offset: int, length: int):
     return tuple(map(torch.from_numpy, (text[:, :-1], text[:, 1:], positions, sizes)))
 
 
+def hide_batch(batch: list[Window], labels: torch.Tensor, positions: torch.Tensor, masking: Masking):
+    """
+    What a masked language model reads of windows, and which of their labels are scored: what is hidden, which is
+    always the same.
+
+    Args:
+        labels, positions (`LongTensor` [rows, length]): as `load_batch` returns them.
+
+    Returns:
+        Inputs, positions (0 where nothing is hidden) and attention mask, int64 [rows, length].
+    """
+    inputs, positions, keep = labels.clone(), positions.clone(), torch.zeros_like(labels)
+    for row, window in enumerate(batch):
+        count = window.end - window.first
+        ids = labels[row, :count].numpy()
+        chosen = masking.choose(ids, np.random.default_rng([window.first, count]))
+        inputs[row, :count] = torch.from_numpy(masking.hide(ids, chosen))
+        positions[row, :count] *= torch.from_numpy(chosen)
+        keep[row, : max(count, 1)] = 1  # an empty window, too, has something to see
+    return inputs, positions, keep
+
+
 @torch.no_grad()
 def evaluate_bits_per_byte(
-    model, data: TokenData, accelerator, start: int, stop: int, protocol: Protocol, batch_size: int
+    model,
+    data: TokenData,
+    accelerator,
+    start: int,
+    stop: int,
+    protocol: Protocol,
+    batch_size: int,
+    masking: Masking | None = None,
 ) -> dict:
     """
     Scores the tokens [start, stop); every process of `accelerator` scores its part and gets the whole result, which
     does not depend on their number, nor on `batch_size`.
 
     Args:
-        model: a causal language model whose logits at an input predict the next token; prepared by `accelerator`.
+        model: a language model, prepared by `accelerator`. Its logits at an input predict the next token, or by the
+            protocol `masked` the token there.
         data (`TokenData`): the text.
         start, stop (`int`): the tokens to score; `start` must be at least 1, because the one before is the context.
         protocol (`Protocol`): which windows are read.
         batch_size (`int`): windows per process that are read at once; if there are fewer, all.
+        masking (`Masking`, *optional*): of the protocol `masked`: what is hidden, and so scored.
 
     Returns:
         `dict`: `bits_per_byte`, `bytes_scored`, `tokens_scored` and `perplexity` (of a token) unless tokens are bytes,
@@ -107,8 +139,13 @@ def evaluate_bits_per_byte(
         state = {}
         for offset in range(0, longest, protocol.length):
             part = load_batch(data, batch, offset, min(protocol.length, longest - offset))
-            inputs, labels, positions, sizes = (tensor.to(accelerator.device) for tensor in part)
-            outputs = model(input_ids=inputs, use_cache=longest > protocol.length, **state)
+            inputs, labels, positions, sizes = part
+            options = {"use_cache": longest > protocol.length, **state}
+            if masking is not None:
+                inputs, positions, keep = hide_batch(batch, labels, positions, masking)
+                options = {"attention_mask": keep.to(accelerator.device)}
+            inputs, labels, positions = (tensor.to(accelerator.device) for tensor in (inputs, labels, positions))
+            outputs = model(input_ids=inputs, **options)
             if longest > protocol.length:  # by the name that this release of transformers gives it
                 name = "cache" if hasattr(outputs, "cache") else "past_key_values"
                 state = {name: getattr(outputs, name)}
@@ -142,7 +179,14 @@ def evaluate_bits_per_byte(
 
 
 def evaluate_split(
-    model, data: TokenData, split: str, accelerator, protocol: Protocol, batch_size: int, max_bytes: int = 0
+    model,
+    data: TokenData,
+    split: str,
+    accelerator,
+    protocol: Protocol,
+    batch_size: int,
+    max_bytes: int = 0,
+    masking: Masking | None = None,
 ) -> dict:
     """
     Scores a split, or if it is longer its first `max_bytes` bytes, 0 for all; the other arguments and the result as
@@ -150,4 +194,4 @@ def evaluate_split(
     """
     start, stop = data.first_bytes(split, max_bytes)
     start = max(start, 1)  # nothing stands before the first token
-    return evaluate_bits_per_byte(model, data, accelerator, start, stop, protocol, batch_size)
+    return evaluate_bits_per_byte(model, data, accelerator, start, stop, protocol, batch_size, masking)

@@ -209,7 +209,13 @@ def read_state(checkpoint: Path, identity: dict) -> dict:
     state = read_content(checkpoint)
     state.pop("files", None)
     identity = json.loads(json.dumps(identity))
-    saved = {"carry_state": False, "stream_length": None, **state["identity"]}  # which earlier versions could not do
+    # What was done before one could say.
+    earlier = {
+        "carry_state": False,
+        "stream_length": None,
+        "objective": "causal",
+    }
+    saved = {**earlier, **state["identity"]}
     differing = [
         f"{name} is {identity.get(name)!r} but was {saved.get(name)!r}"
         for name in sorted(identity.keys() | saved.keys())

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
+
+from aft.saved_models import LANGUAGE_MODELS, without_cache
 
 
 MOST_LAYERS = 48  # of a model that is made whole; of one with more, the layers are alike
@@ -44,10 +46,10 @@ class Estimate:
         return max(0, (memory - self.state_bytes - self.batch_bytes) // max(self.window_bytes, 1))
 
 
-def trace(config: PreTrainedConfig, windows: int, length: int) -> tuple[float, int, int]:
+def trace(config: PreTrainedConfig, objective: str, windows: int, length: int) -> tuple[float, int, int]:
     """The operations of a step on the device "meta", the bytes that it keeps, and those of the parameters."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config).train()
+        model = LANGUAGE_MODELS[objective].from_config(config).train()
         ids = torch.zeros(windows, length, dtype=torch.long)
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     kept, sizes = [], {}
@@ -63,7 +65,7 @@ def trace(config: PreTrainedConfig, windows: int, length: int) -> tuple[float, i
         FlopCounterMode(display=False) as counter,
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
-        logits = model(input_ids=ids, use_cache=False).logits
+        logits = model(input_ids=ids, **without_cache(objective)).logits
         F.cross_entropy(logits.float().flatten(0, 1), ids.flatten(), reduction="sum").backward()
     return (
         counter.get_total_flops(),
@@ -72,14 +74,14 @@ def trace(config: PreTrainedConfig, windows: int, length: int) -> tuple[float, i
     )
 
 
-def estimate(config: PreTrainedConfig, length: int) -> Estimate | None:
+def estimate(config: PreTrainedConfig, length: int, objective: str = "causal") -> Estimate | None:
     """What a step on windows of `length` tokens takes; None for a model that cannot be traced without data."""
 
     def of_layers(number: int | None) -> tuple[float, int, int, int]:
         changed = copy.deepcopy(config)
         if number is not None:
             changed.num_hidden_layers = number
-        (_, one, _), (flops, two, weights) = (trace(changed, windows, length) for windows in (1, 2))
+        (_, one, _), (flops, two, weights) = (trace(changed, objective, windows, length) for windows in (1, 2))
         return flops / (2 * length), two - one, max(2 * one - two, 0), weights
 
     try:

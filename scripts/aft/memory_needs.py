@@ -14,9 +14,10 @@ import sys
 import psutil
 import torch
 from accelerate.utils import parse_flag_from_env
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from aft.estimates import Estimate, estimate
+from aft.saved_models import LANGUAGE_MODELS
 
 
 def device_memory() -> int:
@@ -26,7 +27,7 @@ def device_memory() -> int:
     return psutil.virtual_memory().total
 
 
-def training_bytes(config: PreTrainedConfig) -> int | None:
+def training_bytes(config: PreTrainedConfig, objective: str = "causal") -> int | None:
     """
     The bytes of what is trained: float32 weights, gradients, and an average of them (AdamW has two); of other weights
     and buffers, the weights alone. None if the model cannot be made without memory.
@@ -37,7 +38,7 @@ def training_bytes(config: PreTrainedConfig) -> int | None:
 
     def count(config: PreTrainedConfig) -> int:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = LANGUAGE_MODELS[objective].from_config(config)
         return sum(
             tensor.numel() * (12 if tensor.requires_grad else 4) for tensor in (*model.parameters(), *model.buffers())
         )
@@ -75,7 +76,7 @@ def check_memory(args, config: PreTrainedConfig, num_processes: int) -> list[str
             problems.append(f"{what}: needs more than {needed:,} bytes of memory, the device has {memory:,}")
 
     try:
-        check((training_bytes(config) or 0) // num_processes, of_model)
+        check((training_bytes(config, args.objective) or 0) // num_processes, of_model)
     except ValueError as error:
         problems.append(f"{of_model}: {error}")
     of_window = args.sequence_length * config.vocab_size * 4  # its logits
@@ -83,7 +84,7 @@ def check_memory(args, config: PreTrainedConfig, num_processes: int) -> list[str
         windows = getattr(args, name)
         check(windows * of_window, f"--{name} {windows} with --sequence_length {args.sequence_length}")
     check(args.sample_bytes * 8, f"--sample_bytes {args.sample_bytes}")
-    return problems or activation_problems(args, estimate(config, args.sequence_length), memory)
+    return problems or activation_problems(args, estimate(config, args.sequence_length, args.objective), memory)
 
 
 def activation_problems(args, found: Estimate | None, memory: int) -> list[str]:

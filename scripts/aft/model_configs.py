@@ -15,7 +15,7 @@ import math
 from transformers import AutoConfig, PreTrainedConfig
 
 from aft.console import one_line
-from aft.saved_models import load_config
+from aft.saved_models import LANGUAGE_MODELS, load_config
 from aft.settings_files import read_json
 from aft.vocabulary import asked_size
 
@@ -42,6 +42,8 @@ def build_config(args: argparse.Namespace) -> PreTrainedConfig:
         raise ValueError(f"{name}: must be a JSON object with a model_type")
     size = asked_size(args)
     if args.init_from is None:
+        if args.objective == "masked":
+            values.setdefault("is_decoder", False)  # which the models of this package need for it
         if values.get("vocab_size", 256) == 256:  # what the presets have, for bytes
             values["vocab_size"] = size
         for token in ("bos_token_id", "eos_token_id", "pad_token_id"):  # those of a model's own tokenizer elsewhere
@@ -59,6 +61,9 @@ def build_config(args: argparse.Namespace) -> PreTrainedConfig:
         except (ValueError, RecursionError):
             overrides[key] = text  # a bare word is a string
     config = make_config({**values, **overrides}, f"{name} with --model_override" if overrides else name)
+    if type(config) not in LANGUAGE_MODELS[args.objective]._model_mapping:
+        allowed = f"one that has a {LANGUAGE_MODELS[args.objective].__name__} with --objective {args.objective}"
+        raise ValueError(f"{name}: model_type must be {allowed}, got {config.model_type!r}")
     most = size + MOST_PADDING if args.tokenizer not in ("bytes", "bpe") else size
     if not size <= config.vocab_size <= most:
         allowed = f"{size} for --tokenizer {args.tokenizer}"

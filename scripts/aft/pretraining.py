@@ -33,7 +33,7 @@ from accelerate.utils import (
     set_seed,
 )
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
 import modeling_aft  # noqa: F401  (registers the model types)
 from aft.atomic_files import write_whole
@@ -52,6 +52,8 @@ from aft.checkpointing import (
 from aft.console import program
 from aft.estimates import estimate
 from aft.folder_lock import locked
+from aft.masking import MaskedWindows, Masking, make_masking
+from aft.masking_arguments import complete_masking
 from aft.model_configs import has_length_limit
 from aft.optimization import all_finite, create_optimizers, learning_rate, set_learning_rate
 from aft.pretraining_arguments import (
@@ -74,7 +76,7 @@ from aft.run_log import (
     read_log,
     today,
 )
-from aft.saved_models import first_of, load_config, load_model
+from aft.saved_models import LANGUAGE_MODELS, first_of, load_config, load_model, without_cache
 from aft.streamed_windows import StreamedWindows
 from aft.text_arguments import text_flags
 from aft.text_sources import DocumentText, FileText, load_text
@@ -86,8 +88,10 @@ from aft.vocabulary import make_vocabulary
 VERSIONS = ("torch", "transformers", "accelerate", "datasets", "evaluate", "tokenizers")
 
 
-def make_windows(args, text, data: TokenData, vocabulary, accelerator: Accelerator):
-    """The windows that training reads, of what is memory-mapped or of a stream."""
+def make_windows(args, text, data: TokenData, vocabulary, accelerator: Accelerator, masking: Masking | None = None):
+    """The windows that training reads, of what is memory-mapped or of a stream; some of their tokens may be hidden."""
+    if masking is not None:
+        return MaskedWindows(make_windows(args, text, data, vocabulary, accelerator), masking, args.seed)
     if text.stream is not None:
         buffer = (1000 if text.separated else 0) if args.shuffle_buffer is None else args.shuffle_buffer
         sizes = (args.sequence_length, args.batch_size, args.micro_batch_size)
@@ -125,7 +129,7 @@ def summed_nats(
     """
     batch = windows.batch(step, range(first_row, first_row + args.micro_batch_size))
     inputs, labels = (torch.from_numpy(array).to(accelerator.device) for array in batch)  # [micro batch, T]
-    past = {"use_cache": False} if cache is None else {"cache": cache}
+    past = without_cache(args.objective) if cache is None else {"cache": cache}
     logits = model(input_ids=inputs, **past).logits
     return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum")
 
@@ -152,9 +156,9 @@ def train_step(
         with contextlib.nullcontext() if first_row == rows[-1] else accelerator.no_sync(model):
             loss = summed_nats(model, accelerator, windows, step, first_row, args, cache)
             # Gradients are averaged over processes, so this makes them those of the mean over the global batch.
-            accelerator.backward(loss * accelerator.num_processes / (args.batch_size * args.sequence_length))
+            accelerator.backward(loss * accelerator.num_processes / (args.batch_size * windows.labels_per_window))
         nats += loss.detach()
-        num_bytes += windows.num_bytes(step, range(first_row, first_row + args.micro_batch_size))
+        num_bytes += int(windows.sizes(step, range(first_row, first_row + args.micro_batch_size)).sum())
         if carried is not None:
             carried.keep(first_row, cache)
     if args.max_grad_norm > 0:
@@ -210,7 +214,7 @@ def describe_run(args, accelerator: Accelerator, model, text, data: TokenData, v
 
 def describe_needs(args, config) -> dict:
     """What a step takes, as far as shapes tell: operations, and memory in float32 without anything that saves it."""
-    found = estimate(config, args.sequence_length)
+    found = estimate(config, args.sequence_length, args.objective)
     if found is None:
         return {}
     return {
@@ -251,7 +255,8 @@ class Run:
     optimizers: list[torch.optim.Optimizer]
     data: TokenData
     vocabulary: object
-    windows: TrainingWindows | StreamedWindows
+    windows: TrainingWindows | StreamedWindows | MaskedWindows
+    masking: Masking | None  # with --objective masked
     carried: CarriedState | None  # with --carry_state
     average: WeightAverage | None  # with --ema_decay
     log: RunLog
@@ -295,7 +300,7 @@ class Run:
         try:
             with self.averaged():
                 result = evaluate_split(
-                    self.model, self.data, split, self.accelerator, protocol, batch_size, max_bytes
+                    self.model, self.data, split, self.accelerator, protocol, batch_size, max_bytes, self.masking
                 )
             if not math.isfinite(result["bits_per_byte"]):
                 raise FloatingPointError(f"the score is {result['bits_per_byte']} bits per byte")
@@ -423,14 +428,15 @@ class Run:
         final |= {"model_name": readable(path.name), "training_seconds": self.state["training_seconds"], "sample": ""}
         if self.accelerator.is_main_process:
             if self.args.sample_bytes:  # from the folder, which shows that it loads
-                model = AutoModelForCausalLM.from_pretrained(self.folder)
+                model = LANGUAGE_MODELS["causal"].from_pretrained(self.folder)
                 final["sample"] = sample_text(model, self.vocabulary, self.args)
             self.log.write("final", **final, model_path=readable(public_path(self.args.output_dir)))
             self.log.sync()
             events = read_log(self.log.path)
             plot_training_curve(events, self.folder / "training_curve.png")
             write_whole(self.folder / "README.md", fill_model_card(events))
-            print(f"--- sample\n{final['sample']}\n---")
+            if final["sample"]:
+                print(f"--- sample\n{final['sample']}\n---")
             print(f"test: {describe_score(test)}\nmodel: {path}")
             print(next_commands(self.args))
         self.accelerator.wait_for_everyone()
@@ -441,14 +447,13 @@ def next_commands(args: argparse.Namespace) -> str:
     """What to type when a run has ended: three commands for its model."""
     aft, folder = program(), shlex.quote(args.output_dir)
     text = shlex.join(text_flags(args)) or "--dataset FILE"
-    return "\n".join(
-        [
-            "next:",
-            f'  {aft} generate --model {folder} --prompt "The "',
-            f"  {aft} evaluate {folder} {text}",
-            f"  {aft} finetune --model {folder} --text_file FILE --output_dir {folder}-tuned",
-        ]
-    )
+    evaluation = f"{aft} evaluate {folder} {text}"
+    tuning = f"{aft} finetune --model {folder} --{{}} FILE --output_dir {folder}-tuned"
+    if args.objective == "masked":
+        commands = [evaluation, tuning.format("labelled_file"), f"{aft} push --help"]
+    else:
+        commands = [f'{aft} generate --model {folder} --prompt "The "', evaluation, tuning.format("text_file")]
+    return "\n  ".join(["next:", *commands])
 
 
 def make_accelerator(args) -> Accelerator:
@@ -522,7 +527,8 @@ def added_tensors(args, config) -> frozenset[str]:
         return frozenset()
     with torch.device("meta"):
         saved, changed = (
-            AutoModelForCausalLM.from_config(each).state_dict() for each in (load_config(args.init_from), config)
+            LANGUAGE_MODELS[args.objective].from_config(each).state_dict()
+            for each in (load_config(args.init_from), config)
         )
     return frozenset(changed) - frozenset(saved)
 
@@ -544,7 +550,11 @@ def set_up(args, argv: list[str], config) -> Run:
         text = load_text(args)
         vocabulary = make_vocabulary(args, text)
         data = token_data(text, vocabulary, args.cache_dir)
-    windows = make_windows(args, text, data, vocabulary, accelerator)
+    masking = None
+    if args.objective == "masked":
+        complete_masking(args, vocabulary.is_bytes)
+        masking = make_masking(args, vocabulary, text.are_documents)
+    windows = make_windows(args, text, data, vocabulary, accelerator, masking)
     if text.are_documents and vocabulary.end is not None:
         config.eos_token_id = vocabulary.end  # where generate stops
     if args.max_steps is None:
@@ -560,17 +570,20 @@ def set_up(args, argv: list[str], config) -> Run:
     check_output(args, checkpoint)
 
     set_seed(args.seed)
+    auto_class = LANGUAGE_MODELS[args.objective]
     if args.init_from is None:
-        model = AutoModelForCausalLM.from_config(config)
+        model = auto_class.from_config(config)
     else:
         options = {"config": config, "dtype": torch.float32, "added": added_tensors(args, config)}
-        model, new = load_model(AutoModelForCausalLM, args.init_from, "--init_from", **options)
+        model, new = load_model(auto_class, args.init_from, "--init_from", **options)
         if new:
             accelerator.print(f"not in {args.init_from}, so new: {first_of(new)}")
-    model.generation_config.update(do_sample=True, temperature=0.8, top_k=40)
-    if has_length_limit(config):  # else pipelines ask for 256 tokens, whatever there is room for
-        model.generation_config.max_new_tokens = max(1, config.max_position_embeddings // 2)
-    elif hasattr(config, "max_position_embeddings"):  # what tools take for the length that the model knows
+    if args.objective == "causal":
+        model.generation_config.update(do_sample=True, temperature=0.8, top_k=40)
+        if has_length_limit(config):  # else pipelines ask for 256 tokens, whatever there is room for
+            model.generation_config.max_new_tokens = max(1, config.max_position_embeddings // 2)
+    # What tools take for the length that the model knows.
+    if not has_length_limit(config) and hasattr(config, "max_position_embeddings"):
         model.config.max_position_embeddings = args.sequence_length
     if args.gradient_checkpointing:
         # transformers 5.23 gave gradient_checkpointing_enable this new name.
@@ -601,7 +614,7 @@ def set_up(args, argv: list[str], config) -> Run:
         if event["event"] == "evaluation" and event["split"] == "valid"
     ]
     [scores] = broadcast_object_list([scores])  # of the process that has the log
-    parts = (model, optimizers, data, vocabulary, windows, carried, average)
+    parts = (model, optimizers, data, vocabulary, windows, masking, carried, average)
     return Run(args, accelerator, *parts, log, scores, folder, state, identity)
 
 

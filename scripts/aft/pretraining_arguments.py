@@ -16,17 +16,18 @@ from pathlib import Path
 
 from aft.atomic_files import check_file
 from aft.flags import IMPORT_HELP, FlagParser, check_model_name, find_preset, flag, import_files
-from aft.protocols import PROTOCOLS, Protocol
+from aft.masking_arguments import MaskingArguments, masking_problems
+from aft.protocols import CAUSAL, Protocol
 from aft.redaction import public_address, public_path, readable
 from aft.settings_files import read_yaml
 from aft.text_arguments import TextArguments, complete_text_arguments, text_problems
 
 
 CHOICES = {
+    "objective": ("causal", "masked"),
     "mixed_precision": ("no", "bf16", "fp16"),
     "optimizer": ("adamw", "muon"),
     "lr_decay": ("cosine", "linear", "inverse_sqrt", "constant"),
-    "eval_protocol": PROTOCOLS,
 }
 # Flags that hold a path: in a preset, a relative one starts at the preset's folder.
 PATHS = ("model_preset", "dataset_path", "cache_dir", "output_dir")
@@ -71,6 +72,11 @@ class ModelArguments:
         metadata={"help": "Configuration fields to change, as key=value with a JSON value: window_size=16."},
     )
     imports: list[str] = field(default_factory=list, metadata={"help": IMPORT_HELP, "aliases": ["--import"]})
+    objective: str = flag(
+        "causal",
+        "causal, which predicts the next token; or masked, which predicts hidden tokens from all others, with a "
+        "bidirectional model: a preset is made one.",
+    )
     gradient_checkpointing: bool = flag(False, "Recompute activations in the backward pass to save memory.")
     compile: bool = flag(False, "Compile the model with torch.compile.")
 
@@ -141,7 +147,11 @@ class OutputArguments:
     _argument_group_name = "evaluation and output"
 
     output_dir: str = flag("runs/pretraining", "Folder of the run: log, checkpoints and the final model.")
-    eval_protocol: str = flag("segments", "segments, sliding, carried or refreshed (see aft evaluate --help).")
+    eval_protocol: str | None = flag(
+        None,
+        "segments (default), sliding, carried or refreshed; masked, and nothing else, with --objective masked (see "
+        "aft evaluate --help).",
+    )
     eval_stride: int | None = flag(None, "Stride of sliding; None is half of sequence_length.")
     eval_stream_length: int | None = flag(None, "Tokens of a stream of carried; None is the whole split.")
     eval_refresh_every: int | None = flag(None, "Tokens that refreshed reads between one start and the next.")
@@ -155,7 +165,9 @@ class OutputArguments:
         metadata={"help": "Trackers of accelerate that also get the log: tensorboard, wandb, ...; none for none."},
     )
     sample_every: int = flag(250, "Steps between samples of text; 0 = only at the end.")
-    sample_bytes: int = flag(300, "Tokens per sample; 0 = no samples.")
+    sample_bytes: int | None = flag(
+        None, "Tokens per sample; 0 = no samples. None is 300, and 0 with --objective masked, which cannot continue."
+    )
     sample_prompt: str = flag("The ", "What samples begin with.")
     save_every: int = flag(250, "Steps between checkpoints; 0 = only at the end.")
     keep_checkpoints: int = flag(2, "How many of the newest checkpoints to keep.")
@@ -163,7 +175,7 @@ class OutputArguments:
     overwrite: bool = flag(False, "Replace the run that is in output_dir.")
 
 
-GROUPS = (ModelArguments, TextArguments, DataArguments, TrainingArguments, OutputArguments)
+GROUPS = (ModelArguments, MaskingArguments, TextArguments, DataArguments, TrainingArguments, OutputArguments)
 
 
 def parse_arguments(argv: list[str], description: str = "") -> argparse.Namespace:
@@ -182,6 +194,9 @@ def parse_arguments(argv: list[str], description: str = "") -> argparse.Namespac
         args.model_preset = "aft-conv-tiny" if args.model_preset is None else args.model_preset
         args.model_preset = find_preset(args.model_preset, "models", "--model_preset")
     args.tokenizer = (args.init_from or "bytes") if args.tokenizer is None else args.tokenizer
+    masked = args.objective == "masked"
+    args.eval_protocol = args.eval_protocol or ("masked" if masked else "segments")
+    args.sample_bytes = (0 if masked else 300) if args.sample_bytes is None else args.sample_bytes
     complete_text_arguments(args)
     return args
 
@@ -276,7 +291,8 @@ def evaluation_protocol(args: argparse.Namespace) -> Protocol:
     """The protocol of the evaluations of a run. A stride is always there, as half of T, and read by sliding alone."""
     stride = args.eval_stride if args.eval_protocol == "sliding" else None
     others = (args.eval_stream_length, args.eval_refresh_every, args.eval_refresh_overlap)
-    return Protocol(args.eval_protocol, args.sequence_length, stride, *others)
+    masking = (args.mlm_probability, args.mask_unit, args.mean_span_length)
+    return Protocol(args.eval_protocol, args.sequence_length, stride, *others, *masking)
 
 
 def flag_problems(args: argparse.Namespace) -> list[str]:
@@ -322,9 +338,15 @@ def flag_problems(args: argparse.Namespace) -> list[str]:
     check(args.lr_decay != "inverse_sqrt" or args.warmup_steps >= 1, "warmup_steps", "at least 1 with inverse_sqrt")
     check(args.optimizer != "muon" or args.mixed_precision != "fp16", "optimizer", "adamw with fp16")
     problems += text_problems(args)
-    is_bpe = args.tokenizer == "bpe"
+    is_bpe, masked = args.tokenizer == "bpe", args.objective == "masked"
     check(is_bpe or args.vocab_size is None, "vocab_size", "left out without --tokenizer bpe")
-    check(not is_bpe or (args.vocab_size or 0) >= 257, "vocab_size", "at least 257 with --tokenizer bpe")
+    least = 258 if masked else 257
+    check(not is_bpe or (args.vocab_size or 0) >= least, "vocab_size", f"at least {least} with --tokenizer bpe")
+    problems += masking_problems(args, masked, "--objective masked")
+    allowed = ("masked",) if masked else CAUSAL
+    check(args.eval_protocol in allowed, "eval_protocol", f"{' or '.join(allowed)} with --objective {args.objective}")
+    check(not masked or not args.sample_bytes, "sample_bytes", "0 with --objective masked, which continues no text")
+    check(not masked or not args.carry_state, "carry_state", "left out with --objective masked, which has no state")
     check(args.init_from is None or args.model_preset is None, "model_preset", "left out with --init_from")
     check(args.ema_decay is None or 0 < args.ema_decay < 1, "ema_decay", "in (0, 1)")
     patience = args.early_stopping_patience
@@ -413,6 +435,8 @@ def check_arguments(args: argparse.Namespace, num_processes: int):
             args.eval_stride = args.eval_stride or max(args.sequence_length // 2, 1)
             problems += evaluation_protocol(args).problems(length if has_length_limit(config) else None, "--eval_")
     args.eval_batch_size = args.eval_batch_size or args.micro_batch_size
+    if args.objective == "masked" and not problems:
+        check(args.sequence_length >= 2, "sequence_length", "at least 2 with --objective masked")
     if not problems:
         problems = check_memory(args, config, num_processes)
     if problems:

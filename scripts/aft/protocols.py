@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 
-PROTOCOLS = ("segments", "sliding", "carried", "refreshed")
+CAUSAL = ("segments", "sliding", "carried", "refreshed")  # of a model that predicts the next token
+PROTOCOLS = (*CAUSAL, "masked")
 # Of the file for the scores by position, a row for each range from `first` to `last`.
 POSITION_COLUMNS = ("model", "split", "protocol", "first", "last", "bits_per_byte", "bytes_scored")
 FIELDS_OF = {  # what belongs to one protocol alone
@@ -48,12 +49,13 @@ class Protocol:
 
     Attributes:
         protocol (`str`): one of PROTOCOLS.
-        length (`int`): T, tokens of a window of `segments` and `sliding`. Of the others, how many are read at
-            once, which changes no score.
+        length (`int`): T, tokens of a window of `segments`, `sliding` and `masked`. Of the others, how many are read
+            at once, which changes no score.
         stride (`int`, *optional*): S of `sliding`, in tokens.
         stream_length (`int`, *optional*): L of `carried`, tokens of a stream; None for the whole range.
         refresh_every, refresh_overlap (`int`, *optional*): R and O of `refreshed`: how many are read between one
             start and the next, and how many of them had been read before.
+        mlm_probability, mask_unit, mean_span_length (*optional*): of `masked`, as `Masking` has them.
     """
 
     protocol: str
@@ -62,10 +64,14 @@ class Protocol:
     stream_length: int | None = None
     refresh_every: int | None = None
     refresh_overlap: int | None = None
+    mlm_probability: float | None = None
+    mask_unit: str | None = None
+    mean_span_length: float | None = None
 
     def problems(self, limit: int | None, prefix: str = "--") -> list[str]:
         """
-        What is wrong with it, in the names of flags that begin with `prefix`.
+        What is wrong with it, in the names of flags that begin with `prefix`; `masking_problems` has those of what is
+        hidden.
 
         Args:
             limit: where the position tables of the model end, in tokens; None if it has none.

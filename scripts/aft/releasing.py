@@ -21,11 +21,11 @@ import torch
 import transformers
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM
 
 from aft.bits_per_byte import evaluate_split
 from aft.console import one_line
 from aft.drawing import save_figure
+from aft.masking import Masking, make_masking
 from aft.model_code import remove_code
 from aft.model_configs import has_fixed_state, has_length_limit
 from aft.model_pictures import data_of_model, draw_model, draw_receptive_fields, load_models
@@ -33,7 +33,7 @@ from aft.pretraining import sample_text
 from aft.protocols import Protocol
 from aft.redaction import public_path, readable
 from aft.run_log import MEANINGLESS_ELSEWHERE, describe_score, fill_model_card, plot_training_curve, read_log, today
-from aft.saved_models import load_model
+from aft.saved_models import LANGUAGE_MODELS, load_model
 from aft.text_arguments import text_flags
 from aft.text_sources import SPLITS, load_text
 from aft.token_data import TokenData, tokens_at_hand
@@ -41,6 +41,7 @@ from aft.vocabulary import vocabulary_of_model
 
 
 BATCH_SIZE = 16  # windows at once in an evaluation
+MASKING = ("mlm_probability", "mask_unit", "mean_span_length")
 CAPTIONS = {
     "bias-map": "What each layer has learned about positions: its biases.",
     "bias-curve": "The same over the offset t - t', from a query to the keys before it.",
@@ -118,8 +119,11 @@ def describe_company(models: dict) -> str:
     return f" Beside it, {'; '.join(parts)}." if parts else ""
 
 
-def choose_protocols(config, length: int) -> list[Protocol]:
-    """Those that a model trained on windows of `length` bytes is scored by."""
+def choose_protocols(config, arguments: dict) -> list[Protocol]:
+    """Those that a model trained with these flags is scored by."""
+    length = arguments["sequence_length"]
+    if arguments.get("objective") == "masked":
+        return [Protocol("masked", length, **{name: arguments[name] for name in MASKING})]
     protocols = [Protocol("segments", length), Protocol("sliding", length, stride=max(length // 4, 1))]
     if has_fixed_state(config) and not has_length_limit(config):
         protocols.append(Protocol("carried", length))
@@ -128,14 +132,16 @@ def choose_protocols(config, length: int) -> list[Protocol]:
     return protocols
 
 
-def score(model, data: TokenData, splits: tuple[str, ...], protocols: list[Protocol]) -> list[dict]:
+def score(
+    model, data: TokenData, splits: tuple[str, ...], protocols: list[Protocol], masking: Masking | None
+) -> list[dict]:
     """The events of the scores of a model, split by split, with the flags of `aft evaluate` that repeat each."""
     accelerator = Accelerator(mixed_precision="no")
     model = accelerator.prepare(model)
     events = []
     for split in splits:
         for protocol in protocols:
-            result = evaluate_split(model, data, split, accelerator, protocol, BATCH_SIZE)
+            result = evaluate_split(model, data, split, accelerator, protocol, BATCH_SIZE, masking=masking)
             given = {"split": split, **{name: value for name, value in asdict(protocol).items() if value is not None}}
             command = " ".join(f"--{name} {value}" for name, value in given.items())
             events.append({"event": "evaluation", "split": split, **result, "command": command})
@@ -159,7 +165,9 @@ def release(args: argparse.Namespace, argv: list[str]) -> Path:
     transformers.utils.logging.disable_progress_bar()
     text = load_text(args)
     events = check_run(args.run, text.sha256)
-    trained, _ = load_model(AutoModelForCausalLM, args.run, "run:", dtype=torch.float32, trust_remote_code=False)
+    arguments = events[0]["arguments"]
+    auto_class = LANGUAGE_MODELS[arguments.get("objective", "causal")]
+    trained, _ = load_model(auto_class, args.run, "run:", dtype=torch.float32, trust_remote_code=False)
     vocabulary = vocabulary_of_model(args.run, trained.config, "run:", trust_remote_code=False)
     data = tokens_at_hand(text, vocabulary, args.cache_dir)
     beside = load_models(args.beside, "--beside")
@@ -167,28 +175,32 @@ def release(args: argparse.Namespace, argv: list[str]) -> Path:
         name for name, model in beside.items() if {model.config.model_type, trained.config.model_type} != {"aft"}
     ]:
         raise ValueError(f"--beside must be AFT models, for a run of one, got {', '.join(wrong)}")
-    config, final = events[0], events[-1]
-    arguments, name, length = config["arguments"], args.folder.name, config["arguments"]["sequence_length"]
+    config, final, name = events[0], events[-1], args.folder.name
+    protocols, masking = choose_protocols(trained.config, arguments), None
+    if arguments.get("objective") == "masked":
+        masking = make_masking(protocols[0], vocabulary, text.are_documents)
 
     args.folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder.parent, prefix=f".{name}-") as temporary:
         folder = Path(temporary) / name
         save_weights(trained, vocabulary, folder, getattr(torch, args.dtype))
-        stored, _ = load_model(AutoModelForCausalLM, folder, f"--dtype {args.dtype}:", trust_remote_code=False)
+        stored, _ = load_model(auto_class, folder, f"--dtype {args.dtype}:", trust_remote_code=False)
         texts = {name: data, **{key: data_of_model(beside[key], text, args.cache_dir) for key in beside}}
         pictures = draw(name, {name: stored.base_model, **beside}, folder, texts)
         plot_training_curve(events, folder / "training_curve.png")
 
-        scores = score(stored, data, ("test", "valid"), choose_protocols(trained.config, length))
+        scores = score(stored, data, ("test", "valid"), protocols, masking)
         program = ["aft", "evaluate", str(args.folder)]
         program += text_flags(args)
         for event in scores:
             event |= {"step": final["step"], "command": f"{shlex.join(program)} {event['command']}"}
-        [before] = score(trained, data, ("valid",), [Protocol("segments", length)])
+        [before] = score(trained, data, ("valid",), protocols[:1], masking)
         after = next(event for event in scores if event["split"] == "valid")
 
-        sampling = argparse.Namespace(**{**arguments, "sample_bytes": arguments["sample_bytes"] or 300})
-        final = {**final, "model_name": name, "sample": sample_text(stored, vocabulary, sampling)}
+        final = {**final, "model_name": name}
+        if masking is None:
+            sampling = argparse.Namespace(**{**arguments, "sample_bytes": arguments["sample_bytes"] or 300})
+            final["sample"] = sample_text(stored, vocabulary, sampling)
         del final["model_path"]
         config = {**config, "arguments": {k: v for k, v in arguments.items() if k not in MEANINGLESS_ELSEWHERE}}
         released = {

@@ -25,7 +25,10 @@ from aft.redaction import public_path
 CARD_TEMPLATE = Path(__file__).resolve().parent / "model_card_template.md"
 MEANINGLESS_ELSEWHERE = {"training_preset", "imports", *PATHS}  # arguments that no card shows; the command is on it
 HUB_DATASETS = {"enwik8": "LTCB/enwik8"}  # names on the Hub of the known files of raw_files
-LETTERS = {"length": "T", "stride": "S", "stream_length": "L", "refresh_every": "R", "refresh_overlap": "O"}
+LETTERS = {
+    **{"length": "T", "stride": "S", "stream_length": "L", "refresh_every": "R", "refresh_overlap": "O"},
+    **{"mlm_probability": "P", "mask_unit": "unit", "mean_span_length": "mean span"},
+}
 PAPERS = {
     "aft": "an [Attention Free Transformer](https://arxiv.org/abs/2105.14103)",
     "synthesizer": "a [Synthesizer](https://arxiv.org/abs/2005.00743)",
@@ -172,6 +175,7 @@ def card_values(events: list[dict]) -> dict:
     final = next(event for event in reversed(events) if event["event"] == "final")
     one = {event["event"]: event for event in events}  # the last of each kind
     model_type, model_class = config["model"].split(", ")
+    masked = config["arguments"].get("objective") == "masked"
     arguments, fields = (
         "\n".join(
             f"| {name} | `{value}` |"
@@ -185,7 +189,8 @@ def card_values(events: list[dict]) -> dict:
         "path": public_path(one["release"]["folder"] if "release" in one else config["arguments"]["output_dir"]),
         "model_type": model_type,
         "model_class": model_class,
-        "auto_class": "AutoModelForCausalLM",
+        "auto_class": "AutoModelForMaskedLM" if masked else "AutoModelForCausalLM",
+        "masked": masked,
         "parameters": config["parameters"],
         "dataset": config["data"],
         # A log of a version that did not say it has checked the data itself only if it downloaded them.
@@ -232,7 +237,8 @@ def card_metadata(values: dict) -> ModelCardData:
     )
     if values["run"]:
         dataset = values["hub_dataset"]
-        data.tags += ["causal-lm"] if values["tokenizer"] else ["byte-level", "causal-lm"]
+        data.tags += [] if values["tokenizer"] else ["byte-level"]
+        data.tags += ["masked-lm" if values["masked"] else "causal-lm"]
         data.language = (values["release"] or {}).get("language")
         data.datasets = [dataset] if dataset else None
         data.metrics = ["bits_per_byte"]

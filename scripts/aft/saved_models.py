@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig
 
 from aft.console import one_line
 from aft.flags import check_model_name, like_path
@@ -22,6 +22,20 @@ from aft.flags import check_model_name, like_path
 
 with contextlib.suppress(ImportError):  # without the package, --trust_remote_code runs the code beside the weights
     import modeling_aft  # noqa: F401  (registers the model types)
+
+
+# What trains and scores a language model, by its objective.
+LANGUAGE_MODELS = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}
+
+
+def objective_of(config: PreTrainedConfig) -> str:
+    """Of which of the `LANGUAGE_MODELS` a saved model is, by its configuration."""
+    return "masked" if any(name.endswith("ForMaskedLM") for name in config.architectures or ()) else "causal"
+
+
+def without_cache(objective: str) -> dict:
+    """What a language model gets in a forward pass so that it returns no cache; a masked one has none."""
+    return {"use_cache": False} if objective == "causal" else {}
 
 
 def load(

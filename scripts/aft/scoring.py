@@ -12,14 +12,15 @@ import argparse
 
 import transformers
 from accelerate import Accelerator
-from transformers import AutoModelForCausalLM
 
 from aft.atomic_files import write_rows
 from aft.bits_per_byte import evaluate_split
+from aft.masking import make_masking
+from aft.masking_arguments import complete_masking, masking_problems
 from aft.model_configs import has_length_limit
-from aft.protocols import POSITION_COLUMNS, Protocol
+from aft.protocols import CAUSAL, POSITION_COLUMNS, Protocol
 from aft.run_log import describe_protocol, describe_score
-from aft.saved_models import load_config, load_model
+from aft.saved_models import LANGUAGE_MODELS, load_config, load_model, objective_of
 from aft.text_sources import load_text
 from aft.token_data import tokens_at_hand
 from aft.vocabulary import vocabulary_of_model
@@ -31,8 +32,15 @@ def choose_protocol(config, args: argparse.Namespace) -> Protocol:
 
     Raises:
         ValueError: the model has no such length, its position tables end before the protocol does, or a flag does not
-            belong to the protocol or fit the others.
+            belong to the protocol or the model, or fit the others.
     """
+    masked = objective_of(config) == "masked"
+    allowed = ("masked",) if masked else CAUSAL
+    if args.protocol not in (*allowed, None):
+        kind = f"a {'masked' if masked else 'causal'} language model"
+        raise ValueError(f"--protocol must be {' or '.join(allowed)} for {kind}, got {args.protocol!r}")
+    if problems := masking_problems(args, masked, "a masked language model"):
+        raise ValueError("aft evaluate: " + "; ".join(problems))
     limit = getattr(config, "max_position_embeddings", None)
     length = args.length or limit
     if length is None:
@@ -41,7 +49,9 @@ def choose_protocol(config, args: argparse.Namespace) -> Protocol:
     if limit is not None and length > limit:
         raise ValueError(f"--length must be at most max_position_embeddings ({limit}), got {length}")
     stride = max(length // 2, 1) if args.protocol == "sliding" and args.stride is None else args.stride
-    protocol = Protocol(args.protocol, length, stride, args.stream_length, args.refresh_every, args.refresh_overlap)
+    others = (args.stream_length, args.refresh_every, args.refresh_overlap)
+    masking = (args.mlm_probability, args.mask_unit, args.mean_span_length)
+    protocol = Protocol(args.protocol or allowed[0], length, stride, *others, *masking)
     if problems := protocol.problems(limit):
         raise ValueError("aft evaluate: " + "; ".join(problems))
     return protocol
@@ -58,13 +68,20 @@ def evaluate(args: argparse.Namespace) -> dict:
     transformers.utils.logging.disable_progress_bar()
     trust = {"trust_remote_code": args.trust_remote_code}
     config = load_config(args.model, **trust)
+    choose_protocol(config, args)  # before anything is loaded
+    vocabulary, objective, masking = vocabulary_of_model(args.model, config, **trust), objective_of(config), None
+    if objective == "masked":
+        complete_masking(args, vocabulary.is_bytes)
     protocol = choose_protocol(config, args)
-    vocabulary = vocabulary_of_model(args.model, config, **trust)
     accelerator = Accelerator()
     with accelerator.local_main_process_first():
-        data = tokens_at_hand(load_text(args), vocabulary, args.cache_dir)
-    model, _ = load_model(AutoModelForCausalLM, args.model, dtype=args.dtype, **trust)
-    result = evaluate_split(accelerator.prepare(model), data, args.split, accelerator, protocol, args.batch_size)
+        text = load_text(args)
+        data = tokens_at_hand(text, vocabulary, args.cache_dir)
+    if objective == "masked":
+        masking = make_masking(protocol, vocabulary, text.are_documents)
+    model, _ = load_model(LANGUAGE_MODELS[objective], args.model, dtype=args.dtype, **trust)
+    model, options = accelerator.prepare(model), {"masking": masking}
+    result = evaluate_split(model, data, args.split, accelerator, protocol, args.batch_size, **options)
     accelerator.print(f"{args.split}: {describe_score(result)} ({describe_protocol(result)})")
     if args.by_position is not None and accelerator.is_main_process:
         names = {"model": args.model, "split": args.split, "protocol": describe_protocol(result)}

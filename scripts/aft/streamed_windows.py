@@ -57,6 +57,7 @@ class StreamedWindows:
         accelerator: Accelerator,
     ):
         self.text, self.vocabulary, self.length = text, vocabulary, length
+        self.labels_per_window = length
         self.micro_batch_size, self.num_processes = micro_batch_size, accelerator.num_processes
         self.rows_here = batch_size // accelerator.num_processes
         self.process = accelerator.process_index
@@ -149,9 +150,9 @@ class StreamedWindows:
         windows = self.read(step, rows, 1)
         return windows[:, :-1], windows[:, 1:]
 
-    def num_bytes(self, step: int, rows: range) -> int:
-        """How many bytes of text the labels of these rows stand for."""
-        return int(self.read(step, rows, 2)[:, 1:].sum())
+    def sizes(self, step: int, rows: range) -> np.ndarray:
+        """How many bytes of text the labels of these rows stand for, int64 [len(rows), length]."""
+        return self.read(step, rows, 2)[:, 1:]
 
     def file(self, folder: Path) -> Path:
         return folder / f"stream_{self.process}.json"

@@ -58,6 +58,7 @@ class TrainingWindows:
                 f"two and one more, got {self.stream_length}"
             )
         self.windows_per_epoch = self.streams_per_epoch * self.steps_per_stream
+        self.labels_per_window = length
         # A batch touches two epochs at most, unless it is larger than an epoch.
         self.epoch_order = lru_cache(maxsize=2)(self.epoch_order)
 
@@ -88,9 +89,9 @@ class TrainingWindows:
         windows = np.stack([self.read(start, start + self.length + 1) for start in starts]).astype(np.int64)
         return windows[:, :-1], windows[:, 1:]
 
-    def num_bytes(self, step: int, rows: range) -> int:
-        """How many bytes of text the labels of these rows stand for."""
+    def sizes(self, step: int, rows: range) -> np.ndarray:
+        """How many bytes of text the labels of these rows stand for, int64 [len(rows), length]."""
         if self.read_sizes is None:
-            return len(rows) * self.length
+            return np.ones((len(rows), self.length), dtype=np.int64)
         starts = [self.start(step, row) + 1 for row in rows]
-        return sum(int(self.read_sizes(start, start + self.length).sum()) for start in starts)
+        return np.stack([self.read_sizes(start, start + self.length) for start in starts]).astype(np.int64)

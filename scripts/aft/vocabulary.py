@@ -26,18 +26,22 @@ from aft.saved_models import load
 
 
 END_OF_TEXT = "<|endoftext|>"
+MASK_TOKEN = "[MASK]"
 BYTE_END = 255  # the id of the end of a text in a model of bytes: no text in UTF-8 has this byte
+WHITESPACE = b" \t\n\r\f\v"
+SPACE_MARKS = "\u2581\u0120\u010a\u0109\u010d \n\t\r"  # what SentencePiece and byte-level BPE write for whitespace
 MOST_TRAINING_CHARACTERS = 200_000_000  # of the text that a BPE is trained on
 
 
-def byte_tokenizer(config):
+def byte_tokenizer(config, mask: int | None = None):
     """
-    The `ByteTokenizer` of a model of 256 bytes. Only the models of this package need no row for padding; others pad
-    with the byte that ends a text, which UTF-8 never has.
+    The `ByteTokenizer` of a model of 256 bytes, and of a mask token if it has one. Only the models of this package
+    need no row for padding; others pad with the byte that ends a text, which UTF-8 never has.
     """
     from modeling_aft import ByteTokenizer  # what else is here runs without the package
 
-    return ByteTokenizer() if hasattr(config, "has_position_table") else ByteTokenizer(pad_token=END_OF_TEXT)
+    options = {} if hasattr(config, "has_position_table") else {"pad_token": END_OF_TEXT}
+    return ByteTokenizer(**options) if mask is None else ByteTokenizer(mask_token=MASK_TOKEN, **options)
 
 
 def rows_needed(tokenizer, config) -> int:
@@ -65,11 +69,21 @@ def character_ends(text: str) -> np.ndarray:
 
 
 class ByteVocabulary:
-    """Bytes as tokens: an id is the value of a byte."""
+    """
+    Bytes as tokens: an id is the value of a byte.
 
-    name, size, end, is_bytes = "bytes", 256, BYTE_END, True
+    Args:
+        masks (`bool`): whether there is a mask token too, which stands in no text. Its id is 256.
+    """
+
+    name, end, is_bytes = "bytes", BYTE_END, True
     fingerprint = "bytes"
     is_exact = True
+
+    def __init__(self, masks: bool = False):
+        self.mask = 256 if masks else None
+        self.size = 257 if masks else 256
+        self.text_ids = np.arange(256)
 
     def encode(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """For each text the ids of its tokens, and the bytes that each stands for, here 1: [tokens] of integers."""
@@ -84,9 +98,14 @@ class ByteVocabulary:
         """The bytes that ids stand for."""
         return bytes(ids)
 
+    def word_starts(self, ids: np.ndarray) -> np.ndarray:
+        """Which bytes begin a word, bool [T]: words end where spaces begin, and have those before them."""
+        is_space = np.isin(ids, list(WHITESPACE))
+        return is_space & ~np.concatenate([[False], is_space[:-1]])
+
     def save(self, folder: Path, config) -> None:
         """Writes the tokenizer of a model to its folder, after the model, of which it takes the limit of length."""
-        byte_tokenizer(config).save_pretrained(folder)
+        byte_tokenizer(config, self.mask).save_pretrained(folder)
 
 
 class TokenizerVocabulary:
@@ -100,6 +119,8 @@ class TokenizerVocabulary:
     Attributes:
         size (`int`): how many ids a text can have in a model of this package.
         end (`int`, *optional*): the id of the token between two documents; None if the tokenizer has none.
+        mask (`int`, *optional*): the id of the mask token; None if the tokenizer has none.
+        text_ids (`np.ndarray`): the ids of the tokens that a text can have, without special ones, int64.
         fingerprint (`str`): of all that decides which ids a text gets.
         is_exact (`bool`): whether what was encoded could be decoded to the same text; else bits per byte are those of
             less than the text.
@@ -122,7 +143,17 @@ class TokenizerVocabulary:
         self.backend.no_truncation()
         self.backend.encode_special_tokens = True  # what a text has is text, even if it looks like a special token
         self.end = next((i for i in (tokenizer.eos_token_id, tokenizer.sep_token_id) if i is not None), None)
-        self.size = 1 + max(tokenizer.get_vocab().values())
+        self.mask = tokenizer.mask_token_id
+        names = {i: token for token, i in tokenizer.get_vocab().items()}
+        self.size = 1 + max(names)
+        self.text_ids = np.array(sorted({*names} - {*tokenizer.all_special_ids}))
+        self.starts = np.zeros(self.size, dtype=bool)
+        # Of WordPiece the others go on with a word; elsewhere spaces are part of the tokens, by the characters that
+        # SentencePiece and byte-level BPE have for them.
+        model = self.backend.model
+        goes_on = getattr(model, "continuing_subword_prefix", None) if isinstance(model, models.WordPiece) else None
+        for i, name in names.items():
+            self.starts[i] = name[:1] in SPACE_MARKS if goes_on is None else not name.startswith(goes_on)
         self.fingerprint = hashlib.sha256(f"{self.backend.to_str()} {self.end}".encode()).hexdigest()
         self.is_exact = True
 
@@ -166,6 +197,10 @@ class TokenizerVocabulary:
             "utf-8", "surrogatepass"
         )
 
+    def word_starts(self, ids: np.ndarray) -> np.ndarray:
+        """Which tokens begin a word, bool [T]."""
+        return self.starts[ids]
+
     def save(self, folder: Path, config) -> None:
         """Writes the tokenizer to the folder of a model, with the limit of length that the model has."""
         given, limit = self.tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)
@@ -195,7 +230,7 @@ def load_vocabulary(name: str, flag: str = "--tokenizer", **options) -> Tokenize
         return TokenizerVocabulary(tokenizer, f"{flag} {name}")
     tokenizer = load(AutoTokenizer, name, flag, what="tokenizer", file="tokenizer_config.json", **options)
     if is_byte_tokenizer(tokenizer):
-        return ByteVocabulary()
+        return ByteVocabulary(masks=tokenizer.mask_token_id == 256)
     return TokenizerVocabulary(tokenizer, f"{flag} {name}")
 
 
@@ -223,15 +258,15 @@ def vocabulary_of_model(name: str | Path, config, flag: str = "--model", **optio
     size = vocabulary.size if isinstance(vocabulary, ByteVocabulary) else rows_needed(vocabulary.tokenizer, config)
     if rows is not None and size > rows:
         raise ValueError(f"{flag} {name}: its tokenizer must have at most its vocab_size, {rows}, of ids, got {size}")
-    if isinstance(vocabulary, ByteVocabulary) and rows != 256:
-        raise ValueError(f"{flag} {name}: must have a vocab_size of 256 for its tokenizer of bytes, got {rows}")
+    if isinstance(vocabulary, ByteVocabulary) and rows != size:
+        raise ValueError(f"{flag} {name}: must have a vocab_size of {size} for its tokenizer of bytes, got {rows}")
     return vocabulary
 
 
-def train_bpe(texts: Iterable[list[str]], size: int) -> PreTrainedTokenizerFast:
+def train_bpe(texts: Iterable[list[str]], size: int, masks: bool = False) -> PreTrainedTokenizerFast:
     """
-    A byte-level BPE of `size` tokens, as GPT-2 has it: all bytes, the end of a text, and the pairs that are the most
-    frequent. What it encodes can be decoded exactly.
+    A byte-level BPE of `size` tokens, as GPT-2 has it: all bytes, the end of a text, a mask token if it `masks`, and
+    the pairs that are the most frequent. What it encodes can be decoded exactly.
 
     Args:
         texts: lists of texts, of which the first `MOST_TRAINING_CHARACTERS` characters are read.
@@ -245,7 +280,7 @@ def train_bpe(texts: Iterable[list[str]], size: int) -> PreTrainedTokenizerFast:
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
         vocab_size=size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=[END_OF_TEXT, MASK_TOKEN] if masks else [END_OF_TEXT],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -262,21 +297,24 @@ def train_bpe(texts: Iterable[list[str]], size: int) -> PreTrainedTokenizerFast:
     tokenizer.train_from_iterator(first_texts(), trainer)
     if (found := tokenizer.get_vocab_size()) != size:
         raise ValueError(f"--vocab_size must be at most {found}, the tokens that this text gives, got {size}")
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
+    mask = {"mask_token": MASK_TOKEN} if masks else {}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT, **mask)
 
 
-def trained_vocabulary(text, size: int, cache_dir: str | Path) -> TokenizerVocabulary:
+def trained_vocabulary(text, size: int, cache_dir: str | Path, masks: bool = False) -> TokenizerVocabulary:
     """
     The BPE of `size` tokens of the train split of a text, which is kept in `cache_dir` by the content of the text.
+    The arguments are those of `train_bpe`.
 
     Raises:
         ValueError: the text does not give so many tokens.
         OSError: it cannot be written.
     """
-    key = hashlib.sha256(json.dumps([text.sha256, size, MOST_TRAINING_CHARACTERS]).encode()).hexdigest()
+    parts = [text.sha256, size, MOST_TRAINING_CHARACTERS, *([MASK_TOKEN] if masks else [])]
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     folder = Path(cache_dir) / f"bpe-{key}"
     if not (folder / "tokenizer.json").is_file():
-        tokenizer = train_bpe(text.training_texts(), size)
+        tokenizer = train_bpe(text.training_texts(), size, masks)
         with new_folder(folder, replace=folder.exists()) as new:  # one that is not whole
             tokenizer.save_pretrained(new)
     vocabulary = load_vocabulary(str(folder))
@@ -286,11 +324,12 @@ def trained_vocabulary(text, size: int, cache_dir: str | Path) -> TokenizerVocab
 
 
 def make_vocabulary(args, text):
-    """The vocabulary that `--tokenizer` names, for a text."""
+    """The vocabulary that `--tokenizer` names, for a text and an objective."""
+    masks = args.objective == "masked"
     if args.tokenizer == "bytes":
-        return ByteVocabulary()
+        return ByteVocabulary(masks)
     if args.tokenizer == "bpe":
-        return trained_vocabulary(text, args.vocab_size, args.cache_dir)
+        return trained_vocabulary(text, args.vocab_size, args.cache_dir, masks)
     return load_vocabulary(args.tokenizer)
 
 
@@ -299,8 +338,12 @@ def asked_size(args) -> int:
     How many ids the tokens of `--tokenizer` have, before there is a text.
 
     Raises:
-        ValueError: it does not load.
+        ValueError: it does not load, or has no mask token where one is needed.
     """
+    masks = args.objective == "masked"
     if args.tokenizer in ("bytes", "bpe"):
-        return args.vocab_size if args.tokenizer == "bpe" else ByteVocabulary.size
-    return load_vocabulary(args.tokenizer).size
+        return args.vocab_size if args.tokenizer == "bpe" else ByteVocabulary(masks).size
+    vocabulary = load_vocabulary(args.tokenizer)
+    if masks and vocabulary.mask is None:
+        raise ValueError(f"--tokenizer {args.tokenizer}: must have a mask token for --objective masked")
+    return vocabulary.size

@@ -7,8 +7,8 @@
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
 """
-Bits per byte of a causal language model on a split of a text, by a named protocol. Every byte is scored once, by the
-token that ends with it or after it; lengths are counted in tokens, which of many models are bytes.
+Bits per byte of a language model on a split of a text, by a named protocol. Every byte is scored once, by the token
+that ends with it or after it; lengths are counted in tokens, which of many models are bytes.
 
     aft evaluate runs/tiny --split test --protocol segments --length 256
     aft evaluate runs/tiny --dataset_path FILE --protocol sliding --length 256 --stride 64
@@ -21,6 +21,9 @@ token that ends with it or after it; lengths are counted in tokens, which of man
   the state is carried from one to the next, so that a token is predicted from all of its stream before it.
 - `refreshed`: one stream, in which the model starts anew before it would read more than R tokens, and reads the last O
   again: a token is predicted from O + 1 to R tokens before it. It reads R / (R - O) times the stream.
+- `masked`, of a masked language model: independent windows of T tokens, of which a share of P is replaced by the mask
+  token. Only what is hidden is scored, each token from all that is not. What is hidden depends on the place of the
+  window alone, so that models with the same tokens are asked the same.
 
 No score depends on --batch_size or the number of processes, which say how many windows or streams are read at once;
 nor do those of `carried` and `refreshed` on T, how many tokens of each. --by_position tells the same by the position
@@ -34,6 +37,7 @@ from pathlib import Path
 
 from aft.console import any_text
 from aft.flags import DTYPES, FlagParser, check_model_name, import_files
+from aft.masking_arguments import MaskingArguments, masking_problems
 from aft.protocols import PROTOCOLS
 from aft.text_arguments import TextArguments, complete_text_arguments, text_problems
 
@@ -47,9 +51,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """
     parser = FlagParser("evaluate", __doc__)
     parser.add_fields(TextArguments)
+    parser.add_fields(MaskingArguments)
     parser.add_argument("model", help="folder of a saved model, or a name on the Hub")
     parser.add_argument("--split", default="test", help="train, valid or test (default)")
-    parser.add_argument("--protocol", default="segments", help="segments (default), sliding, carried or refreshed")
+    parser.add_argument(
+        "--protocol", help="segments (default), sliding, carried or refreshed; masked (default) of a masked model"
+    )
     parser.add_argument("--length", type=int, help="T in tokens (default: max_position_embeddings)")
     parser.add_argument("--stride", type=int, help="S of sliding, in tokens (default: half of T)")
     parser.add_argument("--stream_length", type=int, help="L of carried, in tokens (default: the whole range)")
@@ -66,14 +73,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         if getattr(args, name) is not None and getattr(args, name) < 1
     ]
     problems += [
-        f"--{name} must be one of {', '.join(choices)}, got {getattr(args, name)!r}"
+        f"--{name} must be one of {', '.join(filter(None, choices))}, got {getattr(args, name)!r}"
         for name, choices in (
             ("split", ("train", "valid", "test")),
-            ("protocol", PROTOCOLS),
+            ("protocol", (*PROTOCOLS, None)),
             ("dtype", ("auto", *DTYPES)),
         )
         if getattr(args, name) not in choices
     ]
+    is_masked = None if args.protocol is None else args.protocol == "masked"
+    problems += masking_problems(args, is_masked, "--protocol masked")
     complete_text_arguments(args)
     problems += text_problems(args)
     if args.streaming and args.split == "train":

@@ -18,6 +18,7 @@ each of them. batch_size counts windows over all processes and accumulated micro
 pure function of seed and step, so processes and micro-batches change only the rounding. Dropout is seeded by seed,
 step and process, so a resumed run continues exactly. With --carry_state a row of the batch reads stream_length bytes
 in order, and goes on with the state that the step before has left; checkpoints hold these states.
+With --objective masked the model is bidirectional, and the labels are the tokens that are hidden from it.
 
 output_dir gets run.jsonl, checkpoints/ and training_curve.png, and at the end everything that from_pretrained needs:
 config, weights, tokenizer, generation config, and a model card (README.md) made from run.jsonl. A run holds the folder
