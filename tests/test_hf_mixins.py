@@ -170,9 +170,15 @@ OTHER_MIXINS = {
 }
 
 
+# What no variant could change, and takes long: the first class of tests of each family has it alone.
+ONCE = ("test_bc_torch_dtype",)
+FIRST = ("TestAFTFullCausal", "TestSynthesizerDenseCausal")
+
+
 LISTED_SKIPS = SKIPPED + (SKIPPED_OF_CHECKOUT if CHECKOUT else SKIPPED_WITHOUT_CHECKOUT)
 for class_name, (variant, is_decoder) in CLASSES.items():
-    globals()[class_name] = make_test_class(class_name, variant, is_decoder, LISTED_SKIPS)
+    left_out = () if class_name in FIRST else ONCE
+    globals()[class_name] = make_test_class(class_name, variant, is_decoder, LISTED_SKIPS, left_out)
 
 
 def test_every_listed_skip_covers_a_test():
