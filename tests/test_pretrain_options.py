@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM
 from aft import pretraining
 from aft.averaging import WeightAverage
 from aft.commands.pretrain import main
+from aft.pretraining import next_commands
+from aft.pretraining_arguments import parse_arguments
 from aft.run_log import read_log
 
 
@@ -210,6 +212,19 @@ def test_a_preset_gives_way_to_a_model_to_begin_with(inputs, trained, tmp_path):
     (tmp_path / "preset.yaml").write_text("model_preset: nowhere.json\n")
     more = {"model_preset": None, "init_from": trained, "max_steps": 1, "training_preset": tmp_path / "preset.yaml"}
     main(flags(inputs, tmp_path / "run", **more))
+
+
+# What is said at the end
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [([], "aft evaluate runs/a"), (["--dataset_path", "notes.txt"], "aft evaluate runs/a --dataset_path notes.txt")],
+    ids=["text-at-hand", "file"],
+)
+def test_the_next_commands_score_the_same_text(text, expected):
+    commands = next_commands(parse_arguments(["--output_dir", "runs/a", *text])).splitlines()
+    assert any(line.endswith(expected) for line in commands)
 
 
 # Trackers

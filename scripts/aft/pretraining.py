@@ -446,8 +446,7 @@ class Run:
 def next_commands(args: argparse.Namespace) -> str:
     """What to type when a run has ended: three commands for its model."""
     aft, folder = program(), shlex.quote(args.output_dir)
-    text = shlex.join(text_flags(args)) or "--dataset FILE"
-    evaluation = f"{aft} evaluate {folder} {text}"
+    evaluation = f"{aft} evaluate {folder} {shlex.join(text_flags(args))}".rstrip()
     tuning = f"{aft} finetune --model {folder} --{{}} FILE --output_dir {folder}-tuned"
     if args.objective == "masked":
         commands = [evaluation, tuning.format("labelled_file"), f"{aft} push --help"]
