@@ -10,6 +10,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -141,6 +142,8 @@ class MaskedWindows:
         self.windows, self.masking, self.seed = windows, masking, seed
         self.length, self.windows_per_epoch = windows.length, windows.windows_per_epoch
         self.labels_per_window = masking.count(windows.length)
+        # A step asks for its batch and for the sizes of its labels: it is hidden once.
+        self.batch = lru_cache(maxsize=1)(self.batch)
 
     def batch(self, step: int, rows: range) -> tuple[np.ndarray, np.ndarray]:
         """

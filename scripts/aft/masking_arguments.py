@@ -31,6 +31,11 @@ class MaskingArguments:
     )
 
 
+def masking_settings(args: argparse.Namespace) -> dict:
+    """The values of these flags, by the names that `Protocol` has for them too."""
+    return {entry.name: getattr(args, entry.name) for entry in fields(MaskingArguments)}
+
+
 def masking_problems(args: argparse.Namespace, masked: bool, needed: str) -> list[str]:
     """
     What is wrong with these flags.
@@ -46,8 +51,8 @@ def masking_problems(args: argparse.Namespace, masked: bool, needed: str) -> lis
             problems.append(f"--{name} must be {allowed}, got {getattr(args, name)!r}")
 
     if masked is False:
-        for entry in fields(MaskingArguments):
-            check(getattr(args, entry.name) is None, entry.name, f"left out without {needed}")
+        for name, value in masking_settings(args).items():
+            check(value is None, name, f"left out without {needed}")
         return problems
     probability, length = args.mlm_probability, args.mean_span_length
     check(probability is None or 0 < probability < 1, "mlm_probability", "in (0, 1)")

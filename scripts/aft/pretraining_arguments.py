@@ -16,7 +16,7 @@ from pathlib import Path
 
 from aft.atomic_files import check_file
 from aft.flags import IMPORT_HELP, FlagParser, check_model_name, find_preset, flag, import_files
-from aft.masking_arguments import MaskingArguments, masking_problems
+from aft.masking_arguments import MaskingArguments, masking_problems, masking_settings
 from aft.protocols import CAUSAL, Protocol
 from aft.redaction import public_address, public_path, readable
 from aft.settings_files import read_yaml
@@ -291,8 +291,7 @@ def evaluation_protocol(args: argparse.Namespace) -> Protocol:
     """The protocol of the evaluations of a run. A stride is always there, as half of T, and read by sliding alone."""
     stride = args.eval_stride if args.eval_protocol == "sliding" else None
     others = (args.eval_stream_length, args.eval_refresh_every, args.eval_refresh_overlap)
-    masking = (args.mlm_probability, args.mask_unit, args.mean_span_length)
-    return Protocol(args.eval_protocol, args.sequence_length, stride, *others, *masking)
+    return Protocol(args.eval_protocol, args.sequence_length, stride, *others, **masking_settings(args))
 
 
 def flag_problems(args: argparse.Namespace) -> list[str]:

@@ -26,6 +26,7 @@ from aft.bits_per_byte import evaluate_split
 from aft.console import one_line
 from aft.drawing import save_figure
 from aft.masking import Masking, make_masking
+from aft.masking_arguments import masking_settings
 from aft.model_code import remove_code
 from aft.model_configs import has_fixed_state, has_length_limit
 from aft.model_pictures import data_of_model, draw_model, draw_receptive_fields, load_models
@@ -41,7 +42,6 @@ from aft.vocabulary import vocabulary_of_model
 
 
 BATCH_SIZE = 16  # windows at once in an evaluation
-MASKING = ("mlm_probability", "mask_unit", "mean_span_length")
 CAPTIONS = {
     "bias-map": "What each layer has learned about positions: its biases.",
     "bias-curve": "The same over the offset t - t', from a query to the keys before it.",
@@ -123,7 +123,7 @@ def choose_protocols(config, arguments: dict) -> list[Protocol]:
     """Those that a model trained with these flags is scored by."""
     length = arguments["sequence_length"]
     if arguments.get("objective") == "masked":
-        return [Protocol("masked", length, **{name: arguments[name] for name in MASKING})]
+        return [Protocol("masked", length, **masking_settings(argparse.Namespace(**arguments)))]
     protocols = [Protocol("segments", length), Protocol("sliding", length, stride=max(length // 4, 1))]
     if has_fixed_state(config) and not has_length_limit(config):
         protocols.append(Protocol("carried", length))

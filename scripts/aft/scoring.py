@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from aft.atomic_files import write_rows
 from aft.bits_per_byte import evaluate_split
 from aft.masking import make_masking
-from aft.masking_arguments import complete_masking, masking_problems
+from aft.masking_arguments import complete_masking, masking_problems, masking_settings
 from aft.model_configs import has_length_limit
 from aft.protocols import CAUSAL, POSITION_COLUMNS, Protocol
 from aft.run_log import describe_protocol, describe_score
@@ -50,8 +50,7 @@ def choose_protocol(config, args: argparse.Namespace) -> Protocol:
         raise ValueError(f"--length must be at most max_position_embeddings ({limit}), got {length}")
     stride = max(length // 2, 1) if args.protocol == "sliding" and args.stride is None else args.stride
     others = (args.stream_length, args.refresh_every, args.refresh_overlap)
-    masking = (args.mlm_probability, args.mask_unit, args.mean_span_length)
-    protocol = Protocol(args.protocol or allowed[0], length, stride, *others, *masking)
+    protocol = Protocol(args.protocol or allowed[0], length, stride, *others, **masking_settings(args))
     if problems := protocol.problems(limit):
         raise ValueError("aft evaluate: " + "; ".join(problems))
     return protocol
@@ -68,16 +67,15 @@ def evaluate(args: argparse.Namespace) -> dict:
     transformers.utils.logging.disable_progress_bar()
     trust = {"trust_remote_code": args.trust_remote_code}
     config = load_config(args.model, **trust)
-    choose_protocol(config, args)  # before anything is loaded
-    vocabulary, objective, masking = vocabulary_of_model(args.model, config, **trust), objective_of(config), None
-    if objective == "masked":
-        complete_masking(args, vocabulary.is_bytes)
     protocol = choose_protocol(config, args)
+    vocabulary, objective, masking = vocabulary_of_model(args.model, config, **trust), objective_of(config), None
     accelerator = Accelerator()
     with accelerator.local_main_process_first():
         text = load_text(args)
         data = tokens_at_hand(text, vocabulary, args.cache_dir)
     if objective == "masked":
+        complete_masking(args, vocabulary.is_bytes)
+        protocol = choose_protocol(config, args)
         masking = make_masking(protocol, vocabulary, text.are_documents)
     model, _ = load_model(LANGUAGE_MODELS[objective], args.model, dtype=args.dtype, **trust)
     model, options = accelerator.prepare(model), {"masking": masking}
