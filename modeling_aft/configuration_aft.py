@@ -10,7 +10,7 @@
 
 import math
 
-from .configuration_common import ACTIVATIONS, MixerConfig, strict_config
+from .configuration_common import ACTIVATIONS, MixerConfig, TextMixerConfig, strict_config
 from .ops_state import QUERY_ACTIVATIONS
 
 
@@ -20,7 +20,55 @@ DECAYS = ("learned", "fixed")
 
 
 @strict_config
-class AFTConfig(MixerConfig):
+class AFTMixerConfig(MixerConfig):
+    """Fields of AFT's mixers, over text and images; see [`AFTConfig`] and [`AFTVisionConfig`], which document them."""
+
+    aft_type: str = "local"
+    window_size: int = 32
+    position_bias_rank: int | None = 256
+    position_bias_type: str = "absolute"
+    query_activation: str = "sigmoid"
+    key_activation: str = "none"
+    conv_reparameterization: bool = True
+
+    @property
+    def key_width(self) -> int:
+        """The number of key channels of a layer."""
+        return self.num_attention_heads if self.aft_type == "conv" else self.hidden_size
+
+    @property
+    def has_bias_table(self) -> bool:
+        """Whether the position biases are a table of positions, which ends."""
+        is_local = self.aft_type == "local" and self.position_bias_type == "absolute" and self.window_size > 0
+        return self.aft_type == "full" or is_local
+
+    def _problems(self) -> list[str]:
+        problems = super()._problems()
+        if self.aft_type not in AFT_TYPES:
+            problems.append(self._problem("aft_type", f"one of {', '.join(AFT_TYPES)}"))
+        if self.position_bias_rank is not None and self.position_bias_rank < 1:
+            problems.append(self._problem("position_bias_rank", "None or at least 1"))
+        if self.window_size < 0:
+            problems.append(self._problem("window_size", "at least 0"))
+        if self.position_bias_type not in POSITION_BIAS_TYPES:
+            problems.append(self._problem("position_bias_type", f"one of {', '.join(POSITION_BIAS_TYPES)}"))
+        relative = self.aft_type == "local" and self.position_bias_type == "relative"
+        if self.aft_type != "local" and self.position_bias_type == "relative":
+            problems.append(self._problem("position_bias_type", f"absolute for aft_type={self.aft_type!r}"))
+        if self.aft_type == "local" and not relative and self.window_size > self.max_position_embeddings:
+            allowed = f"at most max_position_embeddings ({self.max_position_embeddings})"
+            problems.append(self._problem("window_size", allowed))
+        if self.query_activation not in QUERY_ACTIVATIONS:
+            problems.append(self._problem("query_activation", f"one of {', '.join(QUERY_ACTIVATIONS)}"))
+        if self.key_activation not in ACTIVATIONS:
+            problems.append(self._problem("key_activation", f"one of {', '.join(ACTIVATIONS)}"))
+        if self.aft_type == "conv" or relative:
+            problems += self._heads_problem()
+        return problems
+
+
+@strict_config
+class AFTConfig(AFTMixerConfig, TextMixerConfig):
     r"""
     Configuration of [`AFTModel`] and [`AFTForCausalLM`]. The defaults are the 12-layer AFT-local-32 of the paper's
     Enwik8 table (byte vocabulary, T = 1024).
@@ -118,16 +166,9 @@ class AFTConfig(MixerConfig):
 
     model_type = "aft"
 
-    aft_type: str = "local"
-    window_size: int = 32
-    position_bias_rank: int | None = 256
-    position_bias_type: str = "absolute"
     decay: str | None = None
     decay_min_half_life: float | int = 4.0
     decay_max_half_life: float | int = 4096.0
-    query_activation: str = "sigmoid"
-    key_activation: str = "none"
-    conv_reparameterization: bool = True
 
     @property
     def layer_types(self) -> list[str]:
@@ -142,30 +183,12 @@ class AFTConfig(MixerConfig):
         return (*super()._state_fields, "aft_type", *of_type.get(self.aft_type, ()), *decay, *keys)
 
     @property
-    def key_width(self) -> int:
-        """The number of key channels of a layer."""
-        return self.num_attention_heads if self.aft_type == "conv" else self.hidden_size
-
-    @property
     def has_position_table(self) -> bool:
         """Whether some learned table ends at `max_position_embeddings`."""
-        if self.position_embedding_type == "learned" or self.aft_type == "full":
-            return True
-        return self.aft_type == "local" and self.position_bias_type == "absolute" and self.window_size > 0
+        return self.position_embedding_type == "learned" or self.has_bias_table
 
     def _problems(self) -> list[str]:
         problems = super()._problems()
-        if self.aft_type not in AFT_TYPES:
-            problems.append(self._problem("aft_type", f"one of {', '.join(AFT_TYPES)}"))
-        if self.position_bias_rank is not None and self.position_bias_rank < 1:
-            problems.append(self._problem("position_bias_rank", "None or at least 1"))
-        if self.window_size < 0:
-            problems.append(self._problem("window_size", "at least 0"))
-        if self.position_bias_type not in POSITION_BIAS_TYPES:
-            problems.append(self._problem("position_bias_type", f"one of {', '.join(POSITION_BIAS_TYPES)}"))
-        relative = self.aft_type == "local" and self.position_bias_type == "relative"
-        if self.aft_type != "local" and self.position_bias_type == "relative":
-            problems.append(self._problem("position_bias_type", f"absolute for aft_type={self.aft_type!r}"))
         if self.decay is not None and self.decay not in DECAYS:
             problems.append(self._problem("decay", f"None or one of {', '.join(DECAYS)}"))
         if self.decay is not None and self.aft_type == "full":
@@ -175,15 +198,6 @@ class AFTConfig(MixerConfig):
         if not self.decay_min_half_life <= self.decay_max_half_life < math.inf:
             allowed = f"at least decay_min_half_life ({self.decay_min_half_life}) and finite"
             problems.append(self._problem("decay_max_half_life", allowed))
-        if self.aft_type == "local" and not relative and self.window_size > self.max_position_embeddings:
-            allowed = f"at most max_position_embeddings ({self.max_position_embeddings})"
-            problems.append(self._problem("window_size", allowed))
-        if self.query_activation not in QUERY_ACTIVATIONS:
-            problems.append(self._problem("query_activation", f"one of {', '.join(QUERY_ACTIVATIONS)}"))
-        if self.key_activation not in ACTIVATIONS:
-            problems.append(self._problem("key_activation", f"one of {', '.join(ACTIVATIONS)}"))
-        if self.aft_type == "conv" or relative:
-            problems += self._heads_problem()
         return problems
 
 

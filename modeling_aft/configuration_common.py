@@ -6,7 +6,7 @@
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
-"""The configuration fields that both model families share, and their checks."""
+"""The configuration fields that the model families share, and their checks."""
 
 import json
 import math
@@ -48,35 +48,20 @@ def strict_config(config_class):
 
 @strict_config
 class MixerConfig(PreTrainedConfig):
-    """Fields of every model in the package; see [`AFTConfig`] and [`SynthesizerConfig`], which document them."""
+    """Fields of every model in the package, of whatever it is made: those of its blocks."""
 
-    # What Trainer does not gather from the outputs: the cache, by the names that releases of transformers give it.
-    keys_to_ignore_at_inference = ["past_key_values", "cache"]
-    # The fields that decide what a state means.
-    _state_fields = ("model_type", "hidden_size", "num_hidden_layers", "position_embedding_type")
-
-    vocab_size: int = 256
     hidden_size: int = 512
     num_hidden_layers: int = 12
     intermediate_size: int | None = None
     hidden_act: str = "gelu"
-    max_position_embeddings: int = 1024
     num_attention_heads: int = 1
-    position_embedding_type: str = "learned"
     hidden_dropout_prob: float | int = 0.1
     norm_type: str = "layer"
     layer_norm_eps: float = 1e-5
     linear_fan_in: int | None = None
     linear_activation: str = "none"
     qkv_bias: bool = False
-    lm_head_bias: bool = False
     initializer_range: float = 0.02
-    tie_word_embeddings: bool = True
-    use_cache: bool = True
-    is_decoder: bool = True
-    pad_token_id: int | None = None
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         """As the library's; with the code of the models, so that the folder serves every Auto class of the family,
@@ -93,14 +78,6 @@ class MixerConfig(PreTrainedConfig):
             repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
             self.push_to_hub(repo_id, **kwargs)
 
-    @property
-    def state_kind(self) -> str:
-        """What the caches of such models have in common, as JSON: no other fits (not serialised)."""
-        fields = {name: getattr(self, name) for name in self._state_fields}
-        if self.has_position_table:
-            fields["max_position_embeddings"] = self.max_position_embeddings
-        return json.dumps(fields)
-
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         self.validate_fields()
@@ -108,33 +85,17 @@ class MixerConfig(PreTrainedConfig):
     def validate_layer_type(self):
         """Replaces the check of the base class, which knows only the layer types of the library."""
 
-    def validate_token_ids(self):
-        """The check of the base class, which warns of ids beyond the vocabulary, where that of padding is within it:
-        beyond it, no byte is lost to padding."""
-        if self.pad_token_id is None or self.pad_token_id < self.vocab_size:
-            super().validate_token_ids()
-
     def validate_fields(self):
         """Raises one ValueError that lists every field with a value that is not allowed."""
         if problems := self._problems():
             raise ValueError(f"{type(self).__name__}: " + "; ".join(problems) + ".")
 
     def _problems(self) -> list[str]:
-        problems = [
-            self._problem(name, "at least 1")
-            for name in ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings")
-            if getattr(self, name) < 1
-        ]
-        if self.num_attention_heads < 1:
-            problems.append(self._problem("num_attention_heads", "at least 1"))
+        problems = self._below_one("hidden_size", "num_hidden_layers", "num_attention_heads")
         if self.intermediate_size is not None and self.intermediate_size < 1:
             problems.append(self._problem("intermediate_size", "None or at least 1"))
         if self.hidden_act not in ACT2FN:
             problems.append(self._problem("hidden_act", "a name in transformers.activations.ACT2FN"))
-        if self.position_embedding_type not in POSITION_EMBEDDING_TYPES:
-            problems.append(self._problem("position_embedding_type", f"one of {', '.join(POSITION_EMBEDDING_TYPES)}"))
-        if self.position_embedding_type == "sinusoidal" and self.hidden_size % 2:
-            problems.append(self._problem("hidden_size", "even with sinusoidal position embeddings"))
         if self.norm_type not in NORM_TYPES:
             problems.append(self._problem("norm_type", f"one of {', '.join(NORM_TYPES)}"))
         if self.linear_fan_in is not None and self.linear_fan_in < 1:
@@ -152,8 +113,55 @@ class MixerConfig(PreTrainedConfig):
     def _problem(self, name: str, allowed: str) -> str:
         return f"`{name}` must be {allowed}, got {getattr(self, name)!r}"
 
+    def _below_one(self, *names: str) -> list[str]:
+        """What is wrong with numbers that have to be at least 1."""
+        return [self._problem(name, "at least 1") for name in names if getattr(self, name) < 1]
+
     def _heads_problem(self) -> list[str]:
         """What is wrong where the heads share out the channels."""
         if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads == 0:
             return []
         return [self._problem("num_attention_heads", f"a divisor of hidden_size ({self.hidden_size})")]
+
+
+@strict_config
+class TextMixerConfig(MixerConfig):
+    """Fields of every model of text; see [`AFTConfig`] and [`SynthesizerConfig`], which document them."""
+
+    # What Trainer does not gather from the outputs: the cache, by the names that releases of transformers give it.
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
+    # The fields that decide what a state means.
+    _state_fields = ("model_type", "hidden_size", "num_hidden_layers", "position_embedding_type")
+
+    vocab_size: int = 256
+    max_position_embeddings: int = 1024
+    position_embedding_type: str = "learned"
+    lm_head_bias: bool = False
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    is_decoder: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    @property
+    def state_kind(self) -> str:
+        """What the caches of such models have in common, as JSON: no other fits (not serialised)."""
+        fields = {name: getattr(self, name) for name in self._state_fields}
+        if self.has_position_table:
+            fields["max_position_embeddings"] = self.max_position_embeddings
+        return json.dumps(fields)
+
+    def validate_token_ids(self):
+        """The check of the base class, which warns of ids beyond the vocabulary, where that of padding is within it:
+        beyond it, no byte is lost to padding."""
+        if self.pad_token_id is None or self.pad_token_id < self.vocab_size:
+            super().validate_token_ids()
+
+    def _problems(self) -> list[str]:
+        problems = super()._problems() + self._below_one("vocab_size", "max_position_embeddings")
+        if self.position_embedding_type not in POSITION_EMBEDDING_TYPES:
+            problems.append(self._problem("position_embedding_type", f"one of {', '.join(POSITION_EMBEDDING_TYPES)}"))
+        if self.position_embedding_type == "sinusoidal" and self.hidden_size % 2:
+            problems.append(self._problem("hidden_size", "even with sinusoidal position embeddings"))
+        return problems

@@ -10,7 +10,7 @@
 
 import math
 
-from .configuration_common import MixerConfig, strict_config
+from .configuration_common import TextMixerConfig, strict_config
 
 
 SYNTHESIZER_TYPES = ("dense", "random", "fixed_random", "factorized_dense", "factorized_random", "mixture")
@@ -18,7 +18,7 @@ MIXTURE_COMPONENTS = (*SYNTHESIZER_TYPES[:-1], "dot_product")
 
 
 @strict_config
-class SynthesizerConfig(MixerConfig):
+class SynthesizerConfig(TextMixerConfig):
     r"""
     Configuration of [`SynthesizerModel`] and [`SynthesizerForCausalLM`]: attention whose logits are not (only) dot
     products. N below is `max_position_embeddings`, H `num_attention_heads`, d the head size.

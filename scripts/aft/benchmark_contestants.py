@@ -36,7 +36,7 @@ from transformers import (
 
 from modeling_aft import AFTConfig, SynthesizerConfig, SynthesizerModel
 from modeling_aft.compatibility import CACHE_NAME
-from modeling_aft.configuration_common import MixerConfig
+from modeling_aft.configuration_common import TextMixerConfig
 from modeling_aft.ops import aft_attention
 
 
@@ -272,13 +272,13 @@ def decode_contestants(args, batch: int, length: int) -> Contestants:
 
     def read(model, ids, past):
         # In parts, a model of this package needs less memory; attention would need more, for its masks.
-        for part in ids.split(PREFILL if isinstance(model.config, MixerConfig) else length, 1):
+        for part in ids.split(PREFILL if isinstance(model.config, TextMixerConfig) else length, 1):
             model(part, **{CACHE_NAME: past}, use_cache=True, logits_to_keep=1)
 
     @torch.inference_mode()
     def static_cache(model, ids, filled):
         static = StaticCache(config=model.config, max_cache_len=room)
-        if isinstance(model.config, MixerConfig):
+        if isinstance(model.config, TextMixerConfig):
             read(model, ids, static)
         else:
             for index, layer in enumerate(filled.layers):
