@@ -10,10 +10,12 @@
 
 import transformers
 
-from . import modeling_attention_free, modeling_synthesizer
+from . import modeling_aft_vision, modeling_attention_free, modeling_synthesizer
 from .cache_files import load_cache, save_cache
 from .configuration_aft import AFTConfig
+from .configuration_aft_vision import AFTVisionConfig
 from .configuration_synthesizer import SynthesizerConfig
+from .modeling_aft_vision import *  # noqa: F403
 from .modeling_attention_free import *  # noqa: F403  (its mixer, and the heads that it declares)
 from .modeling_synthesizer import *  # noqa: F403
 from .streaming import TokenStream
@@ -23,23 +25,27 @@ from .tokenization_bytes import ByteTokenizer
 __version__ = "0.1.0"
 __all__ = [
     "AFTConfig",
+    "AFTVisionConfig",
     "ByteTokenizer",
     "SynthesizerConfig",
     "TokenStream",
     "load_cache",
     "save_cache",
+    *modeling_aft_vision.__all__,
     *modeling_attention_free.__all__,
     *modeling_synthesizer.__all__,
 ]
 
 # With register_for_auto_class, every save_pretrained, also of a Trainer checkpoint, carries the code that loads it
 # without this package.
-for _family in (modeling_attention_free.AFTPreTrainedModel, modeling_synthesizer.SynthesizerPreTrainedModel):
+_text = modeling_attention_free.AFTPreTrainedModel, modeling_synthesizer.SynthesizerPreTrainedModel
+for _family in (*_text, modeling_aft_vision.AFTVisionPreTrainedModel):
     _config = _family.config_class
     transformers.AutoConfig.register(_config.model_type, _config, exist_ok=True)
-    transformers.AutoTokenizer.register(_config, fast_tokenizer_class=ByteTokenizer, exist_ok=True)
     _config.register_for_auto_class()
     for _auto_class, _head in _family.heads.items():
         getattr(transformers, _auto_class).register(_config, _head, exist_ok=True)
         _head.register_for_auto_class(_auto_class)
+for _family in _text:
+    transformers.AutoTokenizer.register(_family.config_class, fast_tokenizer_class=ByteTokenizer, exist_ok=True)
 ByteTokenizer.register_for_auto_class("AutoTokenizer")

@@ -337,10 +337,7 @@ class AFTMixer(Mixer):
         if self.position_bias is not None:
             # The product of the factors goes into an exponential: half precision would not do.
             with without_autocast(key):
-                positions = tokens.position_ids
-                if positions is None:
-                    positions = torch.arange(key.shape[1], device=key.device)
-                bias = {self.position_bias.argument: self.position_bias(positions)}
+                bias = self.biases(key, tokens)
         return Call(
             query,
             key,
@@ -351,6 +348,13 @@ class AFTMixer(Mixer):
             query_activation=self.query_activation,
             tokens=tokens,
         )
+
+    def biases(self, key: torch.Tensor, tokens: Tokens) -> dict:
+        """The position biases for keys [B, T, K], as arguments of a call of the operator."""
+        positions = tokens.position_ids
+        if positions is None:
+            positions = torch.arange(key.shape[1], device=key.device)
+        return {self.position_bias.argument: self.position_bias(positions)}
 
     def _mix_documents(self, group, query, key, value):
         return attend(self._call(query, key, value, group.seen_by(self.is_causal)))[0]

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutp
 from transformers.utils.generic import can_return_tuple
 
 from .modeling_text import MixerWithHead
+from .ops_tokens import mean_kept
 
 
 class MixerForMaskedLM(MixerWithHead):
@@ -115,19 +116,10 @@ class MixerForSequenceClassification(MixerClassifier):
                 "Packed documents (`position_ids` that begin again, `seq_idx`, `cu_seq_lens_q` or numbers in "
                 "`attention_mask`) must be rows of their own here: a row gets one class."
             )
-        hidden_states = outputs.last_hidden_state
-        if tokens.keep is None:
-            pooled = hidden_states.mean(1)
-        else:
-            kept = tokens.keep[..., None].to(hidden_states.dtype)  # [B, T, 1]
-            pooled = (hidden_states * kept).sum(1) / kept.sum(1).clamp_min(1)
-        logits = self.score(self.dropout(pooled))
+        logits = self.score(self.dropout(mean_kept(outputs.last_hidden_state, tokens.keep)))
         loss = None
         if labels is not None:
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
-            # Trainer gives the number of labels in all accumulated batches, of which this loss is the part of one.
-            if (num_items := keywords.get("num_items_in_batch")) is not None:
-                loss = loss * (labels != -100).sum() / num_items
+            loss = self.pooled_loss(logits, labels, keywords.get("num_items_in_batch"))
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

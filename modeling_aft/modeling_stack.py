@@ -10,6 +10,7 @@
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel, initialization
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
@@ -22,7 +23,7 @@ from .ops_tokens import Tokens
 
 def draw_weights(module: nn.Module, std: float) -> None:
     """The weights that a module begins with, without those of its parts; its own `draw_weights(std)` if it has one."""
-    if isinstance(module, nn.Linear):
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
         initialization.normal_(module.weight, mean=0.0, std=std)
         if module.bias is not None:
             initialization.zeros_(module.bias)
@@ -152,6 +153,23 @@ class MixerPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         draw_weights(module, self.config.initializer_range)
+
+    def pooled_loss(self, logits: torch.Tensor, labels: torch.Tensor, num_items: int | None = None) -> torch.Tensor:
+        """
+        The loss of a head that says one thing of each row of a batch.
+
+        Args:
+            logits (`Tensor` [B, num_labels]): what it says.
+            labels (`Tensor` [B] or [B, num_labels]):
+                Classes, or, as `config.problem_type` says, numbers. With `"single_label_classification"` floating
+                point [B, num_labels] are probabilities of the classes, as mixtures of images have them.
+            num_items: the number of labels in all accumulated batches, where the loss of one is its part of theirs.
+        """
+        if self.config.problem_type == "single_label_classification" and labels.is_floating_point():
+            loss = F.cross_entropy(logits, labels.to(logits.dtype))
+        else:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        return loss if num_items is None else loss * (labels != -100).sum() / num_items
 
 
 class MixerStack(MixerPreTrainedModel):

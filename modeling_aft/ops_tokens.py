@@ -32,6 +32,8 @@ class Tokens(NamedTuple):
         pairs: [B or 1, 1 or H, T, S], which keys a query sees, bool, or what is added to their logits, in place of
             causality and padding; None where those decide.
         packing: the `Packing` of rows that hold several documents; None where each is one.
+        grid: the rows and columns of patches that the tokens are, in raster order, after a class token if there is
+            one; None of a text.
     """
 
     keep: Tensor | None = None
@@ -42,6 +44,7 @@ class Tokens(NamedTuple):
     next_position: Tensor | None = None
     pairs: Tensor | None = None
     packing: tuple | None = None
+    grid: tuple[int, int] | None = None
 
     @property
     def continues(self) -> Tensor | None:
@@ -91,6 +94,14 @@ def compact(tensor: Tensor, slot: Tensor, fill: float = 0.0) -> Tensor:
 def expand(tensor: Tensor, slot: Tensor) -> Tensor:
     """Undoes `compact`, with 0 at padded places."""
     return F.pad(tensor, (0, 0, 0, 1)).gather(1, slot[..., None].expand(-1, -1, tensor.shape[2]))
+
+
+def mean_kept(tensor: Tensor, keep: Tensor | None) -> Tensor:
+    """The mean [B, D] of [B, T, D] over the tokens that keep [B, T] names, all if it is None; 0 of none."""
+    if keep is None:
+        return tensor.mean(1)
+    kept = keep[..., None].to(tensor.dtype)
+    return (tensor * kept).sum(1) / kept.sum(1).clamp_min(1)
 
 
 def refused(name: str, allowed: str, got) -> ValueError:
