@@ -128,9 +128,9 @@ class AFTForImageClassification(AFTVisionPreTrainedModel, MixerForImageClassific
         if model_type not in SOURCES:
             raise refused("vit", f"a loaded model of type {' or '.join(SOURCES)}", type(vit).__name__)
         if fixed := [name for name in changes if name in (*TAKEN_FIELDS, *OTHER_LAYERS)]:
-            raise refused(
-                fixed[0], f"left out: the weights of {type(vit).__name__} decide it", repr(changes[fixed[0]])
-            )
+            raise refused(fixed[0], "left out: it is that of `vit`", repr(changes[fixed[0]]))
+        if getattr(vit.config, "head_dim", None) not in (None, vit.config.hidden_size // vit.config.num_attention_heads):
+            raise refused("vit", "one whose heads share out hidden_size", f"head_dim={vit.config.head_dim}")
         fields = {name: copy.deepcopy(getattr(vit.config, name)) for name in TAKEN_FIELDS}
         config = AFTVisionConfig(**fields, **changes)
         if gate_bias is not None and not config.qkv_bias:

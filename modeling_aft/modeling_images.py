@@ -35,13 +35,9 @@ class PatchEmbeddings(nn.Module):
         self.patch_size, self.num_channels = sides(config.patch_size), config.num_channels
         self.projection = nn.Conv2d(config.num_channels, config.hidden_size, self.patch_size, stride=self.patch_size)
 
-    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+    def grid(self, pixel_values: torch.Tensor) -> tuple[int, int]:
         """
-        Args:
-            pixel_values (`Tensor` [B, C, H, W]): floating point.
-
-        Returns:
-            [B, N, D] in raster order, and the grid of N patches: rows and columns.
+        The rows and columns of patches of images [B, C, H, W].
 
         Raises:
             ValueError: for another number of dimensions or channels, or sides that are no multiples of the patch.
@@ -52,12 +48,15 @@ class PatchEmbeddings(nn.Module):
             raise refused("pixel_values", allowed, list(pixel_values.shape))
         if not pixel_values.is_floating_point():
             raise refused("pixel_values", "floating point, as an image processor makes them", pixel_values.dtype)
-        height, width = pixel_values.shape[2:]
-        if pixel_values.shape[0] == 0 or height == 0 or width == 0 or height % rows or width % columns:
+        batch, _, height, width = pixel_values.shape
+        if batch < 1 or height < 1 or width < 1 or height % rows or width % columns:
             allowed = f"images whose sides are multiples of {rows} x {columns}, the size of a patch"
             raise refused("pixel_values", allowed, list(pixel_values.shape))
-        patches = self.projection(pixel_values.to(self.projection.weight.dtype))
-        return patches.flatten(2).mT, (height // rows, width // columns)
+        return height // rows, width // columns
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """[B, N, D], in raster order, of images [B, C, H, W]."""
+        return self.projection(pixel_values.to(self.projection.weight.dtype)).flatten(2).mT
 
     def kept(self, pixel_mask: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
         """
@@ -178,8 +177,9 @@ class MixerImageModel(MixerStack):
         refuse_unknown(self, kwargs, KEYWORDS)
         if pixel_values is None:
             raise refused("pixel_values", "given", None)
-        hidden_states, grid = self.patch_embeddings(pixel_values)
+        grid = self.patch_embeddings.grid(pixel_values)
         self._check_grid(grid, interpolate_pos_encoding)
+        hidden_states = self.patch_embeddings(pixel_values)
         tokens = Tokens(grid=grid)
         if pixel_mask is not None:
             tokens = self._read(self.patch_embeddings.kept(pixel_mask, pixel_values), grid)

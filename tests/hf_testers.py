@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import itertools
 import tempfile
 import types
 import unittest
@@ -19,6 +20,7 @@ from families import make_config
 from transformers import DynamicCache
 
 import modeling_aft
+from modeling_aft.modeling_images import PatchEmbeddings
 from modeling_aft.modeling_stack import MixerPreTrainedModel
 
 
@@ -143,19 +145,22 @@ class MixerTests:
     model_tester = None
     model_tester_class = ModelTester
     has_attentions = True
+    has_text = True
 
     def setUp(self):
-        self.model_tester = ModelTester(self, self.variant, self.is_decoder)
-        self.config_tester = hf.configuration.ConfigTester(self, config_class=self.model_tester.config_class)
+        self.model_tester = self.model_tester_class(self, self.variant, self.is_decoder)
+        self.config_tester = hf.configuration.ConfigTester(
+            self, config_class=self.model_tester.config_class, has_text_modality=self.has_text
+        )
         self.all_model_classes = self.model_tester.all_model_classes
-        if self.model_tester.config_class is modeling_aft.AFTConfig:
+        if self.model_tester.config_class is not modeling_aft.SynthesizerConfig:
             self.has_attentions = not any(fnmatchcase(self._testMethodName, name) for name in WITHOUT_WEIGHTS)
-        self.pipeline_model_mapping = {
-            task: model_class
-            for task, (suffix, _) in PIPELINES.items()
-            if (model_class := self.model_tester.model_class(suffix)) in self.all_model_classes
-        }
+        self.pipeline_model_mapping = self.make_pipeline_model_mapping()
         self.skips = []
+
+    def make_pipeline_model_mapping(self):
+        classes = {task: self.model_tester.model_class(suffix) for task, (suffix, _) in PIPELINES.items()}
+        return {task: model for task, model in classes.items() if model in self.all_model_classes}
 
     def test_config(self):
         self.config_tester.run_common_tests()
@@ -244,6 +249,65 @@ def accounted(test):
     return run
 
 
+class ImageModelTester:
+    """A small model of images, of the type `variant`, under the names by which the mixins know it."""
+
+    batch_size, num_channels, image_size, patch_size = 3, 3, 12, 4
+    hidden_size, num_hidden_layers = 32, 2
+    is_training = True
+    num_labels = 3
+
+    def __init__(self, parent, variant, is_decoder):
+        self.parent, self.variant = parent, variant
+        self.config_class = modeling_aft.AFTVisionConfig
+        self.num_attention_heads = 4 if variant == "conv" else self.hidden_size
+        self.seq_length = self.get_config().max_position_embeddings
+        self.base_model_class = modeling_aft.AFTVisionModel
+        self.all_model_classes = modeling_aft.AFTVisionModel, modeling_aft.AFTForImageClassification
+
+    def get_config(self):
+        return modeling_aft.AFTVisionConfig(
+            aft_type=self.variant,
+            num_attention_heads=4,
+            kernel_size=3,
+            image_size=self.image_size,
+            patch_size=self.patch_size,
+            num_channels=self.num_channels,
+            hidden_size=self.hidden_size,
+            num_hidden_layers=self.num_hidden_layers,
+            position_bias_rank=4,
+            num_labels=self.num_labels,
+        )
+
+    def prepare_config_and_inputs_for_common(self):
+        size = [self.batch_size, self.num_channels, self.image_size, self.image_size]
+        return self.get_config(), {"pixel_values": hf.modeling.floats_tensor(size)}
+
+
+class ImageTests(MixerTests):
+    """What the tests of models of images need besides."""
+
+    model_tester_class = ImageModelTester
+    has_text = False
+    test_resize_embeddings = False
+
+    def make_pipeline_model_mapping(self):
+        return {}  # the tests of pipelines of images are not in the sources; test_images.py has some
+
+    def test_model_get_set_embeddings(self):
+        """As the library's own tests of such models: what goes in is no `nn.Embedding`."""
+        config, _ = self.model_tester.prepare_config_and_inputs_for_common()
+        for model_class in self.all_model_classes:
+            self.assertIsInstance(model_class(config).get_input_embeddings(), PatchEmbeddings)
+
+    def test_bc_cache_name_forward(self):
+        """There is no cache, under neither name."""
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        for model_class, name in itertools.product(self.all_model_classes, ("cache", "past_key_values")):
+            with self.assertRaisesRegex(TypeError, name):
+                model_class(config)(**inputs, **{name: DynamicCache()})
+
+
 class DecoderTests(MixerTests):
     """What the tests of `generate`, which a checkout has, need besides: they know attention and its caches only."""
 
@@ -273,10 +337,12 @@ class DecoderTests(MixerTests):
 
 
 def make_test_class(
-    class_name: str, variant: str, is_decoder: bool, listed: list[Skip], left_out: tuple[str, ...] = ()
+    class_name: str, variant: str, is_decoder: bool | None, listed: list[Skip], left_out: tuple[str, ...] = ()
 ) -> type[unittest.TestCase]:
-    """The mixins that apply to the causal or to the bidirectional models of a variant, without some tests."""
-    mixins = [MixerTests, hf.modeling.ModelTesterMixin, hf.pipelines.PipelineTesterMixin]
+    """The mixins that apply to the causal or to the bidirectional models of a variant, or to those of images where
+    `is_decoder` is None, without some tests."""
+    tests = ImageTests if is_decoder is None else MixerTests
+    mixins = [tests, hf.modeling.ModelTesterMixin, hf.pipelines.PipelineTesterMixin]
     if is_decoder:
         mixins.append(hf.training.TrainingTesterMixin)
         if hf.generation is not None:

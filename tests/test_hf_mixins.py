@@ -23,7 +23,7 @@ from hf_testers import Skip, make_test_class  # noqa: E402
 
 
 # Class of tests: variant, and whether its models are causal. Each holds the model without a head, the language model,
-# and both classifiers.
+# and both classifiers; or with None, the model of images without a head and the classifier.
 CLASSES = {
     "TestAFTFullCausal": ("full", True),
     "TestAFTFullBidirectional": ("full", False),
@@ -38,6 +38,8 @@ CLASSES = {
     "TestSynthesizerFactorizedDenseCausal": ("factorized-dense", True),
     "TestSynthesizerMixtureCausal": ("random+dot_product", True),
     "TestSynthesizerMixtureBidirectional": ("random+dot_product", False),
+    "TestAFTVisionConv": ("conv", None),
+    "TestAFTVisionFull": ("full", None),
 }
 SKIPPED = [
     Skip(
@@ -67,8 +69,23 @@ SKIPPED = [
         ("test_internal_model_config_and_subconfig_are_same", "test_can_set_attention_dynamically_composite_model"),
     ),
     Skip("Decoder or encoder, never both.", ("test_encoder_decoder_loss_no_double_shift",)),
+    *(
+        Skip("No causal language model among these.", ("test_causal_lm_loss_honors_shift_labels",), classes=classes)
+        for classes in ("*Bidirectional", "TestAFTVision*")
+    ),
     Skip(
-        "No causal language model among these.", ("test_causal_lm_loss_honors_shift_labels",), classes="*Bidirectional"
+        "Models of images have no embeddings of tokens, and no tokens in their pipelines.",
+        (
+            "test_inputs_embeds*",
+            "test_resize_*embeddings*",
+            "test_enable_input_require_grads_with_gradient_checkpointing",
+            "test_pipeline_feature_extraction*",
+            "test_pipeline_fill_mask*",
+            "test_pipeline_text_*",
+            "test_pipeline_token_classification*",
+            "test_pipeline_zero_shot*",
+        ),
+        classes="TestAFTVision*",
     ),
     Skip(
         "All weights may be of half precision: what needs more is computed in more.", ("test_keep_in_fp32_modules*",)
