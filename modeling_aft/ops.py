@@ -10,6 +10,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .ops_chunks import windowed_bidirectional, windowed_chunks, windowed_export
 from .ops_cpu import windowed_cpu
@@ -19,7 +20,7 @@ from .ops_modes import can_read, is_exporting, is_static, is_transformed, withou
 from .ops_packing import pack
 from .ops_panel import panel_average, panel_composed, panel_for_export
 from .ops_reference import aft_attention_reference
-from .ops_state import QUERY_ACTIVATIONS, AFTState, Call, compute_dtype
+from .ops_state import QUERY_ACTIVATIONS, AFTState, Call, compute_dtype, position_rows, position_tables
 from .ops_step import can_step, step
 from .ops_tokens import count_tokens, refused
 from .ops_triton import triton_can_run, windowed_triton
@@ -131,8 +132,9 @@ def aft_attention(
         query (`Tensor` [B, T, D]): floating point.
         key (`Tensor` [B, T, D] or [B, T, H]): with H columns, key i is shared by channels i D/H to (i + 1) D/H - 1.
         value (`Tensor` [B, T, D]): the values.
-        position_bias (`Tensor` [N, N] or [B, T, N], *optional*):
-            Bias of each query position (row) and key position (column); with 3 dimensions, the rows of the T queries.
+        position_bias (`Tensor` [N, N] or [B, T, N], or of heads [h, 1, N, N] or [h, B, T, N], *optional*):
+            Bias of each query position (row) and key position (column), or the rows of the T queries. With h heads,
+            bias i is that of key channels i H/h to (i + 1) H/h - 1; [h, 1, N, N] is a table for any T.
         window_bias (`Tensor` [H or 1, N or 1, n] or [H or 1, B, T, n], *optional*):
             `window_bias[h, t, j]` is the bias of query position t at the offset t - t' = j for causal use, and at
             t - t' = j - (n - 1) / 2, with n odd, for bidirectional use. Offsets count kept tokens. Outside the window
@@ -245,7 +247,8 @@ def aft_attention_weights(
     Raises:
         ValueError: as [`aft_attention`] does.
     """
-    call = Call(key, key, key, position_bias=position_bias, window_bias=window_bias, decay=decay, causal=causal)
+    bias = {"position_bias": position_bias, "window_bias": window_bias, "decay": decay}
+    call = Call(key, key, key, **bias, causal=causal)
     position_ids = _validate(call, attention_mask, position_ids)
     keep = None if attention_mask is None else attention_mask != 0
     return weights(call._replace(tokens=count_tokens(keep, position_ids)))
@@ -263,10 +266,10 @@ def weights(call: Call) -> Tensor:
         slots = torch.arange(length, device=key.device).expand(batch, -1)
     positions = (slots if tokens.position_ids is None else tokens.position_ids).masked_fill(~keep, 0)
     offsets = slots[:, :, None] - slots[:, None]  # [B, T, T]
-    bias = key.new_zeros(1, 1, 1, 1, dtype=dtype)
+    bias = key.new_zeros(1, 1, 1, 1, dtype=dtype)  # [heads, 1 or B, T, T]
     if position_bias is not None:
-        rows = position_bias[positions] if position_bias.dim() == 2 else position_bias  # [B, T, N]
-        bias = rows.gather(2, positions[:, None].expand(-1, length, -1))[:, None].to(dtype)
+        rows = position_rows(position_bias, positions)  # [heads, B, T, N]
+        bias = rows.gather(3, positions[:, None].expand(len(rows), -1, length, -1)).to(dtype)
     elif window_bias is not None and window_bias.shape[-1] > 0:
         heads, taps = window_bias.shape[0], window_bias.shape[-1]
         rows = window_bias
@@ -274,8 +277,8 @@ def weights(call: Call) -> Tensor:
             rows = rows[:, None].expand(-1, batch, length, -1) if rows.shape[1] == 1 else rows[:, positions]
         tap = (offsets if causal else offsets + (taps - 1) // 2)[None].expand(heads, -1, -1, -1)
         inside = (tap >= 0) & (tap < taps)
-        bias = rows.to(dtype).gather(3, tap.clamp(0, taps - 1)).masked_fill(~inside, 0)  # [heads, B, T, T]
-        bias = bias.transpose(0, 1).repeat_interleave(keys // heads, 1)
+        bias = rows.to(dtype).gather(3, tap.clamp(0, taps - 1)).masked_fill(~inside, 0)
+    bias = bias.transpose(0, 1).repeat_interleave(keys // len(bias), 1)
     visible = (keep[:, None] & keep[:, :, None])[:, None]
     if causal:
         visible = visible & (offsets >= 0)[:, None]
@@ -288,19 +291,20 @@ def weights(call: Call) -> Tensor:
 
 def _by_documents(packing, call: Call, backend: str) -> Tensor:
     """The result [B, T, D] for packed documents, each of which is treated as a row of its own."""
-    tensors, heads = [call.query, call.key, call.value], 0
-    if call.position_bias is not None and call.position_bias.dim() == 3:
-        tensors.append(call.position_bias)
-    elif call.window_bias is not None and call.window_bias.dim() == 4:
-        heads = call.window_bias.shape[0]
-        tensors.append(call.window_bias.permute(1, 2, 0, 3).flatten(2))  # [B, T, heads x n]
+    tensors, name = [call.query, call.key, call.value], "window_bias"
+    bias = call.window_bias if call.window_bias is not None and call.window_bias.dim() == 4 else None
+    if call.position_bias is not None and position_tables(call.position_bias) is None:
+        name, bias = "position_bias", position_rows(call.position_bias, None)
+        if len(bias) > 1:  # never square, which would make the rows of a document a table
+            bias = F.pad(bias, (0, bias.shape[2]))
+    if bias is not None:
+        tensors.append(bias.permute(1, 2, 0, 3).flatten(2))  # [B, T, heads x n]
 
     def attend_documents(group, query, key, value, rows=None):
         part = call._replace(query=query, key=key, value=value, tokens=group.seen_by(call.causal))
-        if heads:
-            part = part._replace(window_bias=rows.unflatten(2, (heads, -1)).permute(2, 0, 1, 3))
-        elif rows is not None:
-            part = part._replace(position_bias=rows)
+        if rows is not None:
+            rows = rows.unflatten(2, (len(bias), -1)).permute(2, 0, 1, 3)
+            part = part._replace(**{name: rows[0] if name == "position_bias" and len(bias) == 1 else rows})
         return attend(part, backend)[0]
 
     return packing.map(attend_documents, *tensors)
@@ -340,12 +344,13 @@ def _validate(call: Call, attention_mask: Tensor | None, position_ids: Tensor | 
     table = None
     if position_bias is not None:
         shape = position_bias.shape
-        if len(shape) == 3:
-            fits = shape[0] == batch and shape[1] == length
+        if len(shape) in (3, 4) and position_tables(position_bias) is None:
+            fits = shape[-3] == batch and shape[-2] == length
         else:
-            fits = len(shape) == 2 and shape[0] == shape[1]
-        if not fits:
-            raise refused("position_bias", f"[N, N] or [{batch}, {length}, N]", tuple(shape))
+            fits = len(shape) in (2, 4) and shape[-2] == shape[-1]
+        if not fits or (len(shape) == 4 and (shape[0] < 1 or heads % shape[0] != 0)):
+            allowed = f"[N, N], [{batch}, {length}, N], [h, 1, N, N] or [h, {batch}, {length}, N]"
+            raise refused("position_bias", f"{allowed} with h a divisor of the {heads} key channels", tuple(shape))
         table = shape[-1]
     if window_bias is not None:
         shape = window_bias.shape

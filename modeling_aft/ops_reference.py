@@ -10,7 +10,7 @@
 
 import torch
 
-from .ops_state import AFTState, Call, compute_dtype, falling, gated
+from .ops_state import AFTState, Call, compute_dtype, falling, gated, position_tables
 
 
 def _tap_bias(row: torch.Tensor, offset: torch.Tensor, causal: bool) -> torch.Tensor:
@@ -88,8 +88,10 @@ def _average(call: Call) -> tuple[torch.Tensor, AFTState]:
             visible = visible.nonzero().squeeze(-1)
             bias = torch.zeros(len(visible), 1, dtype=dtype, device=key.device)
             if position_bias is not None:
-                row = position_bias[position[i]] if position_bias.dim() == 2 else position_bias[b, t]
-                bias = row[key_position[visible]].to(dtype)[:, None]
+                tables = position_tables(position_bias)
+                row = position_bias[..., b, t, :] if tables is None else tables[:, position[i]]  # [N] or [heads, N]
+                bias = row.reshape(-1, row.shape[-1])[:, key_position[visible]].T.to(dtype)
+                bias = bias.repeat_interleave(keys.shape[-1] // bias.shape[-1], dim=-1)
             elif window_bias is not None:
                 offset = past + i - visible
                 table_row = int(position[i]) if window_bias.shape[1] > 1 else 0

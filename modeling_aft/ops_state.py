@@ -76,6 +76,23 @@ class Call(NamedTuple):
     seq_idx: Tensor | None = None
 
 
+def position_tables(position_bias: Tensor) -> Tensor | None:
+    """The tables [h, N, N] of an AFT-full whose biases are looked up by position, or None if it has those of each
+    query."""
+    if position_bias.dim() == 2:
+        return position_bias[None]
+    is_table = position_bias.dim() == 4 and position_bias.shape[1] == 1
+    return position_bias[:, 0] if is_table and position_bias.shape[2] == position_bias.shape[3] else None
+
+
+def position_rows(position_bias: Tensor, positions: Tensor) -> Tensor:
+    """The biases [h, B, T, N] of the queries of AFT-full, which stand at positions [B, T]."""
+    tables = position_tables(position_bias)
+    if tables is not None:
+        return tables[:, positions]
+    return position_bias if position_bias.dim() == 4 else position_bias[None]
+
+
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """Sums and exponentials are taken in float64 if one of the tensors is in float64, else in float32."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
