@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from .ops_chunks import windowed_bidirectional, windowed_chunks, windowed_export
 from .ops_cpu import windowed_cpu
 from .ops_full import full
+from .ops_grid import by_convolution, by_pairs, convolution_pays, densely, on_grid, pair_bias
 from .ops_kernels import Kernel, choose
 from .ops_modes import can_read, is_exporting, is_static, is_transformed, without_autocast
 from .ops_packing import pack
@@ -28,11 +29,15 @@ from .ops_windows import Window, several_queries
 
 
 def _has_window(call: Call) -> bool:
-    return call.position_bias is None
+    return call.position_bias is None and call.grid is None
 
 
 def _is_full(call: Call) -> bool:
     return call.position_bias is not None
+
+
+def _has_grid(call: Call) -> bool:
+    return call.grid is not None
 
 
 def _has_operators(call: Call) -> bool:
@@ -44,8 +49,8 @@ def _composed(window: Window) -> Tensor:
     return windowed_chunks(window, panel_composed)
 
 
-# In order of preference. "full" is AFT-full, and all others but the reference are the three forms with a window, of
-# which AFT-simple's has no bias.
+# In order of preference. "full" is AFT-full, "grid" AFT-conv of a picture, and all others but the reference are the
+# three forms with a window, of which AFT-simple's has no bias.
 KERNELS = (
     Kernel(
         "step",
@@ -93,6 +98,23 @@ KERNELS = (
     Kernel("full_export", "AFT-full", _is_full, full(panel_for_export), lambda _: is_exporting()),
     Kernel("full_composed", "AFT-full", _is_full, full(panel_composed)),
     Kernel(
+        "grid_convolution",
+        "calls with a grid, outside of exports and transforms",
+        lambda call: _has_grid(call) and _has_operators(call),
+        on_grid(by_convolution),
+        pays=convolution_pays,
+    ),
+    Kernel(
+        "grid_dense",
+        "calls with a grid, outside of exports and transforms",
+        lambda call: _has_grid(call) and _has_operators(call),
+        on_grid(densely),
+    ),
+    Kernel(
+        "grid_export", "calls with a grid", _has_grid, on_grid(by_pairs(panel_for_export)), lambda _: is_exporting()
+    ),
+    Kernel("grid_composed", "calls with a grid", _has_grid, on_grid(by_pairs(panel_composed))),
+    Kernel(
         "reference", "calls outside of graphs and transforms", lambda call: not is_static(), aft_attention_reference
     ),
 )
@@ -115,6 +137,7 @@ def aft_attention(
     query_activation: str = "sigmoid",
     backend: str = "auto",
     seq_idx: Tensor | None = None,
+    grid: tuple[int, int] | None = None,
 ) -> Tensor | tuple[Tensor, AFTState]:
     r"""
     Attention without dot products (eq. 2 of arXiv 2105.14103), per channel:
@@ -128,6 +151,10 @@ def aft_attention(
     finite sums, computed in float32, or in float64 if keys or values are, also under autocast. Simple, local and conv
     take O(T n D) time and O(T D) memory, full O(T^2 D) and O(T^2).
 
+    With a `grid` the tokens are the places of a picture, and AFT-conv has two dimensions: eq. 6 for t and t' of two
+    coordinates each, with w_{t,t'} the entry of `window_bias` at the offset t - t'. It takes O(T n D) time with
+    kernels of n entries where convolutions pay, else O(T^2 D), and O(T D) memory, at times with O(h T^2).
+
     Args:
         query (`Tensor` [B, T, D]): floating point.
         key (`Tensor` [B, T, D] or [B, T, H]): with H columns, key i is shared by channels i D/H to (i + 1) D/H - 1.
@@ -138,7 +165,9 @@ def aft_attention(
         window_bias (`Tensor` [H or 1, N or 1, n] or [H or 1, B, T, n], *optional*):
             `window_bias[h, t, j]` is the bias of query position t at the offset t - t' = j for causal use, and at
             t - t' = j - (n - 1) / 2, with n odd, for bidirectional use. Offsets count kept tokens. Outside the window
-            the bias is 0. With 4 dimensions, the rows of the T queries.
+            the bias is 0. With 4 dimensions, the rows of the T queries. With a `grid` it is [h, kh, kw], kh and kw
+            odd, and `window_bias[h, a, b]` is the bias where the query stands a - (kh - 1) / 2 rows below the key and
+            b - (kw - 1) / 2 columns to the right of it.
         decay (`Tensor` [H], *optional*):
             What each key channel loses per kept token between a query and the key, at least 0 and finite; not with
             `position_bias`.
@@ -159,6 +188,9 @@ def aft_attention(
             The document of each token, whole numbers: where it changes from one kept token of a row to the next, a
             document ends, and no other sees it. Positions are counted from its beginning. Without a state, and not
             under torch.compile or torch.export.
+        grid (pair of `int`, *optional*):
+            The rows and columns of pictures of T = rows * columns tokens, row by row. It needs `window_bias` and
+            `causal=False`. Padded tokens keep their place. Not with positions, documents, a decay or a state.
 
     Returns:
         `Tensor` [B, T, D] in the dtype of `query`, or with `return_state` that tensor and an [`AFTState`]. The state
@@ -181,6 +213,7 @@ def aft_attention(
         return_state=return_state,
         query_activation=query_activation,
         seq_idx=seq_idx,
+        grid=grid,
     )
     position_ids = _validate(call, attention_mask, position_ids)
     if query_activation not in QUERY_ACTIVATIONS:
@@ -232,6 +265,7 @@ def aft_attention_weights(
     causal: bool = True,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
+    grid: tuple[int, int] | None = None,
 ) -> Tensor:
     r"""
     The attention that an average of [`aft_attention`] implies (eq. 3 of arXiv 2105.14103), for each key channel:
@@ -248,7 +282,7 @@ def aft_attention_weights(
         ValueError: as [`aft_attention`] does.
     """
     bias = {"position_bias": position_bias, "window_bias": window_bias, "decay": decay}
-    call = Call(key, key, key, **bias, causal=causal)
+    call = Call(key, key, key, **bias, causal=causal, grid=grid)
     position_ids = _validate(call, attention_mask, position_ids)
     keep = None if attention_mask is None else attention_mask != 0
     return weights(call._replace(tokens=count_tokens(keep, position_ids)))
@@ -267,7 +301,9 @@ def weights(call: Call) -> Tensor:
     positions = (slots if tokens.position_ids is None else tokens.position_ids).masked_fill(~keep, 0)
     offsets = slots[:, :, None] - slots[:, None]  # [B, T, T]
     bias = key.new_zeros(1, 1, 1, 1, dtype=dtype)  # [heads, 1 or B, T, T]
-    if position_bias is not None:
+    if call.grid is not None:
+        bias = pair_bias(window_bias.to(dtype), *call.grid)[:, None]
+    elif position_bias is not None:
         rows = position_rows(position_bias, positions)  # [heads, B, T, N]
         bias = rows.gather(3, positions[:, None].expand(len(rows), -1, length, -1)).to(dtype)
     elif window_bias is not None and window_bias.shape[-1] > 0:
@@ -339,6 +375,8 @@ def _validate(call: Call, attention_mask: Tensor | None, position_ids: Tensor | 
     if key.shape[:2] != value.shape[:2] or not 1 <= heads <= channels or channels % heads != 0:
         raise refused("key", f"[{batch}, {length}, H] with H a divisor of {channels}", tuple(key.shape))
 
+    if call.grid is not None:
+        _validate_grid(call, position_ids)
     if position_bias is not None and window_bias is not None:
         raise refused("position_bias", "None when window_bias is given (they belong to different forms)", "both")
     table = None
@@ -352,7 +390,7 @@ def _validate(call: Call, attention_mask: Tensor | None, position_ids: Tensor | 
             allowed = f"[N, N], [{batch}, {length}, N], [h, 1, N, N] or [h, {batch}, {length}, N]"
             raise refused("position_bias", f"{allowed} with h a divisor of the {heads} key channels", tuple(shape))
         table = shape[-1]
-    if window_bias is not None:
+    if window_bias is not None and call.grid is None:
         shape = window_bias.shape
         fits = len(shape) == 3 or (len(shape) == 4 and shape[1] == batch and shape[2] == length)
         if not fits or shape[0] < 1 or heads % shape[0] != 0:
@@ -379,6 +417,26 @@ def _validate(call: Call, attention_mask: Tensor | None, position_ids: Tensor | 
         _validate_state(call)
     _validate_positions(table, length, attention_mask, position_ids, initial_state)
     return position_ids
+
+
+def _validate_grid(call: Call, position_ids: Tensor | None) -> None:
+    if call.causal:
+        raise refused("causal", "False with a grid: all places of a picture see each other", True)
+    others = {"position_bias": call.position_bias, "position_ids": position_ids, "decay": call.decay}
+    for name, given in {**others, "seq_idx": call.seq_idx, "initial_state": call.state}.items():
+        if given is not None:
+            raise refused(name, "None with a grid", type(given).__name__)
+    if call.return_state:
+        raise refused("return_state", "False with a grid: there is no state to go on from", True)
+    grid, length, heads = call.grid, call.value.shape[1], call.key.shape[2]
+    sides = len(grid) == 2 and all(isinstance(side, int | torch.SymInt) and side > 0 for side in grid)
+    if not sides or grid[0] * grid[1] != length:
+        raise refused("grid", f"two positive ints, rows and columns, whose product is the {length} tokens", grid)
+    shape = None if call.window_bias is None else tuple(call.window_bias.shape)
+    fits = shape is not None and len(shape) == 3 and shape[0] >= 1 and heads % shape[0] == 0
+    if not fits or shape[1] % 2 == 0 or shape[2] % 2 == 0:
+        allowed = f"[h, kh, kw] with a grid, with h a divisor of the {heads} key channels, and kh and kw odd"
+        raise refused("window_bias", allowed, shape)
 
 
 def _validate_state(call: Call) -> None:

@@ -38,7 +38,7 @@ def _attend(keys, values, bias, state_of_row, decay, past):
 def aft_attention_reference(call: Call) -> tuple[torch.Tensor, AFTState]:
     """Eq. 2, 4, 5 or 6, with w_{t,t'} less by decay |t - t'| if there is one, [B, T, D] in the dtype of the query, and
     the state after the last token. O(B T^2 D) time, slow on purpose."""
-    average, state = _average(call)
+    average, state = _average(call) if call.grid is None else (_average_of_grid(call), None)
     return gated(call.query, average, call.query_activation), state
 
 
@@ -110,6 +110,26 @@ def _average(call: Call) -> tuple[torch.Tensor, AFTState]:
         return average, _full_state(key, value, kept, position_ids, state, [s[0] for s in states])
     new = _window_state(states, decay, dtype)
     return average, new._replace(maximum=falling(new.maximum, call.decay))
+
+
+def _average_of_grid(call: Call) -> torch.Tensor:
+    """Eq. 6 in two dimensions without the query gate: one place after the other."""
+    rows, columns = call.grid
+    kernel_rows, kernel_columns = call.window_bias.shape[1:]
+    dtype = compute_dtype(call.key, call.value)
+    key, value, kernel = (tensor.to(dtype) for tensor in (call.key, call.value, call.window_bias))
+    place = torch.arange(rows * columns, device=key.device)
+    y, x = place // columns, place % columns
+    out = []
+    for query in range(rows * columns):
+        a, b = y[query] - y + kernel_rows // 2, x[query] - x + kernel_columns // 2  # [T] each
+        inside = (a >= 0) & (a < kernel_rows) & (b >= 0) & (b < kernel_columns)
+        taps = kernel[:, a.clamp(0, kernel_rows - 1), b.clamp(0, kernel_columns - 1)]
+        bias = torch.where(inside, taps, 0.0).T.repeat_interleave(key.shape[2] // len(kernel), dim=-1)  # [T, H]
+        for row in range(len(key)):
+            kept = slice(None) if call.tokens.keep is None else call.tokens.keep[row]
+            out.append(_attend(key[row, kept], value[row, kept], bias[kept], None, None, 0))
+    return torch.stack(out).unflatten(0, (rows * columns, -1)).transpose(0, 1)
 
 
 def _window_state(states, decay, dtype) -> AFTState:

@@ -59,6 +59,8 @@ class Call(NamedTuple):
     Attributes:
         state: that of the tokens before, or None.
         tokens: which are kept, and where they stand; with `next_position` where a state is to be returned.
+        grid: the rows and columns of a picture, whose tokens are T = rows x columns places, row by row, or None. It is
+            not causal, and has a window bias [H, kh, kw].
         seq_idx: the document of each token, or None. Only the reference reads it: what others get is taken apart.
     """
 
@@ -74,6 +76,7 @@ class Call(NamedTuple):
     query_activation: str = "sigmoid"
     tokens: Tokens = Tokens()
     seq_idx: Tensor | None = None
+    grid: tuple[int, int] | None = None
 
 
 def position_tables(position_bias: Tensor) -> Tensor | None:

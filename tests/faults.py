@@ -24,6 +24,7 @@ from torch.nn import functional as F
 GENERATION, STATIC, FEATURES = "test_generation.py", "test_static_cache.py", "test_generate_features.py"
 MODELING, HEADS, OPS, SYNTHESIZER = "test_modeling.py", "test_heads.py", "test_ops.py", "test_synthesizer.py"
 REMOTE, MODES, PACKING = "test_remote_code.py", "test_ops_modes.py", "test_packing.py"
+GRID = "test_ops_grid.py"
 INPUTS, CACHE, COMPATIBILITY = "test_model_inputs.py", "test_cache.py", "test_compatibility.py"
 ECOSYSTEM, STREAMING = "test_ecosystem.py", "test_streaming.py"
 LINEAR, CONVERTER = "test_linear.py", "test_convert_z1t.py"
@@ -420,6 +421,48 @@ def _(original):
         return weight, term, bias.exp()
 
     return _exponentials
+
+
+@fault("a picture's row goes on in the next", "ops_grid._taps", GRID)
+def _(original):
+    def _taps(rows, columns, kernel_rows, kernel_columns, device):
+        place = torch.arange(rows * columns, device=device)
+        down, right = place // columns, place % columns
+        down, right = (t[:, None] - t + n // 2 for t, n in ((down, kernel_rows), (right, kernel_columns)))
+        taps = down * kernel_columns + right
+        size = kernel_rows * kernel_columns
+        return torch.where((taps >= 0) & (taps < size), taps, size)
+
+    return _taps
+
+
+@fault("a convolution takes steep biases", "ops_grid._LOWEST", GRID)
+def _(original):
+    return -math.inf
+
+
+@fault("a convolution takes gradients of any size", "ops_grid._LARGEST", GRID)
+def _(original):
+    return math.inf
+
+
+@fault("a convolution is turned around", "ops_grid._filtered", GRID)
+def _(original):
+    return lambda terms, kernel, rows, columns: original(terms, kernel.flip(1, 2), rows, columns)
+
+
+@fault("the parts of steep heads stay at the end", "ops_grid._by_heads", GRID)
+def _(original):
+    def _by_heads(convolution, dense, steep, tensors, rows, columns):
+        ordered = steep.sort().values
+        return original(convolution, dense, ordered, tensors, rows, columns)
+
+    return _by_heads
+
+
+@fault("the rows of heads are a table", "ops_state.position_tables", GRID)
+def _(original):
+    return lambda position_bias: position_bias[:, 0] if position_bias.dim() == 4 else original(position_bias)
 
 
 @fault("position biases in the dtype of autocast", "modeling_attention_free.AFTMixer._call", MODELING)
