@@ -129,8 +129,9 @@ class AFTForImageClassification(AFTVisionPreTrainedModel, MixerForImageClassific
             raise refused("vit", f"a loaded model of type {' or '.join(SOURCES)}", type(vit).__name__)
         if fixed := [name for name in changes if name in (*TAKEN_FIELDS, *OTHER_LAYERS)]:
             raise refused(fixed[0], "left out: it is that of `vit`", repr(changes[fixed[0]]))
-        if getattr(vit.config, "head_dim", None) not in (None, vit.config.hidden_size // vit.config.num_attention_heads):
-            raise refused("vit", "one whose heads share out hidden_size", f"head_dim={vit.config.head_dim}")
+        width = vit.config.num_attention_heads * getattr(vit.config, "head_dim", 0)
+        if width not in (0, vit.config.hidden_size):
+            raise refused("vit", f"one whose heads share out its hidden_size of {vit.config.hidden_size}", width)
         fields = {name: copy.deepcopy(getattr(vit.config, name)) for name in TAKEN_FIELDS}
         config = AFTVisionConfig(**fields, **changes)
         if gate_bias is not None and not config.qkv_bias:

@@ -104,7 +104,7 @@ class DropPath(nn.Module):
         """[B, T, D]; as it is outside of training."""
         if not self.training or self.rate == 0:
             return added
-        kept = torch.rand(len(added), 1, 1, dtype=torch.float32, device=added.device) >= self.rate
+        kept = torch.rand(added.shape[0], 1, 1, dtype=torch.float32, device=added.device) >= self.rate
         return added * (kept / (1 - self.rate)).to(added.dtype)
 
     def extra_repr(self) -> str:
@@ -184,7 +184,7 @@ class MixerImageModel(MixerStack):
         if pixel_mask is not None:
             tokens = self._read(self.patch_embeddings.kept(pixel_mask, pixel_values), grid)
         if self.class_token is not None:
-            token = self.class_token.to(hidden_states.dtype).expand(len(hidden_states), 1, -1)
+            token = self.class_token.to(hidden_states.dtype).expand(hidden_states.shape[0], 1, -1)
             hidden_states = torch.cat([token, hidden_states], 1)
         if self.position_embeddings is not None:
             table = resample(self.position_embeddings, self.config.grid, grid, self.lead)

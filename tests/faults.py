@@ -441,7 +441,7 @@ def _(original):
     return -math.inf
 
 
-@fault("a convolution takes gradients of any size", "ops_grid._LARGEST", GRID)
+@fault("a convolution takes values of any size", "ops_grid._LARGEST", GRID)
 def _(original):
     return math.inf
 

@@ -1,12 +1,21 @@
 """AFT for images: forms, sizes, padding, loss, presets, weights of a ViT, saving, pipelines, ONNX."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
+import onnx_ir
+import onnxruntime
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from torch.export import Dim
 from torch.nn import functional as F
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -15,11 +24,14 @@ from transformers import (
     DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
     DeiTModel,
+    Trainer,
+    TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
     ViTModel,
     pipeline,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # where torchvision is not needed
 
 from modeling_aft import AFTForImageClassification, AFTVisionConfig, AFTVisionModel, AFTVisionPreTrainedModel
 from modeling_aft.modeling_images import DropPath, resample
@@ -454,8 +466,6 @@ def test_another_model_is_no_vit():
 
 @pytest.fixture
 def folder(tmp_path):
-    from transformers.models.auto.image_processing_auto import AutoImageProcessor
-
     make_model("conv", torch.float32, num_channels=3, image_size=16).save_pretrained(tmp_path)
     values = {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}, "do_convert_rgb": True}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(values), encoding="utf-8")
@@ -465,10 +475,129 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("task", ["image-classification", "image-feature-extraction"])
 def test_pipelines(folder, task):
-    Image = pytest.importorskip("PIL.Image")
     image = Image.new("L", (20, 30), 90)
     found = pipeline(task, model=str(folder))([image, image])
     if task == "image-classification":
         assert len(found) == 2 and {entry["label"] for entry in found[0]} == {"LABEL_0", "LABEL_1", "LABEL_2"}
     else:
         assert torch.tensor(found[0]).shape == (1, 16, 16)
+
+
+WITHOUT_PACKAGE = """
+import sys
+sys.modules["modeling_aft"] = None  # importing it now fails, also where it is installed
+import torch
+from transformers import AutoModel, AutoModelForImageClassification, pipeline
+from PIL import Image
+folder, out = sys.argv[1:]
+images = torch.load(out + "/images.pt")
+head = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)
+body = AutoModel.from_pretrained(folder, trust_remote_code=True)
+found = pipeline("image-classification", model=folder, trust_remote_code=True)(Image.new("L", (20, 30), 90))
+head.train()(images, labels=torch.tensor([0, 1])).loss.backward()
+torch.save([head.eval()(images).logits, body(images).pooler_output, found], out + "/found.pt")
+"""
+
+
+def test_loads_without_the_package(folder, tmp_path):
+    torch.save(images := torch.randn(2, 3, 24, 20), tmp_path / "images.pt")
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, "-I", "-c", WITHOUT_PACKAGE, str(folder), str(tmp_path)]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    logits, pooled, found = torch.load(tmp_path / "found.pt")
+    model = AFTForImageClassification.from_pretrained(folder)
+    torch.testing.assert_close(logits, model(images).logits)
+    torch.testing.assert_close(pooled, model.model(images).pooler_output)
+    assert len(found) == 3
+
+
+def test_gradient_checkpointing_with_lora_has_the_same_gradients():
+    model = make_model(dtype=torch.float32)
+    lora = LoraConfig(target_modules=["qkv_proj", "o_proj"], init_lora_weights=False, modules_to_save=["classifier"])
+    model, images = get_peft_model(model, lora).train(), make_images(dtype=torch.float32)
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+            model.enable_input_require_grads()
+        model.zero_grad()
+        model(pixel_values=images, labels=torch.tensor([0, 2])).loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert len(gradients[0]) == 2 * 2 * 2 + 2
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("variant", ["conv", "conv-all-heads", "full"])
+def test_exported_program_and_onnx_graph_equal_the_model(variant):
+    """At any batch, and at any size of the images where there are no tables."""
+    model = make_model(variant, torch.float32)
+    shapes = {0: Dim("batch")}
+    if variant in UNLIMITED:
+        shapes |= {2: 4 * Dim("rows", max=64), 3: 4 * Dim("columns", max=64)}
+    with torch.no_grad():
+        program = torch.export.export(
+            model, (), {"pixel_values": make_images(3, dtype=torch.float32)}, dynamic_shapes={"pixel_values": shapes}
+        )
+    assert {node.target.namespace for node in program.graph.nodes if hasattr(node.target, "namespace")} == {"aten"}
+    graph = torch.onnx.export(program, (), dynamo=True, verbose=False)
+    serialized = onnx_ir.to_proto(graph.model).SerializeToString()
+    session = onnxruntime.InferenceSession(serialized, providers=["CPUExecutionProvider"])
+    for size in [(2, 12, 16), (1, 8, 24), (2, 20, 12)] if variant in UNLIMITED else [(1, 12, 16), (4, 12, 16)]:
+        images = make_images(*size, dtype=torch.float32)
+        expected = model(images).logits.detach()
+        torch.testing.assert_close(program.module()(pixel_values=images).logits, expected, rtol=0, atol=2e-5)
+        (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("variant", ["conv", "full"])
+def test_a_compiled_model_is_the_model(variant):
+    model, images = make_model(variant, torch.float32), make_images(dtype=torch.float32)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(images).logits, model(images).logits)
+    loss = compiled(images, labels=torch.tensor([0, 2])).loss
+    torch.testing.assert_close(loss, model(images, labels=torch.tensor([0, 2])).loss)
+
+
+def test_int8_weights_say_nearly_the_same():
+    model, images = make_model(dtype=torch.float32, hidden_size=64), make_images(dtype=torch.float32)
+    before = model(images).logits
+    quantize_(model, Int8WeightOnlyConfig())
+    assert type(model.model.layers[0].mixer.qkv_proj.weight) is not torch.nn.Parameter
+    error = (model(images).logits - before).norm() / before.norm()
+    assert 0 < error < 0.05
+
+
+def test_trainer_learns_and_scores(tmp_path):
+    """Bright pictures are of one class, and dark ones of the other."""
+    shade = torch.arange(64) % 2
+    pictures = 0.1 * make_images(64, dtype=torch.float32) + shade.view(-1, 1, 1, 1)
+    rows = [{"pixel_values": p, "labels": int(s)} for p, s in zip(pictures, shade, strict=True)]
+    torch.manual_seed(0)
+    model = AFTForImageClassification(make_config(num_labels=2, drop_path_rate=0.1))
+    args = TrainingArguments(
+        tmp_path,
+        max_steps=30,
+        learning_rate=1e-2,
+        per_device_train_batch_size=16,
+        report_to="none",
+        gradient_accumulation_steps=2,
+        use_cpu=True,
+    )
+    trainer = Trainer(model, args, train_dataset=rows, eval_dataset=rows)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < 0.1 < before
+    trainer.save_model(tmp_path / "saved")
+    assert AutoModelForImageClassification.from_pretrained(tmp_path / "saved").config.num_labels == 2
+
+
+def test_the_gradients_of_a_layer_are_those_of_the_formula():
+    mixer = make_model().model.layers[0].mixer
+    hidden = torch.randn(1, 6, 16, dtype=torch.float64)
+    upstream, parameters = torch.randn(1, 6, 16, dtype=torch.float64), list(mixer.parameters())
+    found = torch.autograd.grad((mixer(hidden, Tokens(grid=(2, 3)))[0] * upstream).sum(), parameters)
+    expected = torch.autograd.grad((mixed_by_hand(mixer, hidden, (2, 3), 0) * upstream).sum(), parameters)
+    torch.testing.assert_close(found, expected)
