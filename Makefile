@@ -23,7 +23,7 @@ TORCH ?= torch
 
 # --resume auto: a run that was interrupted continues where its last checkpoint left it.
 pretrain: $(TRAINS)
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/aft pretrain --preset tiny --output_dir runs/tiny --resume auto
+	$(BIN)/aft pretrain --preset tiny --output_dir runs/tiny --resume auto
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto

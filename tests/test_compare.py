@@ -23,6 +23,7 @@ from aft.comparison import describe_entries, plan_runs
 from aft.model_configs import build_config
 from aft.pretraining_arguments import check_arguments, parse_arguments
 from aft.run_log import read_log
+from aft.settings_files import read_json
 from modeling_aft.configuration_aft import AFT_TYPES
 from modeling_aft.configuration_synthesizer import SYNTHESIZER_TYPES
 
@@ -466,6 +467,40 @@ def test_failed_process_says_why_in_one_line(inputs, monkeypatch, capfd):
         main(flags(inputs, "--only", "local", "--seeds", "0", "--learning_rate", "1e30"))
     printed = capfd.readouterr().err
     assert "Traceback" not in printed and "error: the loss is nan at step" in printed
+
+
+def test_a_plan_names_presets_of_the_package(tmp_path):
+    path, configuration = tmp_path / "plan.yaml", PLANS[0].parent.parent
+    path.write_text("training_preset: small\nruns: {a: {model_preset: aft-conv-tiny}}", encoding="utf-8")
+    plan = read_plan(path)
+    assert Path(plan.training_preset) == configuration / "training" / "small.yaml"
+    assert Path(plan.runs["a"]["model_preset"]) == configuration / "models" / "aft-conv-tiny.json"
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("aft-conv-tinny", r"model_preset aft-conv-tinny: no such file or preset; did you mean aft-conv-tiny\?"),
+        ("models/none.json", "model_preset: no such file: .*none.json"),
+    ],
+    ids=["name", "path"],
+)
+def test_a_preset_that_is_not_there_is_refused_at_once(tmp_path, value, message):
+    path = tmp_path / "plan.yaml"
+    path.write_text(f"runs: {{a: {{model_preset: {value}}}}}", encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        main([str(path)])
+
+
+def test_a_run_that_is_older_than_a_flag_did_what_is_its_default(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison, "run_process", no_training)
+    folder = shutil.copytree(finished, tmp_path / "copy")
+    path = folder / "runs" / "plan" / "local-seed0" / "entry.json"
+    entry = read_json(path, "run")
+    assert entry.pop("objective") == "causal"
+    path.write_text(json.dumps(entry), encoding="utf-8")
+    main(flags(folder))
+    assert list(table(folder)) == ["local", "simple"]
 
 
 def test_names_of_runs_are_printed_as_they_are(inputs):

@@ -528,7 +528,7 @@ def test_gradient_checkpointing_with_lora_has_the_same_gradients():
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
-@pytest.mark.parametrize("variant", ["conv", "conv-all-heads", "full"])
+@pytest.mark.parametrize("variant", ["conv", "full"])
 def test_exported_program_and_onnx_graph_equal_the_model(variant):
     """At any batch, and at any size of the images where there are no tables."""
     model = make_model(variant, torch.float32)
@@ -551,9 +551,8 @@ def test_exported_program_and_onnx_graph_equal_the_model(variant):
         torch.testing.assert_close(torch.from_numpy(found), expected, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("variant", ["conv", "full"])
-def test_a_compiled_model_is_the_model(variant):
-    model, images = make_model(variant, torch.float32), make_images(dtype=torch.float32)
+def test_a_compiled_model_is_the_model():
+    model, images = make_model("conv", torch.float32), make_images(dtype=torch.float32)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(images).logits, model(images).logits)

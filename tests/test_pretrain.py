@@ -455,8 +455,17 @@ def test_muon_runs_a_closure_with_gradients_and_skips_what_has_none():
     assert (used != 1).all() and (unused == 1).all() and unused not in optimizer.state
 
 
-def test_muon_refuses_models_without_linear_layers():
+def test_muon_trains_the_linear_layers_of_gpt2():
     model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=256, n_embd=8, n_layer=1, n_head=1))
+    muon, _ = create_optimizers(model, parse_arguments(["--optimizer", "muon"]))
+    trained = {id(weight) for group in muon.param_groups for weight in group["params"]}
+    names = {name for name, weight in model.named_parameters() if id(weight) in trained}
+    parts = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert names == {f"transformer.h.0.{part}.weight" for part in parts}
+
+
+def test_muon_refuses_models_without_linear_layers():
+    model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=256, n_embd=8, n_layer=0, n_head=1))
     with pytest.raises(ValueError, match="--optimizer must be adamw: GPT2LMHeadModel has no linear layers"):
         create_optimizers(model, parse_arguments(["--optimizer", "muon"]))
 

@@ -25,6 +25,8 @@ from aft.console import one_line
 
 STATE_FILE = "checkpoint.json"
 PART = ".tmp"  # the end of the name of what is being written or removed
+# What a run did that is older than the flag that says so.
+EARLIER = {"carry_state": False, "stream_length": None, "objective": "causal"}
 ABANDONED = ".abandoned"  # of what is younger than the checkpoint that a run goes on from
 
 
@@ -209,13 +211,7 @@ def read_state(checkpoint: Path, identity: dict) -> dict:
     state = read_content(checkpoint)
     state.pop("files", None)
     identity = json.loads(json.dumps(identity))
-    # What was done before one could say.
-    earlier = {
-        "carry_state": False,
-        "stream_length": None,
-        "objective": "causal",
-    }
-    saved = {**earlier, **state["identity"]}
+    saved = {**EARLIER, **state["identity"]}
     differing = [
         f"{name} is {identity.get(name)!r} but was {saved.get(name)!r}"
         for name in sorted(identity.keys() | saved.keys())

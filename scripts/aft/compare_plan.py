@@ -12,6 +12,8 @@ import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from aft.atomic_files import check_file
+from aft.flags import find_preset
 from aft.pretraining_arguments import GROUPS, from_folder
 from aft.settings_files import read_yaml
 from aft.text_arguments import TextArguments
@@ -19,6 +21,7 @@ from aft.text_arguments import TextArguments
 
 # Flags that this program sets itself for each run, which neither the plan's training nor the command line may set.
 SET_BY_COMPARE = {"training_preset", "model_preset", "model_override", "seed", "output_dir", "resume", "overwrite"}
+PRESETS = {"training_preset": "training", "model_preset": "models"}  # kinds of files, which have names as well
 SAME_IN_ALL_RUNS = {entry.name for entry in fields(TextArguments)}  # no run of a plan has a text of its own
 
 
@@ -75,11 +78,21 @@ def read_plan(path: Path) -> Plan:
 
     def with_paths(key: str, value):
         folder = path.resolve().parent
-        if key == "training_preset":
-            return str(folder / str(value))
+        if key in PRESETS:
+            return preset(folder, key, str(value))
         if isinstance(value, list):
             return [with_paths(key, item) for item in value]
         return from_folder(folder, key, value) if isinstance(value, str) else value
+
+    def preset(folder: Path, key: str, value: str) -> str:
+        """A file that is named from the folder of the plan, or a preset by its name."""
+        try:
+            found = value if (folder / value).exists() else find_preset(value, PRESETS[key], key)
+            check_file(folder / found, key)
+        except ValueError as error:
+            problems.append(str(error))
+            return value
+        return str(folder / found)
 
     of_training = {entry.name for group in GROUPS for entry in fields(group)} - SET_BY_COMPARE
     content = check_keys(content, {entry.name for entry in fields(Plan)} - {"name"}, "the plan")

@@ -27,6 +27,7 @@ from accelerate.utils import parse_flag_from_env
 
 import modeling_aft
 from aft.atomic_files import write_whole
+from aft.checkpointing import EARLIER
 from aft.compare_plan import SET_BY_COMPARE, Plan
 from aft.compare_table import RESULT, write_table
 from aft.console import run_elsewhere
@@ -133,7 +134,7 @@ def check_folders(planned: list[PlannedRun], entries: list[dict]) -> None:
     problems = []
     for run, entry in zip(planned, entries, strict=True):
         path = run.folder / ENTRY
-        saved = read_json(path, "run") if path.is_file() else entry
+        saved = {**EARLIER, **read_json(path, "run")} if path.is_file() else entry
         problems += [
             f"{run.folder}: {key} is {value!r} but was {saved.get(key)!r}"
             for key, value in entry.items()
@@ -153,7 +154,7 @@ def check_seeds(folders: dict[str, list[Path]]) -> None:
     """
     problems = []
     for name, each in folders.items():
-        entries = [read_json(folder / ENTRY, "run") for folder in each]
+        entries = [{**EARLIER, **read_json(folder / ENTRY, "run")} for folder in each]
         for key in set().union(*entries) - {"seed"}:
             if len(found := dict.fromkeys(repr(entry.get(key)) for entry in entries)) > 1:
                 problems.append(f"{name}: {key} is {' and '.join(found)}")

@@ -80,6 +80,8 @@ def run_program(main: Callable[[], object]) -> None:
     Raises:
         SystemExit: with the status, if it is not 0.
     """
+    # Threads that wait sleep, instead of taking the cores from what else runs; torch reads it when it is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for name, text in NOISE.items():
         logging.getLogger(name).addFilter(lambda record, text=text: not re.search(text, record.getMessage()))
     message, status = None, 0

@@ -13,6 +13,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from modeling_aft.modeling_attention_free import PositionBias
 from modeling_aft.modeling_linear import SparseLinear
@@ -47,7 +48,9 @@ def parameter_groups(model: nn.Module, weight_decay: float, position_lr_scale: f
         logits of positions; "rest". The last two do not decay.
     """
     head = model.get_output_embeddings()
-    linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear) and module is not head}
+    # GPT-2's linear layers are of a kind of their own, with weights [in, out].
+    layers = [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D)) and module is not head]
+    linear = {id(module.weight) for module in layers}
     sparse = {id(module.weight) for module in model.modules() if isinstance(module, SparseLinear)}
     position = {
         id(parameter)
@@ -78,7 +81,7 @@ class Muon(torch.optim.Muon):
     takes twenty times as long, and far longer than the pass through a small model.
 
     Args:
-        params (`list[dict]`): groups of matrices [out, in].
+        params (`list[dict]`): groups of matrices [out, in] or [in, out].
         lr (`float`): the learning rate.
     """
 
