@@ -14,6 +14,7 @@ Measures side by side, and writes a row per contestant and length to benchmarks/
     python scripts/benchmark.py train        # training steps of whole models, ours and those of transformers
     python scripts/benchmark.py decode       # decoding steps of whole models after a context of T tokens
     python scripts/benchmark.py memory       # the most memory that two training steps hold, weights included
+    python scripts/benchmark.py images       # classifiers of images beside ViT; T is the side of an image in pixels
     python scripts/benchmark.py ceiling      # what the processor can do: copies, exp, matrix products
     python scripts/benchmark.py pictures     # draws what the others have written
 
@@ -47,6 +48,7 @@ from aft.benchmark_contestants import (
     ceiling_contestants,
     decode_contestants,
     dense_contestants,
+    image_contestants,
     model_names,
     operator_contestants,
     train_contestants,
@@ -62,12 +64,14 @@ SUITES = {
     "train": train_contestants,
     "decode": decode_contestants,
     "memory": train_contestants,
+    "images": image_contestants,
     "ceiling": ceiling_contestants,
 }
-OF_MODELS = ("train", "decode", "memory")
-ONE_SEQUENCE = ("decode", "memory", "ceiling")  # the batch where --batch_size is not given
+OF_MODELS = ("train", "decode", "memory", "images")
+BATCHES = {"decode": 1, "memory": 1, "ceiling": 1, "images": 4}  # where --batch_size is not given; else by --tokens
 LENGTHS = {
     "decode": [64, 256, 1024, 4096, 16384, 65536],
+    "images": [224, 384],
     "ceiling": [2**26],
 }
 # The longest T of those with [T, T] tables, and of those that are a Python loop over the tokens without their kernels.
@@ -177,7 +181,7 @@ def measure_time(args, makers: dict[str, Callable], batch: int, length: int) -> 
 
 def measure_length(args, length: int) -> list[dict]:
     """The rows of one length."""
-    batch = args.batch_size or (1 if args.suite in ONE_SEQUENCE else max(1, args.tokens // length))
+    batch = args.batch_size or BATCHES.get(args.suite) or max(1, args.tokens // length)
     makers = SUITES[args.suite](args, batch, length)
     if unknown := args.longest.keys() - makers.keys():
         allowed = ", ".join(makers)
@@ -229,7 +233,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suite", choices=[*SUITES, "pictures"], help="what to measure")
     parser.add_argument("--lengths", type=int, nargs="+", help="values of T; of ceiling: elements of the large copy")
-    parser.add_argument("--models", nargs="+", help="models of train, decode and memory: names, or files of presets")
+    parser.add_argument(
+        "--models", nargs="+", help="models of train, decode, memory and images: names, or files of presets"
+    )
     defaults = ", ".join(f"{name}={length}" for name, length in LONGEST.items())
     parser.add_argument(
         "--longest",
@@ -239,7 +245,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="NAME=LENGTH",
         help=f"contestants that are left out beyond a length; unless given here, {defaults}",
     )
-    parser.add_argument("--batch_size", type=int, help="sequences; else by --tokens, 1 in decode and memory")
+    parser.add_argument("--batch_size", type=int, help="sequences; else by --tokens, 1 in decode and memory, 4 images")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of a batch, at least one sequence")
     parser.add_argument("--layers", type=int, default=6, help="blocks of a model")
     parser.add_argument("--width", type=int, default=256, help="channels D")
@@ -273,7 +279,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("heads", "conv_heads"):
         if args.width % max(getattr(args, name), 1):
             problems.append(f"--{name} must divide --width {args.width}, got {getattr(args, name)}")
-    if args.compile and (args.suite not in OF_MODELS or (args.suite, args.device) == ("memory", "cpu")):
+    if args.compile and (args.suite not in OF_MODELS[:3] or (args.suite, args.device) == ("memory", "cpu")):
         # On a CPU, the memory of the compiler cannot be told from that of the model.
         problems.append(f"--compile must go with train, decode, or memory on cuda, got {args.suite} on {args.device}")
     if args.models and args.suite not in OF_MODELS:

@@ -89,6 +89,15 @@ def test_decode_suite_measures_a_step_after_each_context(tmp_path):
     assert {row["batch_size"] for row in rows} == {"1"}
 
 
+def test_images_suite_measures_classifiers_and_vit(tmp_path):
+    models = ["--models", "aft-conv-tiny-11-32", "vit-tiny"]
+    rows = rows_of(tmp_path, "images", "--lengths", "32", "--batch_size", "1", *models)
+    check_whole(rows, "images", "images/s")
+    parts = [f"{model}-{part}" for part in ("forward", "training") for model in models[1:]]
+    assert names(rows, 32) == parts
+    assert {row["width"] for row in rows} == {"192"}
+
+
 def test_memory_suite_measures_each_model_in_its_own_process(tmp_path):
     flags = ["--models", "aft-simple", "gpt2", "--longest", "gpt2=1024", "--width", "64"]
     [row] = rows_of(tmp_path, "memory", "--lengths", "2048", *flags)
@@ -257,7 +266,7 @@ def test_a_file_of_other_columns_is_refused_before_the_work(tmp_path):
         (["train", "--batch_size", "0", "--lengths", "0"], "--batch_size .* least 1, got 0; --lengths .* 1, got 0"),
         (["train", "--models", "gpt3"], "--models must be files or of aft-simple, .*, got gpt3"),
         (["decode", "--models", "mamba"], "--models must be files or of aft-simple, .*, llama, got mamba"),
-        (["operator", "--models", "gpt2"], "--models must go with train, decode, memory, got operator"),
+        (["operator", "--models", "gpt2"], "--models must go with train, decode, memory, images, got operator"),
         (["operator", "--compile"], "--compile must go with train, decode, .*, got operator on cpu"),
         (["memory", "--compile"], "--compile must go with .* memory on cuda, got memory on cpu"),
     ],

@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     DynamicCache,
     GPT2Config,
     LlamaConfig,
@@ -32,8 +33,10 @@ from transformers import (
     PreTrainedModel,
     RwkvConfig,
     StaticCache,
+    ViTConfig,
 )
 
+from aft.flags import CONFIGURATION
 from modeling_aft import AFTConfig, SynthesizerConfig, SynthesizerModel
 from modeling_aft.compatibility import CACHE_NAME
 from modeling_aft.configuration_common import TextMixerConfig
@@ -209,8 +212,15 @@ def model_configs(args, positions: int, embeddings: str) -> dict[str, Callable[[
 DECODED = ("aft-", "gpt2", "llama")
 
 
+# Classifiers of 1,000 classes: presets, and the ViT of the library in the sizes of DeiT.
+VIT_WIDTHS = {"vit-tiny": 192, "vit-small": 384}
+IMAGE_MODELS = ["aft-conv-tiny-11-32", "aft-full-tiny", "vit-tiny", "aft-conv-small-11-16", "vit-small"]
+
+
 def model_names(args) -> list[str]:
     """The models that a suite measures by default."""
+    if args.suite == "images":
+        return IMAGE_MODELS
     names = list(model_configs(args, 1, "none"))
     return [name for name in names if name.startswith(DECODED)] if args.suite == "decode" else names
 
@@ -251,6 +261,40 @@ def train_contestants(args, batch: int, length: int) -> Contestants:
 
     suffix = "-compiled" if args.compile else ""
     return {Path(name).stem + suffix: partial(make, name) for name in args.models}
+
+
+def image_contestants(args, batch: int, side: int) -> Contestants:
+    """A forward pass, and forward and backward, of each classifier of images of side x side pixels."""
+
+    @cache
+    def prepared(name):
+        if name in VIT_WIDTHS:
+            width = VIT_WIDTHS[name]
+            sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": width // 64}
+            config = ViTConfig(**sizes, num_labels=1000)
+        else:
+            path = name if Path(name).is_file() else CONFIGURATION / "images" / f"{name}.json"
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config.image_size = side
+        model = AutoModelForImageClassification.from_config(config, dtype=getattr(torch, args.dtype)).to(args.device)
+        pixels = torch.randn(batch, config.num_channels, side, side, device=args.device, dtype=model.dtype)
+        return model, pixels, torch.zeros(batch, dtype=torch.long, device=args.device)
+
+    def make(name, trains):
+        model, pixels, labels = prepared(name)
+
+        def train():
+            model.train()(pixel_values=pixels, labels=labels).loss.backward()
+            model.zero_grad()
+
+        @torch.inference_mode()
+        def classify():
+            model.eval()(pixel_values=pixels)
+
+        return Contestant(train if trains else classify, batch, "images/s", about=about_model(model))
+
+    parts = {"forward": False, "training": True}
+    return {f"{Path(n).stem}-{part}": partial(make, n, trains) for part, trains in parts.items() for n in args.models}
 
 
 def decode_contestants(args, batch: int, length: int) -> Contestants:
