@@ -31,8 +31,9 @@ from transformers import trainer as trainer_module
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from aft.commands.finetune import main
-from aft.finetuning import CLASSIFICATION, TokenWindows, split_text
+from aft.finetuning import TokenWindows, split_text
 from aft.finetuning_arguments import default_learning_rate
+from aft.finetuning_run import CLASSIFICATION
 from aft.learning_rate_search import FACTORS
 from aft.raw_files import pydoc_bytes
 from modeling_aft import ByteTokenizer

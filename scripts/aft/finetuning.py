@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -30,7 +30,6 @@ from transformers import (
     AutoTokenizer,
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
-    EarlyStoppingCallback,
     default_data_collator,
     set_seed,
 )
@@ -40,14 +39,13 @@ from aft.atomic_files import write_whole
 from aft.bits_per_byte import METRIC as BITS_PER_BYTE
 from aft.bits_per_byte import load_metric
 from aft.chats import encode_chats, prepare_tokenizer, read_chats
-from aft.finetuning_arguments import FinetuningArguments, default_learning_rate, describe_run, parse_arguments
-from aft.finetuning_checkpoints import check_identity, find_checkpoint
+from aft.finetuning_arguments import FinetuningArguments, parse_arguments
+from aft.finetuning_checkpoints import find_checkpoint
 from aft.finetuning_flags import InputArguments
-from aft.finetuning_trainer import FinetuningTrainer, RunIdentity
+from aft.finetuning_run import Task, accuracy_of_classes, identify_model, report, split_rows, train_and_evaluate
 from aft.flags import import_files
 from aft.folder_lock import locked
-from aft.labelled_tables import EncodedRows, describe_labels, encode_table, read_table
-from aft.learning_rate_search import search_learning_rate
+from aft.labelled_tables import describe_labels, encode_table, read_table
 from aft.model_configs import has_length_limit
 from aft.raw_files import file_bytes
 from aft.saved_models import load, load_model
@@ -55,8 +53,7 @@ from aft.vocabulary import rows_needed
 from modeling_aft import ByteTokenizer
 
 
-SCORES = (("bits_per_byte", "bits per byte"), ("accuracy", "accuracy"))  # what a result is told by, and its unit
-CLASSIFICATION = Path(__file__).resolve().parent / "metrics" / "classification" / "classification.py"
+FILES = ("text_file", "labelled_file", "chat_file", "validation_file")  # whose content identifies a run
 
 
 def load_config_and_tokenizer(inputs: InputArguments):
@@ -83,34 +80,6 @@ def load_config_and_tokenizer(inputs: InputArguments):
     return config, tokenizer
 
 
-@dataclass
-class Task:
-    """What one of the modes gives to Trainer, and what of its files and its model decides the weights."""
-
-    model: torch.nn.Module
-    train: Dataset
-    validation: Dataset
-    collator: Callable
-    compute_metrics: Callable
-    identity: dict
-    reduce_logits: Callable | None = None  # of a batch, to what compute_metrics needs of them
-    prediction: EncodedRows | None = None
-
-    def make_trainer(self, model: torch.nn.Module, args, tokenizer, callbacks=()) -> FinetuningTrainer:
-        """A trainer of a model on what this task has."""
-        return FinetuningTrainer(
-            model=model,
-            args=args,
-            train_dataset=self.train,
-            eval_dataset=self.validation,
-            data_collator=self.collator,
-            processing_class=tokenizer,
-            compute_metrics=self.compute_metrics,
-            preprocess_logits_for_metrics=self.reduce_logits,
-            callbacks=[*callbacks],
-        )
-
-
 def load_base(auto_class, inputs: InputArguments, **options) -> tuple[torch.nn.Module, dict]:
     """
     The model to begin with, whose head may be new, and what identifies it.
@@ -120,14 +89,7 @@ def load_base(auto_class, inputs: InputArguments, **options) -> tuple[torch.nn.M
     """
     trust = {"trust_remote_code": inputs.trust_remote_code}
     model, new = load_model(auto_class, inputs.model, new_head=True, dtype=torch.float32, **trust, **options)
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if name not in new:  # which --seed decides
-            digest.update(name.encode())
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    config = model.config.to_diff_dict()
-    config.pop("transformers_version", None)
-    return model, {"model_config": config, "model_weights": digest.hexdigest()}
+    return model, identify_model(model, new)
 
 
 def sha256(content: bytes) -> str:
@@ -250,15 +212,6 @@ def language_model_task(inputs: InputArguments, args: FinetuningArguments, confi
 # Chats
 
 
-def split_rows(rows: Dataset, inputs: InputArguments) -> tuple[Dataset, Dataset]:
-    """Those to train on, and those that `--split_seed` draws to validate on."""
-    held_out = int(len(rows) * inputs.validation_share)
-    if held_out == 0:
-        raise ValueError(f"--validation_share {inputs.validation_share} of {len(rows)} rows is not a single one")
-    order = np.random.default_rng(inputs.split_seed).permutation(len(rows))
-    return Subset(rows, order[held_out:]), Subset(rows, order[:held_out])
-
-
 def chat_task(inputs: InputArguments, args: FinetuningArguments, config, tokenizer) -> Task:
     """The causal language model, and the chats of `--chat_file` and of what validates it."""
     prepare_tokenizer(tokenizer, f"--model {inputs.model}")
@@ -272,10 +225,8 @@ def chat_task(inputs: InputArguments, args: FinetuningArguments, config, tokeniz
     }
     chats = tables["chat_file"].rows
     if "validation_file" not in tables:
-        parts = split_rows(range(len(chats)), inputs)
-        train, held_out = (
-            replace(tables["chat_file"], rows=[chats[index] for index in part.indices]) for part in parts
-        )
+        parts = split_rows(len(chats), inputs.validation_share, inputs.split_seed)
+        train, held_out = (replace(tables["chat_file"], rows=[chats[index] for index in part]) for part in parts)
     else:
         train, held_out = tables["chat_file"], tables["validation_file"]
     train, validation = (encode_chats(part, tokenizer, inputs.truncation, limit) for part in (train, held_out))
@@ -334,13 +285,9 @@ def classifier_task(inputs: InputArguments, args: FinetuningArguments, config, t
     }
     train, validation = rows["labelled_file"], rows.get("validation_file")
     if validation is None:
-        train, validation = split_rows(train, inputs)
-    with args.main_process_first(desc="loading a metric"):
-        metric = load_metric(CLASSIFICATION, inputs.cache_dir)
-
-    def compute_metrics(output) -> dict[str, float]:
-        return metric.compute(predictions=output.predictions.argmax(-1), references=output.label_ids)
-
+        parts = split_rows(len(train), inputs.validation_share, inputs.split_seed)
+        train, validation = (Subset(train, part) for part in parts)
+    compute_metrics = accuracy_of_classes(inputs, args)
     model, identity = load_base(
         AutoModelForSequenceClassification,
         inputs,
@@ -371,61 +318,19 @@ def write_predictions(path: Path, texts: list[str], logits: np.ndarray, names: d
     write_whole(path, "".join(lines))
 
 
-def run(inputs: InputArguments, args: FinetuningArguments, config, tokenizer, task: Task) -> dict[str, float]:
+def run(inputs: InputArguments, args: FinetuningArguments, tokenizer, task: Task) -> dict[str, float]:
     """Trains if there is anything to train, evaluates and predicts; returns all metrics."""
-    if args.learning_rate is None:
-        args.learning_rate = default_learning_rate(task.model.num_parameters())
-        if inputs.search_steps is not None:
-            start = args.learning_rate
-            found, losses = search_learning_rate(task, args, start, inputs.search_steps, tokenizer)
-            tried = ", ".join(f"{rate:.1e}: {loss:.4f}" for rate, loss in losses.items())
-            print(f"learning rate {found:.1e}, by the loss after {inputs.search_steps} steps ({tried})", flush=True)
-            args.learning_rate = found
-    checkpoint = find_checkpoint(args, verify=True)  # once more: what ran here may have ended meanwhile
-    identity = describe_run(inputs, args, task.identity)
-    if checkpoint is not None:
-        check_identity(Path(checkpoint), identity)
-    patience = args.early_stopping_patience
-    callbacks = [RunIdentity(identity)]
-    if patience:
-        callbacks.append(EarlyStoppingCallback(patience, args.early_stopping_threshold))
-    trainer = task.make_trainer(task.model, args, tokenizer, callbacks)
-    metrics, before = {}, {}
-
-    def report(part: str, values: dict[str, float]):
-        trainer.log_metrics(part, values)
-        trainer.save_metrics(part, values)
-        metrics.update(values)
-
-    # A Trainer that has evaluated would not wrap its model for several processes any more.
-    if args.trains and checkpoint is None and args.world_size == 1:
-        with torch.random.fork_rng():  # as if nothing had been drawn
-            before = trainer.predict(task.validation, metric_key_prefix="before").metrics
-    if args.trains:
-        result = trainer.train(resume_from_checkpoint=checkpoint)
-        task.model.config.use_cache = getattr(config, "use_cache", None)  # which Trainer turned off
-        trainer.save_result()
-        trainer.save_state()
-        report("train", result.metrics)
-    report("eval", trainer.evaluate())
-    if args.process_index == 0:
-        print(describe_gain(before, metrics), flush=True)
+    task.identity = {**dict.fromkeys(FILES), **task.identity}
+    trainer, metrics = train_and_evaluate(task, inputs, args, tokenizer)
     if task.prediction is not None:
         output = trainer.predict(task.prediction, metric_key_prefix="predict")
         if not np.isfinite(output.predictions).all():
             raise FloatingPointError(f"--predict_file {inputs.predict_file}: the model computes no numbers for it")
-        report("predict", output.metrics)
+        report(trainer, metrics, "predict", output.metrics)
         if trainer.is_world_process_zero():
             path = Path(args.output_dir) / "predictions.jsonl"
             write_predictions(path, task.prediction.texts, output.predictions, task.model.config.id2label)
     return metrics
-
-
-def describe_gain(before: dict[str, float], after: dict[str, float]) -> str:
-    """What training has changed on the held-out data, in a line; the score alone if it was not known before."""
-    name, unit = next((name, unit) for name, unit in SCORES if f"eval_{name}" in after)
-    change = f"{before[f'before_{name}']:.4f} before, " if before else ""
-    return f"held out: {change}{after[f'eval_{name}']:.4f} {unit}"
 
 
 def finetune(argv: list[str]) -> dict[str, float]:
@@ -446,4 +351,4 @@ def finetune(argv: list[str]) -> dict[str, float]:
     make_task = language_model_task if inputs.text_file else chat_task if inputs.chat_file else classifier_task
     task = make_task(inputs, args, config, tokenizer)
     with locked(Path(args.output_dir), active=args.process_index == 0):
-        return run(inputs, args, config, tokenizer, task)
+        return run(inputs, args, tokenizer, task)

@@ -6,7 +6,7 @@
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
-"""All flags of `aft finetune`, the checks on them, and what decides the weights."""
+"""All flags of `aft finetune`, the checks that every program on the Trainer makes, and what decides the weights."""
 
 import json
 import math
@@ -52,20 +52,29 @@ class FinetuningArguments(FinetuningDefaults, TrainingArguments):
         return self.max_steps > 0 or self.num_train_epochs > 0
 
 
-def parse_arguments(argv: list[str]) -> tuple[InputArguments, FinetuningArguments]:
+def parse_dataclasses(command: str, argv: list[str], *groups: type) -> tuple:
     """
-    All flags, checked as far as that goes without loading anything.
+    All flags, one dataclass after the other.
 
     Raises:
-        ValueError: a flag is unknown or of the wrong type, or one error that lists every value that is not allowed.
+        ValueError: a flag is unknown or of the wrong type.
     """
-    parser = HfArgumentParser((InputArguments, FinetuningArguments), allow_abbrev=False, exit_on_error=False)
+    parser = HfArgumentParser(groups, allow_abbrev=False, exit_on_error=False)
     try:
-        inputs, args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+        return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     except Exception as error:  # of argparse for one value, of TrainingArguments for those that do not fit together
-        raise ValueError(f"aft finetune: {error}") from error
-    inputs.imports = read_flags(argv).imports  # of all flags, where the library takes the last
-    values, problems = {**vars(inputs), **vars(args)}, input_problems(inputs)
+        raise ValueError(f"aft {command}: {error}") from error
+
+
+def training_problems(inputs, args: FinetuningArguments, metrics: tuple[str, ...]) -> list[str]:
+    """
+    What is wrong with the flags of a program on the Trainer.
+
+    Args:
+        inputs: its other flags.
+        metrics: what an evaluation can be compared by.
+    """
+    values, problems = {**vars(inputs), **vars(args)}, []
 
     def check(ok: bool, name: str, allowed: str):
         if not ok:
@@ -83,7 +92,6 @@ def parse_arguments(argv: list[str]) -> tuple[InputArguments, FinetuningArgument
     if args.early_stopping_patience is not None:
         check(args.early_stopping_patience >= 1, "early_stopping_patience", "at least 1")
         check(args.load_best_model_at_end, "load_best_model_at_end", "true with --early_stopping_patience")
-    metrics = ("loss", "accuracy", "macro_f1") if inputs.labelled_file else ("loss", "bits_per_byte")
     best = (args.metric_for_best_model or "loss").removeprefix("eval_")
     check(best in metrics, "metric_for_best_model", "one of " + ", ".join(metrics))
     check(
@@ -92,7 +100,20 @@ def parse_arguments(argv: list[str]) -> tuple[InputArguments, FinetuningArgument
     for name in ("batch_eval_metrics", "prediction_loss_only", "logging_nan_inf_filter"):
         check(not values[name], name, "false: all that is evaluated is scored, and no NaN is passed over")
     check(0 <= args.label_smoothing_factor < 1, "label_smoothing_factor", "in [0, 1)")
-    if problems:
+    return problems
+
+
+def parse_arguments(argv: list[str]) -> tuple[InputArguments, FinetuningArguments]:
+    """
+    All flags, checked as far as that goes without loading anything.
+
+    Raises:
+        ValueError: a flag is unknown or of the wrong type, or one error that lists every value that is not allowed.
+    """
+    inputs, args = parse_dataclasses("finetune", argv, InputArguments, FinetuningArguments)
+    inputs.imports = read_flags(argv).imports  # of all flags, where the library takes the last
+    metrics = ("loss", "accuracy", "macro_f1") if inputs.labelled_file else ("loss", "bits_per_byte")
+    if problems := input_problems(inputs) + training_problems(inputs, args, metrics):
         raise ValueError("aft finetune: " + "; ".join(problems))
     return inputs, args
 
@@ -102,7 +123,7 @@ def default_learning_rate(num_parameters: int) -> float:
     return max(5e-5, min(3e-3, 3e-3 * math.sqrt(2e6 / num_parameters)))
 
 
-def describe_run(inputs: InputArguments, args: FinetuningArguments, made_of: dict) -> dict:
+def describe_run(inputs, args: FinetuningArguments, made_of: dict) -> dict:
     """
     Everything that decides the weights of a run, and which of them are the best, as JSON has it.
 
@@ -112,5 +133,5 @@ def describe_run(inputs: InputArguments, args: FinetuningArguments, made_of: dic
     flags = {**vars(inputs), **args.to_dict()}
     identity = {name: value for name, value in flags.items() if name not in MAY_DIFFER_ON_RESUME}
     identity |= {"num_processes": args.world_size, "devices_per_process": max(args.n_gpu, 1)}
-    identity |= {"text_file": None, "labelled_file": None, "chat_file": None, "validation_file": None, **made_of}
+    identity |= made_of
     return json.loads(json.dumps(identity, default=str))

@@ -6,7 +6,7 @@
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
-"""The flags of `aft finetune`, as far as they can be read without transformers."""
+"""The flags of `aft finetune`, and of every program on the Trainer, as far as they need no transformers."""
 
 import argparse
 import ast
@@ -115,6 +115,23 @@ def input_problems(inputs: InputArguments) -> list[str]:
     return problems
 
 
+def make_parser(command: str, description: str, groups: tuple[type, ...]) -> FlagParser:
+    """What reads the flags of these dataclasses, and knows the names of all others of TrainingArguments."""
+    parser = FlagParser(command, description, groups)
+    ours = {action.dest for action in parser._actions}
+    others = [name for name in names_of_training_arguments() if name not in ours]
+    for name in others:
+        parser.add_argument(f"--{name}", f"--no_{name}", nargs="*", help=argparse.SUPPRESS)
+    listed = textwrap.fill(" ".join(f"--{name}" for name in others), 118, break_on_hyphens=False)
+    parser.epilog = f"and those of transformers.TrainingArguments:\n{listed}"
+    return parser
+
+
+def pick(group: type, found: argparse.Namespace):
+    """The flags of one dataclass among those that were found."""
+    return group(**{entry.name: getattr(found, entry.name) for entry in fields(group)})
+
+
 def read_flags(argv: list[str], description: str = "") -> InputArguments:
     """
     The flags of the model and the data, after a look at the names of all others.
@@ -122,12 +139,5 @@ def read_flags(argv: list[str], description: str = "") -> InputArguments:
     Raises:
         ValueError: a flag is unknown.
     """
-    parser = FlagParser("finetune", description, (InputArguments, FinetuningDefaults))
-    ours = {action.dest for action in parser._actions}
-    others = [name for name in names_of_training_arguments() if name not in ours]
-    for name in others:
-        parser.add_argument(f"--{name}", f"--no_{name}", nargs="*", help=argparse.SUPPRESS)
-    listed = textwrap.fill(" ".join(f"--{name}" for name in others), 118, break_on_hyphens=False)
-    parser.epilog = f"and those of transformers.TrainingArguments:\n{listed}"
-    found = parser.parse_args(argv)
-    return InputArguments(**{entry.name: getattr(found, entry.name) for entry in fields(InputArguments)})
+    found = make_parser("finetune", description, (InputArguments, FinetuningDefaults)).parse_args(argv)
+    return pick(InputArguments, found)

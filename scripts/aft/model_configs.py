@@ -48,19 +48,7 @@ def build_config(args: argparse.Namespace) -> PreTrainedConfig:
             values["vocab_size"] = size
         for token in ("bos_token_id", "eos_token_id", "pad_token_id"):  # those of a model's own tokenizer elsewhere
             values.setdefault(token, None)
-    config = make_config(values, name)
-    overrides = {}
-    for item in args.model_override:
-        key, equals, text = item.partition("=")
-        if not equals or key == "model_type" or not hasattr(config, key):
-            raise ValueError(f"--model_override {item!r}: must be key=value with a field of {type(config).__name__}")
-        if key in overrides:
-            raise ValueError(f"--model_override {item!r}: {key} stands there twice")
-        try:
-            overrides[key] = json.loads(text)
-        except (ValueError, RecursionError):
-            overrides[key] = text  # a bare word is a string
-    config = make_config({**values, **overrides}, f"{name} with --model_override" if overrides else name)
+    config = override(values, args.model_override, name)
     if type(config) not in LANGUAGE_MODELS[args.objective]._model_mapping:
         allowed = f"one that has a {LANGUAGE_MODELS[args.objective].__name__} with --objective {args.objective}"
         raise ValueError(f"{name}: model_type must be {allowed}, got {config.model_type!r}")
@@ -70,6 +58,28 @@ def build_config(args: argparse.Namespace) -> PreTrainedConfig:
         allowed += f", or with padding up to {most}" if most > size else ""
         raise ValueError(f"vocab_size must be {allowed}, got {config.vocab_size}; left out, it is {size}")
     return config
+
+
+def override(values: dict, items: list[str], name: str) -> PreTrainedConfig:
+    """
+    The configuration of these fields, with those of `--model_override` changed.
+
+    Raises:
+        ValueError: a field or its value is not allowed; begins with `name`, or with the flag.
+    """
+    config = make_config(values, name)
+    overrides = {}
+    for item in items:
+        key, equals, text = item.partition("=")
+        if not equals or key == "model_type" or not hasattr(config, key):
+            raise ValueError(f"--model_override {item!r}: must be key=value with a field of {type(config).__name__}")
+        if key in overrides:
+            raise ValueError(f"--model_override {item!r}: {key} stands there twice")
+        try:
+            overrides[key] = json.loads(text)
+        except (ValueError, RecursionError):
+            overrides[key] = text  # a bare word is a string
+    return make_config({**values, **overrides}, f"{name} with --model_override" if overrides else name)
 
 
 def make_config(values: dict, name: str) -> PreTrainedConfig:
