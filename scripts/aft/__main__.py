@@ -18,6 +18,7 @@ from aft.flags import did_you_mean
 COMMANDS = {
     "pretrain": "train a language model, and score it in bits per byte",
     "finetune": "go on with a saved model: on a text, or as a classifier of labelled texts",
+    "classify": "train a classifier of pictures, from nothing or from a saved model",
     "generate": "continue a prompt",
     "evaluate": "bits per byte of a saved model, by a named protocol",
     "stream": "read a text without end, and say how surprising each line is",

@@ -1,0 +1,316 @@
+# Copyright 2026 The modeling_aft authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""Training of classifiers of pictures with `transformers.Trainer`: what `aft classify` does."""
+
+import argparse
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+import transformers
+from torch.utils.data import Dataset
+from transformers import AutoModelForImageClassification, PreTrainedConfig, set_seed
+
+# Where it is in every version: 5.17 has a placeholder at the top that demands torchvision.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+from aft.classifying_flags import (
+    SMALL,
+    ClassifyingDefaults,
+    PictureArguments,
+    RecipeArguments,
+    find_model,
+    is_preset,
+    picture_problems,
+    read_flags,
+)
+from aft.classifying_trainer import ClassifyingTrainer
+from aft.console import program
+from aft.finetuning_arguments import FinetuningArguments, parse_dataclasses, training_problems
+from aft.finetuning_checkpoints import find_checkpoint
+from aft.finetuning_run import Task, accuracy_of_classes, identify_model, report, split_rows, train_and_evaluate
+from aft.flags import import_files
+from aft.folder_lock import locked
+from aft.image_data import MOST_PIXELS, ArrayPictures, ImageData, read_images
+from aft.image_training import (
+    IMAGENET,
+    MODES,
+    PictureCollator,
+    ScoredPictures,
+    TrainingPictures,
+    make_processor,
+    measure,
+)
+from aft.model_configs import override
+from aft.saved_models import load, load_config, load_model
+from aft.settings_files import read_json
+
+
+METRICS = ("loss", "accuracy", "macro_f1")
+FOR_SMALL, FOR_LARGE = "aft-conv-mini-5-24", "aft-conv-tiny-11-32"  # the models where none is named
+
+
+@dataclass
+class ClassifyingArguments(ClassifyingDefaults, FinetuningArguments):
+    pass
+
+
+def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ClassifyingArguments]:
+    """
+    All flags, checked as far as that goes without loading anything; `argv` has those of the recipe.
+
+    Raises:
+        ValueError: a flag is unknown or of the wrong type, or one error that lists every value that is not allowed.
+    """
+    *_, args = parse_dataclasses("classify", argv, PictureArguments, RecipeArguments, ClassifyingArguments)
+    inputs = read_flags(argv)
+    problems = picture_problems(inputs) + training_problems(inputs, args, METRICS)
+    if args.remove_unused_columns:
+        problems.append("--remove_unused_columns must be false, got True")
+    if inputs.ema_decay is not None and (args.fsdp or args.deepspeed):
+        problems.append(f"--ema_decay must be left out where the weights are sharded, got {inputs.ema_decay}")
+    if problems:
+        raise ValueError("aft classify: " + "; ".join(problems))
+    return inputs, args
+
+
+# The model
+
+
+def size_of_all(data: ImageData) -> tuple[int, int] | None:
+    """Height and width of the pictures to train on, if they are small and have one size."""
+    pictures = data.parts["train"]
+    return pictures.array.shape[1:3] if isinstance(pictures, ArrayPictures) else None
+
+
+def named_labels(names: list[str]) -> dict:
+    """The fields of a configuration that name the classes."""
+    labels = dict(enumerate(names))
+    return {"id2label": labels, "label2id": {name: index for index, name in labels.items()}}
+
+
+def new_model(inputs: argparse.Namespace, data: ImageData) -> tuple[torch.nn.Module, dict]:
+    """
+    The model of a configuration, with random weights, and what identifies it.
+
+    Raises:
+        ValueError: the file is none of a classifier of pictures, or a field does not go with the pictures.
+    """
+    path, name = find_model(inputs.model), f"--model {inputs.model}"
+    values = read_json(path, "--model")
+    if "model_type" not in values:
+        raise ValueError(f"{name}: must be a JSON object with a model_type")
+    values.pop("num_labels", None)
+    values |= {**named_labels(data.names), "problem_type": "single_label_classification"}
+    changed = {item.partition("=")[0] for item in inputs.model_override}
+    if fixed := sorted(changed & {"num_labels", "id2label", "label2id", "problem_type"}):
+        raise ValueError(f"--model_override {fixed[0]}: must be left out, --data says it")
+    found = size_of_all(data)
+    size = inputs.image_size or (min(found) if found else None)
+    own = override(values, [], name)
+    if size and hasattr(own, "image_size") and (inputs.image_size or not {"image_size"} & {*values, *changed}):
+        values["image_size"] = size
+    config = override(values, inputs.model_override, name)
+    if type(config) not in AutoModelForImageClassification._model_mapping:
+        allowed = "one that has a AutoModelForImageClassification"
+        raise ValueError(f"{name}: model_type must be {allowed}, got {config.model_type!r}")
+    model = AutoModelForImageClassification.from_config(config, dtype=torch.float32)
+    return model, identify_model(model, set(model.state_dict()))
+
+
+def saved_model(inputs: argparse.Namespace, data: ImageData) -> tuple[torch.nn.Module, dict]:
+    """
+    A saved model, with a new head if it is no classifier of these labels, and what identifies it. Where it is, `data`
+    gets the labels of the model.
+
+    Raises:
+        ValueError: it does not load.
+    """
+    name, trust = f"--model {inputs.model}", {"trust_remote_code": inputs.trust_remote_code}
+    config = load_config(inputs.model, **trust)
+    if inputs.model_override:
+        config = override(config.to_dict(), inputs.model_override, name)
+    if inputs.image_size and hasattr(config, "image_size"):
+        config.image_size = inputs.image_size
+    is_classifier = any("ForImageClassification" in head for head in config.architectures or ())
+    own = [config.id2label[index] for index in range(config.num_labels)]
+    if is_classifier and set(data.names) <= set(own):
+        classes = np.array([own.index(label) for label in data.names])
+        for pictures in data.parts.values():
+            pictures.labels = classes[pictures.labels]
+        data.names = own
+        model, new = load_base(inputs, config)
+    elif not is_classifier:
+        model, new = load_base(inputs, with_labels(config, data.names))
+    else:
+        print(f"{name}: its labels are others, so it gets a new head for {len(data.names)}", flush=True)
+        saved, _ = load_base(inputs, config)
+        config = with_labels(saved.config, data.names)
+        model = AutoModelForImageClassification.from_config(config, dtype=torch.float32, **trust)
+        model.base_model.load_state_dict(saved.base_model.state_dict())
+        new = {key for key in model.state_dict() if not key.startswith(f"{model.base_model_prefix}.")}
+    model.config.problem_type = "single_label_classification"
+    return model, identify_model(model, new)
+
+
+def with_labels(config: PreTrainedConfig, names: list[str]) -> PreTrainedConfig:
+    for key, value in named_labels(names).items():
+        setattr(config, key, value)
+    return config
+
+
+def load_base(inputs: argparse.Namespace, config: PreTrainedConfig) -> tuple[torch.nn.Module, set[str]]:
+    options = {"config": config, "dtype": torch.float32, "trust_remote_code": inputs.trust_remote_code}
+    return load_model(AutoModelForImageClassification, inputs.model, new_head=True, **options)
+
+
+# Its pictures
+
+
+def find_processor(inputs: argparse.Namespace):
+    """The image processor that was saved with a model, None if there is none."""
+    if is_preset(inputs.model) or (
+        Path(inputs.model).is_dir() and not (Path(inputs.model) / "preprocessor_config.json").is_file()
+    ):
+        return None
+    try:
+        return load(AutoImageProcessor, inputs.model, trust_remote_code=inputs.trust_remote_code)
+    except ValueError:
+        if Path(inputs.model).is_dir():
+            raise
+        return None
+
+
+def choose_processor(inputs: argparse.Namespace, data: ImageData, config, indices: np.ndarray):
+    """
+    The image processor of a saved model, or with `--image_size` or `--crop_ratio`, or where there is none, another.
+
+    Args:
+        indices: of the pictures to train on, whose mean and deviation count where nothing else is known.
+    """
+    saved = find_processor(inputs)
+    if saved is not None and inputs.image_size is None and inputs.crop_ratio is None:
+        return saved
+    channels = getattr(config, "num_channels", 3)
+    if saved is not None:
+        statistics = {"image_mean": saved.image_mean, "image_std": saved.image_std}
+    elif channels == 3 and not is_preset(inputs.model):
+        statistics = IMAGENET
+    else:
+        statistics = measure(data.parts["train"], indices, channels)
+    found = size_of_all(data)
+    size = inputs.image_size or getattr(config, "image_size", None) or (min(found) if found else 224)
+    if not isinstance(size, int):
+        height, width = size
+        if height != width:
+            raise ValueError(f"--image_size must be given for a model of images of {height} x {width}, got None")
+        size = height
+    as_they_are = size <= SMALL or found == (size, size)
+    return make_processor(size, inputs.crop_ratio or (1.0 if as_they_are else 0.875), channels, statistics)
+
+
+# The run
+
+
+@dataclass
+class ImageTask(Task):
+    """A `Task` whose trainer may average the weights."""
+
+    ema_decay: float | None = None
+    test: Dataset | None = None
+
+    def make_trainer(self, model: torch.nn.Module, args, processor, callbacks=()) -> ClassifyingTrainer:
+        return ClassifyingTrainer(**self.options(model, args, processor, callbacks), ema_decay=self.ema_decay)
+
+
+def make_task(inputs: argparse.Namespace, args: ClassifyingArguments) -> tuple[ImageTask, object]:
+    """The model, the pictures and what changes them, and the image processor."""
+    data = read_images(inputs)
+    if inputs.model is None:
+        found = size_of_all(data)
+        side = max(found) if found else 224
+        inputs.model = FOR_SMALL if (inputs.image_size or side) ** 2 <= MOST_PIXELS else FOR_LARGE
+    identity = {
+        "data": {part: pictures.sha256() for part, pictures in data.parts.items()},
+        "classes": list(data.names),
+        "recipe": None,
+    }
+    compute_metrics = accuracy_of_classes(inputs, args)
+    set_seed(args.seed)  # the initial weights, or those of a new head
+    model, identity_of_model = (new_model if is_preset(inputs.model) else saved_model)(inputs, data)
+    channels = getattr(model.config, "num_channels", 3)
+    if channels not in MODES:
+        raise ValueError(f"--model {inputs.model}: num_channels must be 1 or 3, got {channels}")
+    train, parts = data.parts["train"], data.parts
+    if "validation" in parts:
+        indices, validation = np.arange(len(train)), (parts["validation"], np.arange(len(parts["validation"])))
+    else:
+        indices, held_out = split_rows(len(train), inputs.validation_share, inputs.split_seed)
+        validation = (train, held_out)
+    processor = choose_processor(inputs, data, model.config, indices)
+    task = ImageTask(
+        model=model,
+        train=TrainingPictures(train, indices, processor, channels, inputs, args.seed),
+        validation=ScoredPictures(*validation, processor, channels),
+        collator=PictureCollator(inputs, args.label_smoothing_factor, len(data.names), args.seed),
+        compute_metrics=compute_metrics,
+        identity={**identity, **identity_of_model, "processor": processor.to_dict()},
+        ema_decay=inputs.ema_decay,
+    )
+    if "test" in parts:
+        task.test = ScoredPictures(parts["test"], np.arange(len(parts["test"])), processor, channels)
+    if args.process_index == 0:
+        print(describe_task(task, len(data.names)), flush=True)
+    return task, processor
+
+
+def describe_task(task: ImageTask, num_labels: int) -> str:
+    height, width = task.train.side
+    counts = f"{len(task.train):,} pictures to train on, {len(task.validation):,} held out"
+    counts += f", {len(task.test):,} to test" if task.test is not None else ""
+    return f"{counts}; {num_labels} labels; {height} x {width} pixels; {task.model.num_parameters():,} parameters"
+
+
+def next_commands(inputs: argparse.Namespace, args: ClassifyingArguments) -> str:
+    """What to type when a run has ended."""
+    folder = args.output_dir
+    code = f"import modeling_aft; from transformers import pipeline; print(pipeline(model={folder!r})('picture.png'))"
+    tuning = (
+        f"{program()} classify --model {shlex.quote(folder)} --data FOLDER --output_dir {shlex.quote(folder)}-tuned"
+    )
+    return "\n  ".join(["next:", f"python -c {shlex.quote(code)}", tuning])
+
+
+def classify(argv: list[str]) -> dict[str, float]:
+    """
+    Runs with the flags of `aft classify`; returns all metrics.
+
+    Raises:
+        ValueError: a flag, the data or the model is wrong, or another run is in the output folder.
+        FloatingPointError: a loss, a weight or a score is NaN or infinite.
+    """
+    inputs, args = parse_arguments(argv)
+    import_files(inputs.imports)
+    find_checkpoint(args)  # before the work
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    task, processor = make_task(inputs, args)
+    with locked(Path(args.output_dir), active=args.process_index == 0):
+        trainer, metrics = train_and_evaluate(task, inputs, args, processor)
+        if task.test is not None:
+            report(trainer, metrics, "test", trainer.predict(task.test, metric_key_prefix="test").metrics)
+        if args.process_index == 0:
+            if task.test is not None:
+                print(f"test: {metrics['test_accuracy']:.4f} accuracy, {len(task.test):,} pictures")
+            if args.trains:
+                print(next_commands(inputs, args), flush=True)
+    return metrics
