@@ -11,16 +11,27 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
 
+from aft.classifying_flags import add_recipe, picture_problems, read_flags
 from aft.model_configs import build_config
 from aft.pretraining_arguments import check_arguments, parse_arguments
-from modeling_aft import AFTConfig, AFTForCausalLM, SynthesizerConfig, SynthesizerForCausalLM
+from aft.settings_files import read_yaml
+from modeling_aft import (
+    AFTConfig,
+    AFTForCausalLM,
+    AFTForImageClassification,
+    AFTVisionConfig,
+    SynthesizerConfig,
+    SynthesizerForCausalLM,
+)
 
 
 CLASSES = {"aft": (AFTConfig, AFTForCausalLM), "synthesizer": (SynthesizerConfig, SynthesizerForCausalLM)}
 CONFIGURATION = Path(__file__).resolve().parent.parent / "configuration"
 MODELS = sorted(CONFIGURATION.glob("models/*.json"))
+IMAGES = sorted(CONFIGURATION.glob("images/*.json"))
+RECIPES = sorted(CONFIGURATION.glob("recipes/*.yaml"))
 TRAINING = sorted(CONFIGURATION.glob("training/*.yaml"))
 ACCELERATE = sorted(CONFIGURATION.glob("accelerate/*.yaml"))
 COMPARE = sorted(CONFIGURATION.glob("compare/*.yaml"))  # test_compare.py loads them
@@ -42,7 +53,7 @@ OVERRIDES = {name: cells for name, cells in table_rows().items() if "=" in name}
 
 
 def test_readme_names_every_file():
-    presets = {*MODELS, *TRAINING, *ACCELERATE, *COMPARE}
+    presets = {*MODELS, *IMAGES, *RECIPES, *TRAINING, *ACCELERATE, *COMPARE}
     assert set(table_rows()) - set(OVERRIDES) == {str(path.relative_to(CONFIGURATION)) for path in presets}
     others = {path for path in CONFIGURATION.rglob("*") if path.is_file()} - presets
     assert others == {CONFIGURATION / "README.md"}
@@ -63,6 +74,29 @@ def test_model_preset(path):
     assert table_rows()[f"models/{path.name}"][1] == f"{model.num_parameters():,}"
     if path.stem.endswith("-small"):  # the models that are compared with each other; matrices per head are larger
         assert 1.9e6 < model.num_parameters() < (4.7e6 if "random" in config.to_json_string() else 2.9e6)
+
+
+@pytest.mark.parametrize("path", IMAGES, ids=stem)
+def test_image_model_preset(path):
+    written = json.loads(path.read_text(encoding="utf-8"))
+    assert set(written) <= {"model_type", "num_labels", *(field.name for field in fields(AFTVisionConfig))}
+    config = AutoConfig.from_pretrained(path)
+    assert type(config) is AFTVisionConfig
+    assert {name: getattr(config, name) for name in written} == written
+    with torch.device("meta"):
+        model = AutoModelForImageClassification.from_config(config)
+    assert type(model) is AFTForImageClassification
+    assert table_rows()[f"images/{path.name}"][1] == f"{model.num_parameters():,}"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=stem)
+def test_recipe(path):
+    argv = add_recipe(["--data", "owner/name", "--recipe", path.stem])
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert argv[: len(written)] == [f"--{name}={text}" for name, text in read_yaml(path, "recipe", plain=True).items()]
+    flags = read_flags(argv)
+    assert picture_problems(flags) == []
+    assert all(getattr(flags, name) == value for name, value in written.items() if hasattr(flags, name))
 
 
 @pytest.mark.parametrize("override", OVERRIDES)

@@ -32,6 +32,8 @@ WRONG = {  # flags that are refused at once, and with what
         ["--csv", NOWHERE, "--columns", "1", "--dtype", "float32"],
         "--columns must be at least 2 with --dtype float32, got 1: it takes half; --csv must be a .csv file, got ",
     ),
+    "classify.py": (["--data", "owner/name", "--model", NOWHERE], "aft classify: --model nowhere/"),
+    "convert_vit.py": ([NOWHERE, "out"], "source nowhere/"),
     "convert_z1t.py": ([NOWHERE, "out", "--tanh_linear", "--tanh_mlp"], "checkpoint: no such file: nowhere/"),
     "draw_model.py": ([NOWHERE, "--output_dir", NOWHERE], "models: nowhere/"),
     "finetune.py": (["--model", "m", "--text_file", NOWHERE], "aft finetune: --text_file must be a file, got "),
@@ -48,6 +50,7 @@ WRONG = {  # flags that are refused at once, and with what
 
 
 COMMANDS_OF = {  # programs that are a command of `aft`
+    "classify.py": "aft classify",
     "compare.py": "aft compare",
     "draw_model.py": "aft draw",
     "finetune.py": "aft finetune",
@@ -173,6 +176,11 @@ MISTAKES = {  # of the flags, and what is said of each, before anything heavy is
         ["finetune", "--model", "runs/tinny", "--text_file", "notes.txt"],
         "--model runs/tinny: no such folder; did",
     ),
+    "pictures": (["classify", "--data", "runs/tinny"], "--data runs/tinny: no such folder; did you mean runs/tiny?"),
+    "no-pictures": (["classify", "--model", "runs/tiny"], "aft classify: --data must be given, got None"),
+    "image-preset": (["classify", "--data", "runs", "--model", "aft-full-tin"], "did you mean aft-full-tiny?"),
+    "recipe": (["classify", "--data", "runs", "--recipe", "smal"], "no such file or preset; did you mean small?"),
+    "recipe-flag": (["classify", "--data", "runs", "--mixop", "1"], "did you mean --mixup?"),
     "no-model": (["generate", "--model", "runs/empty"], "must be a folder with a saved model, and has no config.json"),
     "pushed": (["push", "runs/tinny", "me/m"], "folder runs/tinny: no such folder; did you mean runs/tiny?"),
     "name": (

@@ -94,7 +94,9 @@ class RecipeArguments:
         "none; padded: shifted by up to crop_padding pixels; resized: a part of at least crop_scale of the area; "
         "auto: padded for up to 32 pixels, else resized.",
     )
-    crop_padding: int = flag(4, "Pixels of the black margin of a padded crop.")
+    crop_padding: int | None = flag(
+        None, "Pixels of the black margin of a padded crop; None is an eighth of the side, rounded up: 4 for 32."
+    )
     crop_scale: float = flag(0.08, "Least share of the area of a resized crop.")
     horizontal_flip: bool = flag(False, "Mirror every second picture; wrong for digits and letters.")
     color_jitter: float = flag(0.0, "Change brightness, contrast and colour by up to this share.")
@@ -160,7 +162,7 @@ def picture_problems(inputs: argparse.Namespace) -> list[str]:
         inside = value is None or low < value < high or (value == low and with_low) or (value == high and with_high)
         check(inside, name, f"in {'[' if with_low else '('}{low}, {high}{']' if with_high else ')'}")
     for name in ("mixup", "cutmix", "crop_padding"):
-        check(getattr(inputs, name) >= 0, name, "at least 0")
+        check(getattr(inputs, name) is None or getattr(inputs, name) >= 0, name, "at least 0")
     for name in ("image_size", "search_steps"):
         check(getattr(inputs, name) is None or getattr(inputs, name) >= 1, name, "at least 1")
     check(inputs.random_crop in CROPS, "random_crop", f"one of {', '.join(CROPS)}")

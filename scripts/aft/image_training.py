@@ -104,6 +104,7 @@ class TrainingPictures(ScoredPictures):
         self.crop = recipe.random_crop
         if self.crop == "auto":
             self.crop = "padded" if max(self.side) <= SMALL else "resized"
+        self.padding = -(-max(self.side) // 8) if recipe.crop_padding is None else recipe.crop_padding
         self.scale = processor.rescale_factor if processor.do_rescale else 1.0
         normalizes = processor.do_normalize
         self.mean = np.float32(processor.image_mean if normalizes else [0.0] * channels)[:, None, None]
@@ -130,7 +131,7 @@ class TrainingPictures(ScoredPictures):
             picture = jitter(picture, recipe.color_jitter, generator)
         pixels = np.asarray(picture).reshape(*self.side, self.channels).transpose(2, 0, 1)
         if self.crop == "padded":
-            pixels = padded_crop(pixels, recipe.crop_padding, generator)
+            pixels = padded_crop(pixels, self.padding, generator)
         if recipe.horizontal_flip and generator.random() < 0.5:
             pixels = pixels[:, :, ::-1]
         values = (pixels * np.float32(self.scale) - self.mean) / self.std
