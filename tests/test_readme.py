@@ -16,9 +16,18 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.launch import launch_command_parser
+from PIL import Image
 
 from aft.__main__ import main as aft
-from modeling_aft import AFTConfig, AFTForCausalLM, AFTForMaskedLM, ByteTokenizer
+from aft.image_training import make_processor
+from modeling_aft import (
+    AFTConfig,
+    AFTForCausalLM,
+    AFTForImageClassification,
+    AFTForMaskedLM,
+    AFTVisionConfig,
+    ByteTokenizer,
+)
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -149,6 +158,9 @@ def stand_in(tmp_path_factory):
     ByteTokenizer().save_pretrained(folder / "tiny")
     AFTForMaskedLM(AFTConfig(**sizes, vocab_size=257, is_decoder=False)).save_pretrained(folder / "tiny-masked")
     ByteTokenizer(mask_token="[MASK]").save_pretrained(folder / "tiny-masked")
+    vision = AFTVisionConfig(hidden_size=16, num_hidden_layers=1, image_size=28, patch_size=4, num_labels=10)
+    AFTForImageClassification(vision).save_pretrained(folder / "fashion")
+    make_processor(28, 1.0, 3, {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}).save_pretrained(folder / "fashion")
     return folder
 
 
@@ -158,6 +170,7 @@ def test_python_runs(document, stand_in, tmp_path, monkeypatch):
     for name in ("configuration", "model_cards", "README.md"):
         (tmp_path / name).symlink_to(ROOT / name)
     shutil.copytree(stand_in, tmp_path / "runs")
+    Image.new("L", (28, 28)).save(tmp_path / "picture.png")
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}
     for line, block in find_blocks(document, "python"):
