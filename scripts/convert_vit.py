@@ -42,8 +42,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("source", help="folder of a saved ViT or DeiT, or its name on the Hub")
     parser.add_argument("output_dir", type=Path, help="folder for the model, new or empty")
     parser.add_argument("--aft_type", default="conv", help="type of AFT (default: %(default)s)")
-    parser.add_argument("--kernel_size", type=int, default=11, help="side of a kernel of conv (default: %(default)s)")
-    parser.add_argument("--num_attention_heads", type=int, default=16, help="kernels of conv (default: %(default)s)")
+    parser.add_argument("--kernel_size", type=int, help="side of a kernel of conv (default: 11)")
+    parser.add_argument("--num_attention_heads", type=int, help="kernels of conv (default: 16)")
     parser.add_argument("--gate_bias", type=float, help="what the biases of all queries begin with (default: 0)")
     args = parser.parse_args(argv)
     if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
@@ -64,9 +64,8 @@ def main(argv: list[str] | None = None) -> Path:
         AutoModelForImageClassification, args.source, flag="source", new_head=True, dtype=torch.float32
     )
     processor = load(AutoImageProcessor, args.source, flag="source", file="preprocessor_config.json")
-    fields = {"aft_type": args.aft_type}
-    if args.aft_type == "conv":
-        fields |= {"kernel_size": args.kernel_size, "num_attention_heads": args.num_attention_heads}
+    names = ("aft_type", "kernel_size", "num_attention_heads")
+    fields = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     model, found = AFTForImageClassification.from_vit(
         vit, gate_bias=args.gate_bias, output_loading_info=True, **fields
     )

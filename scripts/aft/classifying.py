@@ -114,11 +114,12 @@ def new_model(inputs: argparse.Namespace, data: ImageData) -> tuple[torch.nn.Mod
     changed = {item.partition("=")[0] for item in inputs.model_override}
     if fixed := sorted(changed & {"num_labels", "id2label", "label2id", "problem_type"}):
         raise ValueError(f"--model_override {fixed[0]}: must be left out, --data says it")
+    if inputs.image_size and "image_size" in changed:
+        raise ValueError(f"--image_size must be left out with --model_override image_size, got {inputs.image_size}")
     found = size_of_all(data)
-    size = inputs.image_size or (min(found) if found else None)
-    own = override(values, [], name)
-    if size and hasattr(own, "image_size") and (inputs.image_size or not {"image_size"} & {*values, *changed}):
-        values["image_size"] = size
+    if inputs.image_size or (found and "image_size" not in {*values, *changed}):
+        if hasattr(override(values, [], name), "image_size"):  # which models of convolutions do without
+            values["image_size"] = inputs.image_size or min(found)
     config = override(values, inputs.model_override, name)
     if type(config) not in AutoModelForImageClassification._model_mapping:
         allowed = "one that has a AutoModelForImageClassification"

@@ -14,7 +14,6 @@ import reprlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from aft.console import one_line
 from aft.finetuning_flags import FinetuningDefaults, make_parser, names_of_training_arguments, pick
 from aft.flags import (
     CONFIGURATION,
@@ -204,9 +203,7 @@ def add_recipe(argv: list[str]) -> list[str]:
     values = read_yaml(path, "--recipe", plain=True)
     for key, value in values.items():
         if key not in known:
-            raise ValueError(
-                f"--recipe {path}: unknown key {one_line(ValueError(key))}{did_you_mean(str(key), known)}"
-            )
+            raise ValueError(f"--recipe {path}: unknown key {key!r}{did_you_mean(str(key), known)}")
         if not isinstance(value, str):
             raise ValueError(f"--recipe {path}: {key} must be one value, got {reprlib.repr(value)}")
     return [*(f"--{key}={value}" for key, value in values.items()), *argv]
