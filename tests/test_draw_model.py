@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from aft import drawing, model_pictures
 from aft.commands import draw as draw_model
+from modeling_aft import AFTForImageClassification, AFTVisionConfig
 
 
 PICTURES = {
@@ -203,3 +204,50 @@ def test_any_name_of_a_folder_is_printed(tmp_path, name):
     text = "".join(ElementTree.parse(written[-1]).getroot().itertext())
     assert name in text
     assert [path.name for path in written] == [f"{name}-bias-map.png", f"{name}-bias-curve.svg", "receptive-field.svg"]
+
+
+def image_model(folder, **changes):
+    sizes = dict(
+        hidden_size=16, num_hidden_layers=8, num_attention_heads=4, kernel_size=3, image_size=16, patch_size=4
+    )
+    torch.manual_seed(0)
+    model = AFTForImageClassification(AFTVisionConfig(**sizes, num_channels=1, position_bias_rank=4, **changes))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "position_bias" in name:
+                parameter.normal_()
+    model.save_pretrained(folder)
+    return model
+
+
+def test_kernels_of_images_are_drawn_as_the_paper_does(tmp_path, monkeypatch):
+    """exp(w) - 1, where w is the standardised kernel, scaled and shifted: six layers, a square for each head."""
+    model = image_model(tmp_path / "images")
+    drawn = []
+    monkeypatch.setattr(model_pictures, "save_figure", lambda figure, path: drawn.append((figure, path)) or path)
+    assert draw_model.main([str(tmp_path / "images"), "--output_dir", str(tmp_path)]) == [
+        tmp_path / "images-kernels.png"
+    ]
+    rows = [axes for axes in drawn[0][0].axes if axes.get_ylabel().startswith("layer")]
+    assert [axes.get_ylabel() for axes in rows] == [f"layer {layer}" for layer in (0, 1, 3, 4, 6, 7)]
+    bias = model.model.layers[3].mixer.position_bias
+    weight = bias.weight.detach()
+    weight = (weight - weight.mean(1, keepdim=True)) / weight.std(1, keepdim=True, unbiased=False)
+    expected = (bias.gamma[:, None] * weight + bias.beta[:, None]).exp().detach() - 1
+    shown = rows[2].images[0].get_array()
+    assert shown.shape == (3, 4 * 4 - 1)
+    for head in range(4):
+        square = np.asarray(shown[:, 4 * head : 4 * head + 3])
+        np.testing.assert_allclose(square, expected[head].view(3, 3).numpy(), rtol=1e-4)
+
+
+def test_pairs_of_patches_are_drawn(tmp_path):
+    image_model(tmp_path / "full", aft_type="full")
+    written = draw_model.main([str(tmp_path / "full"), "--output_dir", str(tmp_path)])
+    assert [path.name for path in written] == ["full-bias-map.png", "full-bias-curve.svg"]
+
+
+def test_an_image_model_without_biases_has_nothing_to_draw(tmp_path):
+    image_model(tmp_path / "simple", aft_type="simple")
+    with pytest.raises(ValueError, match="simple has nothing to draw: .* position biases, but simple"):
+        draw_model.main([str(tmp_path / "simple"), "--output_dir", str(tmp_path)])

@@ -25,6 +25,7 @@ from aft.token_data import TokenData, tokens_at_hand
 from aft.vocabulary import vocabulary_of_model
 
 
+FAMILIES = ("aft", "synthesizer", "aft_vision")
 BLOCK = 2**24  # numbers in the largest tensor of the receptive field
 STATIC = ("random", "fixed_random", "factorized_random")  # components whose logits depend on positions only
 
@@ -180,6 +181,36 @@ def draw_maps(name: str, biases: list[tuple[str, np.ndarray]], length: int, caus
     return figure
 
 
+def draw_kernels(name: str, kernels: list[np.ndarray]) -> Figure:
+    """
+    What the kernels of AFT-conv add to the weights of all patches alike, exp(w) - 1, as figure 1 of the paper has it:
+    a row for each of six layers at most, a square for each of 16 heads at most, a scale of colours for each row.
+
+    Args:
+        kernels: of each layer, float [H, k, k].
+    """
+    layers = spaced(len(kernels), 6)
+    figure = Figure(figsize=(9, 0.75 * len(layers) + 0.6), layout="constrained")
+    rows = figure.subplots(len(layers), 1, squeeze=False)[:, 0]
+    for axes, layer in zip(rows, layers, strict=True):
+        added = np.expm1(kernels[layer][spaced(len(kernels[layer]), 16)])
+        side, largest = added.shape[1], float(np.abs(added).max()) or 1.0
+        strip = np.pad(added, ((0, 0), (0, 0), (0, 1)), constant_values=np.nan)  # a gap behind each
+        strip = strip.transpose(1, 0, 2).reshape(side, -1)[:, :-1]
+        picture = axes.imshow(strip, cmap="RdBu_r", vmin=-largest, vmax=largest)
+        axes.set(xticks=[], yticks=[])
+        axes.set_ylabel(f"layer {layer}", fontsize=8, rotation=0, ha="right", va="center")
+        axes.spines[:].set_visible(False)
+        figure.colorbar(picture, ax=axes, fraction=0.02, pad=0.01).ax.tick_params(labelsize=6)
+    figure.suptitle(f"{label(name)}: exp(w) - 1 of each head, the query in the middle", fontsize=10)
+    return figure
+
+
+def spaced(count: int, most: int) -> np.ndarray:
+    """The numbers below `count`, or `most` of them at equal distances, the first and the last among them."""
+    return np.linspace(0, count - 1, min(count, most)).round().astype(int)
+
+
 def draw_bias_curves(name: str, biases: list[tuple[str, np.ndarray]], length: int, causal: bool) -> Figure:
     """Bias over the offset, a panel per layer: mean and 10 to 90 % over positions, or a line per head."""
     figure, axes = panels(len(biases), 2.4, 2.0, sharey=True)
@@ -300,8 +331,12 @@ def data_of_model(model, text, cache_dir: str) -> TokenData:
 def draw_model(name: str, model) -> dict[str, Figure]:
     """What one model has by itself, biases and mixture weights, by the names of the files; empty if it has neither."""
     mixers = [layer.mixer for layer in model.layers]
-    length, causal = model.config.max_position_embeddings, model.config.is_decoder
+    length, causal = model.config.max_position_embeddings, mixers[0].is_causal
     figures = {}
+    if model.config.model_type == "aft_vision" and model.config.aft_type == "conv":
+        with torch.no_grad():
+            kernels = [mixer.position_bias(None).float().numpy() for mixer in mixers]
+        return {f"{name}-kernels.png": draw_kernels(name, kernels)}
     biases = [bias for mixer in mixers if (bias := position_bias(mixer, length)) is not None]
     if biases:
         figures[f"{name}-bias-map.png"] = draw_maps(name, biases, length, causal)
@@ -334,8 +369,8 @@ def load_models(folders: list[Path], flag: str = "models:") -> dict[str, torch.n
     for folder, path in zip(folders, paths, strict=True):
         check_model_name(folder, flag, hub=False)
         config = load(AutoConfig, path, flag, trust_remote_code=False)
-        if config.model_type not in ("aft", "synthesizer"):
-            raise ValueError(f"{flag} {folder} must hold aft or synthesizer, got {config.model_type}")
+        if config.model_type not in FAMILIES:
+            raise ValueError(f"{flag} {folder} must hold one of {', '.join(FAMILIES)}, got {config.model_type}")
         model, _ = load_model(AutoModel, path, flag, new_head=True, trust_remote_code=False)
         models[path.name if unique else "-".join(path.parts[-2:])] = model
     return models
@@ -355,9 +390,10 @@ def draw_models(args: argparse.Namespace) -> list[Path]:
     for name, model in models.items():
         drawn = draw_model(name, model)
         if not drawn and name not in afts:
+            found = getattr(model.config, "components", None) or [model.config.aft_type]
             raise ValueError(
-                f"{name} has nothing to draw: neither AFT, nor a mixture, nor any of {', '.join(STATIC)}, but "
-                f"{', '.join(model.config.components)}"
+                f"{name} has nothing to draw: neither AFT of text, nor a mixture, nor any of {', '.join(STATIC)}, nor "
+                f"position biases, but {', '.join(found)}"
             )
         figures |= drawn
     if afts:

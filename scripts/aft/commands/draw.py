@@ -17,8 +17,9 @@ Draws what saved models have learned about positions, as one picture per model a
   changes (random, fixed random and factorized random, times their weight in a mixture), as means over the heads.
 - <model>-bias-curve.svg: the same over the offset t - t': mean and 10 to 90 % over the positions, or a line per head.
 - <model>-mixture.svg: the weights of a Synthesizer's mixture, mean over the heads and a dot for each.
-- receptive-field.svg: for all AFT models together, the share of the attention weight exp(k + w) that the nearest keys
-  have, mean over the channels, over real bytes, and over the queries of the second half of a window.
+- <model>-kernels.png: of an AFT-conv of images, exp(w) - 1 of each head and layer, as in figure 1 of the paper.
+- receptive-field.svg: for all AFT models of text together, the share of the attention weight exp(k + w) of the nearest
+  keys, mean over the channels, over real bytes, and over the queries of the second half of a window.
 
 What is larger than 300 kB as svg becomes a png.
 """
