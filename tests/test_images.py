@@ -11,6 +11,7 @@ import onnx_ir
 import onnxruntime
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch.export import Dim
@@ -33,6 +34,7 @@ from transformers import (
 )
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # where torchvision is not needed
 
+from aft.commands.push import main as push
 from modeling_aft import AFTForImageClassification, AFTVisionConfig, AFTVisionModel, AFTVisionPreTrainedModel
 from modeling_aft.modeling_images import DropPath, resample
 from modeling_aft.ops_tokens import Tokens
@@ -464,11 +466,13 @@ def test_another_model_is_no_vit():
 # Around it
 
 
+PROCESSOR = {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}, "do_convert_rgb": True}
+
+
 @pytest.fixture
 def folder(tmp_path):
     make_model("conv", torch.float32, num_channels=3, image_size=16).save_pretrained(tmp_path)
-    values = {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}, "do_convert_rgb": True}
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(values), encoding="utf-8")
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(PROCESSOR), encoding="utf-8")
     assert AutoImageProcessor.from_pretrained(tmp_path).size["height"] == 16
     return tmp_path
 
@@ -600,3 +604,26 @@ def test_the_gradients_of_a_layer_are_those_of_the_formula():
     found = torch.autograd.grad((mixer(hidden, Tokens(grid=(2, 3)))[0] * upstream).sum(), parameters)
     expected = torch.autograd.grad((mixed_by_hand(mixer, hidden, (2, 3), 0) * upstream).sum(), parameters)
     torch.testing.assert_close(found, expected)
+
+
+def test_a_folder_of_images_can_be_pushed(folder, capsys):
+    push([str(folder), "me/images", "--dry_run"])
+    output = capsys.readouterr().out
+    assert " preprocessor_config.json" in output and " model.safetensors" in output
+    card = ModelCard(output[output.index("---\n") :])
+    assert (card.data.pipeline_tag, card.data.tags) == ("image-classification", ["aft_vision"])
+    assert 'pipeline("image-classification", model=name, trust_remote_code=True)' in card.text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda path: path.unlink(), "no preprocessor_config.json"),
+        (lambda path: path.write_text(json.dumps(PROCESSOR | {"image_mean": [0.5]})), "1 channels .* num_channels 3"),
+    ],
+    ids=["missing", "channels"],
+)
+def test_a_folder_whose_image_processor_does_not_fit_is_not_pushed(folder, change, message):
+    change(folder / "preprocessor_config.json")
+    with pytest.raises(ValueError, match=message):
+        push([str(folder), "me/images", "--dry_run"])

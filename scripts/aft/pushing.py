@@ -20,6 +20,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from transformers import AutoConfig, AutoTokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # at the top, 5.17 wants torchvision
 
 from aft.console import one_line
 from aft.run_log import fill_model_card, read_log
@@ -33,6 +34,7 @@ PARTS = (
     "generation_config.json",
     "model*.safetensors",
     "model.safetensors.index.json",
+    "preprocessor_config.json",
     "tokenizer*.json",
     "special_tokens_map.json",
     "*.jinja",
@@ -40,12 +42,14 @@ PARTS = (
     "run.jsonl",
     "training_curve.png",
 )
+TOKENIZER, PROCESSOR = "tokenizer_config.json", "preprocessor_config.json"  # what reads the inputs of a model
 READ_ONLY = ("README.md", "eval_results.json")  # what the card is made of besides
 AUTO_CLASSES = (  # that may be on a card
     "AutoModelForCausalLM",
     "AutoModelForMaskedLM",
     "AutoModelForSequenceClassification",
     "AutoModelForTokenClassification",
+    "AutoModelForImageClassification",
     "AutoModel",
 )
 PICTURES = (".png", ".svg")
@@ -63,11 +67,11 @@ def check_files(folder: Path) -> dict:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no config.json; allowed: a folder that save_pretrained wrote")
     check_inside(folder, [path for part in (*PARTS, *READ_ONLY) for path in folder.glob(part)])
-    config, needed = {}, {"tokenizer_config.json"}
-    for path in (folder / "tokenizer_config.json", folder / "config.json"):
-        if path.is_file():
-            config = read_json(path, f"{folder}:")
-            needed |= code_files(config, path)
+    config = read_json(folder / "config.json", f"{folder}:")
+    reader = PROCESSOR if is_of_images(config) else TOKENIZER
+    needed = {reader, *code_files(config, folder / "config.json")}
+    if (folder / reader).is_file():
+        needed |= code_files(read_json(folder / reader, f"{folder}:"), folder / reader)
     index = folder / "model.safetensors.index.json"
     weights = read_json(index, f"{folder}:").get("weight_map", {}) if index.is_file() else {"all": "model.safetensors"}
     needed |= set(weights.values())
@@ -85,6 +89,12 @@ def check_files(folder: Path) -> dict:
     if problems:
         raise ValueError(f"{folder}: " + "; ".join(problems))
     return config
+
+
+def is_of_images(config: dict) -> bool:
+    """Whether a model reads images, and not text."""
+    names = config.get("architectures") or ()
+    return config.get("model_type") == "aft_vision" or any("ForImageClassification" in str(name) for name in names)
 
 
 def is_of_library(config: dict) -> bool:
@@ -213,7 +223,7 @@ def find_parts(folder: Path) -> set[Path]:
 def check_model(folder: Path, name: Path) -> dict:
     """
     What a model card says of the model in `folder`, after the code there, also where the package is installed, has
-    loaded its weights and its tokenizer. Errors begin with `name`.
+    loaded its weights and its tokenizer or image processor. Errors begin with `name`.
 
     Raises:
         ValueError: they do not load, or do not belong together.
@@ -223,11 +233,15 @@ def check_model(folder: Path, name: Path) -> dict:
     auto_class, loader = find_loader(config, folder, name)
     try:
         model, report = loader.from_pretrained(folder, output_loading_info=True)
-        tokenizer = find_tokenizer(folder).from_pretrained(folder, trust_remote_code=True)
+        reader = find_reader(folder, config).from_pretrained(folder, trust_remote_code=True)
     except Exception as error:
         raise ValueError(f"{name} does not load: {type(error).__name__}: {error}") from error
     problems = [f"{kind.replace('_', ' ')}: {', '.join(map(str, found))}" for kind, found in report.items() if found]
-    if (needed := rows_needed(tokenizer, model.config)) > model.config.vocab_size:
+    if is_of_images(config):
+        found, channels = reader.image_mean, getattr(model.config, "num_channels", 3)
+        if reader.do_normalize and isinstance(found, (list, tuple)) and len(found) != channels:
+            problems.append(f"{len(found)} channels of the image processor, but num_channels {channels}")
+    elif (needed := rows_needed(reader, model.config)) > model.config.vocab_size:
         problems.append(f"{needed} tokens of the tokenizer, but vocab_size {model.config.vocab_size}")
     if problems:
         raise ValueError(f"{name}: " + "; ".join(problems))
@@ -235,16 +249,19 @@ def check_model(folder: Path, name: Path) -> dict:
         "model_type": config["model_type"],
         "model_class": model_class,
         "auto_class": auto_class,
+        "images": is_of_images(config),
         "parameters": model.num_parameters(),
     }
 
 
-def find_tokenizer(folder: Path):
-    """The class of the tokenizer in `folder`: that of the code there, if any, also where the package is imported."""
-    auto_map = read_json(folder / "tokenizer_config.json", f"{folder}:").get("auto_map") or {}
-    names = auto_map.get("AutoTokenizer") or [None]
+def find_reader(folder: Path, config: dict):
+    """The class of the tokenizer or image processor in `folder`: that of the code there, if any, also where the
+    package is imported."""
+    file, default = (PROCESSOR, AutoImageProcessor) if is_of_images(config) else (TOKENIZER, AutoTokenizer)
+    auto_map = read_json(folder / file, f"{folder}:").get("auto_map") or {}
+    names = auto_map.get(default.__name__) or [None]
     found = [name for name in (names if isinstance(names, list) else [names]) if name is not None]
-    return get_class_from_dynamic_module(found[-1], folder) if found else AutoTokenizer
+    return get_class_from_dynamic_module(found[-1], folder) if found else default
 
 
 def make_card(args: argparse.Namespace, events: list[dict], values: dict) -> str:

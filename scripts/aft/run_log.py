@@ -31,6 +31,7 @@ LETTERS = {
 }
 PAPERS = {
     "aft": "an [Attention Free Transformer](https://arxiv.org/abs/2105.14103)",
+    "aft_vision": "an [Attention Free Transformer](https://arxiv.org/abs/2105.14103) for images",
     "synthesizer": "a [Synthesizer](https://arxiv.org/abs/2005.00743)",
 }
 
@@ -229,9 +230,10 @@ def card_values(events: list[dict]) -> dict:
 
 def card_metadata(values: dict) -> ModelCardData:
     """What the Hub reads of a model card: the values that its template gets."""
-    from modeling_aft import AFTPreTrainedModel  # what else is here runs without the package
+    from modeling_aft import AFTPreTrainedModel, AFTVisionPreTrainedModel  # what else is here runs without them
 
-    task = AFTPreTrainedModel.heads[values["auto_class"]].pipeline_tag
+    family = AFTVisionPreTrainedModel if values.get("images") else AFTPreTrainedModel
+    task = family.heads[values["auto_class"]].pipeline_tag
     data = ModelCardData(
         license="apache-2.0", library_name="transformers", pipeline_tag=task, tags=[values["model_type"]]
     )
@@ -267,16 +269,17 @@ def fill_model_card(events: list[dict], **values) -> str:
         events (`list[dict]`): the log of a finished run, empty if there is none.
         values: `name`, `path` (what `from_pretrained` gets), `has_code` (whether the code is beside the weights),
             `model_type`, `model_class`, `auto_class` and `parameters` (an int) of the model, needed if there is no
-            log, and `metrics`, a dict of what else it was evaluated by.
+            log; `images`, whether it reads images; and `metrics`, a dict of what else it was evaluated by.
 
     Raises:
         jinja2.UndefinedError: the template asks for a value that there is not.
     """
-    values = {"metrics": {}, **(card_values(events) if events else {}), **values, "run": bool(events)}
+    values = {"metrics": {}, "images": False, **(card_values(events) if events else {}), **values, "run": bool(events)}
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     template = environment.from_string(CARD_TEMPLATE.read_text(encoding="utf-8"))
     paper = PAPERS.get(values["model_type"])
-    return template.render(**values, paper=paper, metadata=card_metadata(values).to_yaml())
+    metadata = card_metadata(values)
+    return template.render(**values, paper=paper, task=metadata.pipeline_tag, metadata=metadata.to_yaml())
 
 
 def today() -> str:
