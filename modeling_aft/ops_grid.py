@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from .ops_full import shared_average
 from .ops_operators import differentiable_gradients, flops_of, operator
 from .ops_panel import panel, panel_backward, panel_composed
-from .ops_state import Call, compute_dtype, finite, gated, largest, nonzero, spread, sum_shared, without_padding
+from .ops_state import Call, compute_dtype, finite, gated, largest, nonzero, without_padding
 
 
 # Biases that a convolution takes: what it subtracts costs e^6 roundings, and no weight in it leaves float32.
@@ -100,10 +100,25 @@ def _cropped(kernel: Tensor, rows: int, columns: int) -> Tensor:
     return kernel[:, down_spare : down - down_spare, right_spare : right - right_spare]
 
 
+def _by_key(values: Tensor, keys: Tensor) -> Tensor:
+    """The value channels [..., c_v] of each key channel, [..., c_k, c_v / c_k]: a view."""
+    return values.unflatten(-1, (keys.shape[-1], -1))
+
+
+def _beside(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """An empty tensor for what has the key and the value channels of each head, and views of both parts."""
+    both = keys.new_empty(*keys.shape[:-1], keys.shape[-1] + values.shape[-1])
+    of_keys, of_values = both.split([keys.shape[-1], values.shape[-1]], -1)
+    return both, of_keys, _by_key(of_values, keys)
+
+
 def _weights(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """exp(k - maximum of the picture), and that and its products with the values, beside each other."""
     weight = (key - finite(key.amax(1, keepdim=True))).exp_()
-    return weight, torch.cat([weight, spread(weight, value) * value], -1)
+    terms, of_keys, of_values = _beside(key, value)
+    of_keys.copy_(weight)
+    torch.mul(_by_key(value, key), weight.unsqueeze(-1), out=of_values)
+    return weight, terms
 
 
 def _filtered(terms: Tensor, kernel: Tensor, rows: int, columns: int) -> Tensor:
@@ -140,23 +155,25 @@ def _convolution(key, value, kernel, rows, columns):
     """The average and its denominator, relative to the maximum of each key channel."""
     kernel = _cropped(kernel, rows, columns)
     _, terms = _weights(key, value)
-    sums = _filtered(terms, kernel.flip(1, 2).expm1(), rows, columns) + terms.sum(1, keepdim=True)
+    sums = _filtered(terms, kernel.flip(1, 2).expm1(), rows, columns).add_(terms.sum(1, keepdim=True))
     total, out = sums.split([key.shape[3], value.shape[3]], -1)
-    return out / spread(nonzero(total), out), total
+    return (_by_key(out, key) / nonzero(total).unsqueeze(-1)).flatten(3), total
 
 
 def _convolution_backward(grad, out, total, key, value, kernel, rows, columns):
     d_kernel = torch.zeros_like(kernel, memory_format=torch.contiguous_format)
     kernel = _cropped(kernel, rows, columns)
     weight, terms = _weights(key, value)
-    of_sum = grad / spread(nonzero(total), grad)
-    upstream = torch.cat([-sum_shared(of_sum * out, key), of_sum], -1)
-    d_terms = _filtered(upstream, kernel.expm1(), rows, columns) + upstream.sum(1, keepdim=True)
+    upstream, of_total, of_sum = _beside(key, value)
+    torch.div(_by_key(grad, key), nonzero(total).unsqueeze(-1), out=of_sum)
+    torch.sum(of_sum * _by_key(out, key), -1, out=of_total).neg_()
+    d_terms = _filtered(upstream, kernel.expm1(), rows, columns).add_(upstream.sum(1, keepdim=True))
     d_weight, d_product = d_terms.split([key.shape[3], value.shape[3]], -1)
-    d_key = (d_weight + sum_shared(d_product * value, key)) * weight
+    d_product = _by_key(d_product, key)
+    d_key = (d_weight + (d_product * _by_key(value, key)).sum(-1)) * weight
     correlation = _correlated(upstream, terms, rows, columns, kernel.shape[1:])
     _cropped(d_kernel, rows, columns).copy_(correlation * kernel.exp())
-    return d_key, d_product * spread(weight, value), d_kernel
+    return d_key, (d_product * weight.unsqueeze(-1)).flatten(3), d_kernel
 
 
 def _to_panel(*tensors: Tensor) -> tuple[Tensor, ...]:
