@@ -241,6 +241,8 @@ def test_too_few_documents_are_refused(tmp_path):
 
 WRONG = {
     "enwki8": (["--dataset", "enwki8"], "got 'enwki8'; did you mean enwik8?"),
+    "no-text": (["--dataset", "nots.txt"], "--dataset nots.txt: no such file or folder"),
+    "no-table": (["--dataset", "nowhere/texts.parquet"], "--dataset nowhere/texts.parquet: no such file or folder"),
     "no-folder": (["--dataset", "./nowhere/a.jsonl"], "--dataset ./nowhere/a.jsonl: no such file or folder"),
     "like": (["--dataset", "data/thta.jsonl"], "no such file or folder; did you mean data/that.jsonl"),
     "no-path": (["--dataset_path", "nowhere"], "--dataset_path: no such file: nowhere"),

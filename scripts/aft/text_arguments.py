@@ -27,6 +27,7 @@ BUILDERS = {
     **dict.fromkeys((".arrow",), "arrow"),
 }
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
+TEXTS = (".txt", ".md", ".xml", ".bin", ".zip", *COMPRESSED)  # of files, which no name on the Hub ends with
 SAVED = ("state.json", "dataset_dict.json")  # one is in a folder that `save_to_disk` wrote
 CACHE = Path.home() / ".cache" / "modeling_aft"
 
@@ -122,7 +123,8 @@ def text_problems(args: argparse.Namespace) -> list[str]:
     if is_hub:
         check(not paths, "dataset_path", f"left out with --dataset {dataset}")
         path = Path(dataset)
-        if not re.fullmatch(HUB_NAME, dataset, re.ASCII) or (path.parent != Path() and path.parent.is_dir()):
+        is_local = (path.parent != Path() and path.parent.is_dir()) or path.suffix.lower() in {*BUILDERS, *TEXTS}
+        if is_local or not re.fullmatch(HUB_NAME, dataset, re.ASCII):
             problems.append(f"--dataset {dataset}: no such file or folder{like_path(path)}")
         elif hint := did_you_mean(dataset, NAMED) if path.parent == Path() else "":
             problems.append(
