@@ -742,9 +742,12 @@ def test_the_learning_rate_follows_the_size_of_the_model(bases, text_file, tmp_p
     assert 2e-3 < max(rates) <= 3e-3
 
 
-def test_the_last_line_tells_the_gain(bases, text_file, tmp_path, capsys):
+def test_the_last_lines_tell_the_gain_and_what_to_type(bases, text_file, tmp_path, capsys):
     metrics = finetune(tmp_path / "run", model=bases["aft"], text_file=text_file, num_train_epochs=1)
-    *_, line = capsys.readouterr().out.splitlines()
+    *_, line, model, _, command = capsys.readouterr().out.splitlines()
+    assert model == f"model: {tmp_path / 'run'}" and command.endswith(
+        f'generate --model {tmp_path / "run"} --prompt "The "'
+    )
     found = re.fullmatch(r"held out: (\S+) before, (\S+) bits per byte", line)
     assert float(found[2]) == pytest.approx(metrics["eval_bits_per_byte"], abs=1e-4)
     values = {"model": bases["aft"], "text_file": text_file, "num_train_epochs": 0}

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain
@@ -39,6 +40,7 @@ from aft.atomic_files import write_whole
 from aft.bits_per_byte import METRIC as BITS_PER_BYTE
 from aft.bits_per_byte import load_metric
 from aft.chats import encode_chats, prepare_tokenizer, read_chats
+from aft.console import program
 from aft.finetuning_arguments import FinetuningArguments, parse_arguments
 from aft.finetuning_checkpoints import find_checkpoint
 from aft.finetuning_flags import InputArguments
@@ -330,7 +332,20 @@ def run(inputs: InputArguments, args: FinetuningArguments, tokenizer, task: Task
         if trainer.is_world_process_zero():
             path = Path(args.output_dir) / "predictions.jsonl"
             write_predictions(path, task.prediction.texts, output.predictions, task.model.config.id2label)
+    if args.trains and args.process_index == 0:
+        print(next_command(inputs, args), flush=True)
     return metrics
+
+
+def next_command(inputs: InputArguments, args: FinetuningArguments) -> str:
+    """What to type when a run has ended."""
+    if inputs.labelled_file:
+        load = f"print(pipeline(model={args.output_dir!r})('a text'))"
+        command = f"python -c {shlex.quote(f'import modeling_aft; from transformers import pipeline; {load}')}"
+    else:
+        how = "--chat" if inputs.chat_file else '--prompt "The "'
+        command = f"{program()} generate --model {shlex.quote(args.output_dir)} {how}"
+    return f"model: {args.output_dir}\nnext:\n  {command}"
 
 
 def finetune(argv: list[str]) -> dict[str, float]:
