@@ -105,10 +105,15 @@ class AFTVisionConfig(AFTMixerConfig):
         return height // rows, width // columns
 
     @property
+    def lead(self) -> int:
+        """How many tokens stand before the patches: the class token, or none (not serialised)."""
+        return int(self.pooling == "token")
+
+    @property
     def max_position_embeddings(self) -> int:
         """N, the number of places in the tables (not serialised)."""
         rows, columns = self.grid
-        return rows * columns + (self.pooling == "token")
+        return self.lead + rows * columns
 
     @property
     def decay(self) -> None:

@@ -47,8 +47,8 @@ class AFTVisionMixer(AFTMixer):
     """[`AFTMixer`] over the patches of images, bidirectional; that of conv knows the grid in which they stand."""
 
     def __init__(self, config: AFTVisionConfig, layer_idx: int = 0, causal: bool = False, draw: bool = True):
-        self.grid, self.lead = config.grid, int(config.pooling == "token")
         super().__init__(config, layer_idx, causal, draw)
+        self.grid, self.lead = config.grid, config.lead
 
     def make_position_bias(self, config: AFTVisionConfig, left: int, right: int) -> PositionBias | None:
         if config.aft_type != "conv":
@@ -199,7 +199,7 @@ def _take_over(model: AFTForImageClassification, vit: PreTrainedModel) -> dict[s
         if here == "model.class_token":
             values = values.flatten()
         elif here == "model.position_embeddings":  # a distilled DeiT has one more place before the patches
-            values = torch.cat([values[0, : model.model.lead], values[0, -rows * columns :]])
+            values = torch.cat([values[0, : model.config.lead], values[0, -rows * columns :]])
         place[len(place) - len(values) :].copy_(values)
     used = set(names.values())
     return {

@@ -120,19 +120,24 @@ class ImageBlock(MixerBlock):
         self.dropout = nn.Sequential(self.dropout, DropPath(rate))
 
 
-class MixerImageModel(MixerStack):
-    """Patches, and their places, blocks, final norm, and what stands for the image. Subclasses name their block."""
+class ImageInputs:
+    """By what transformers knows the input of a model of images, and the module that takes it."""
 
-    auto_class = "AutoModel"
-    pipeline_tag = "image-feature-extraction"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     _input_embed_layer = "patch_embeddings"
 
+
+class MixerImageModel(ImageInputs, MixerStack):
+    """Patches, and their places, blocks, final norm, and what stands for the image. Subclasses name their block."""
+
+    auto_class = "AutoModel"
+    pipeline_tag = "image-feature-extraction"
+
     def __init__(self, config):
         super().__init__(config)
         config.validate_fields()
-        self.lead = int(config.pooling == "token")
+        self.lead = config.lead
         self.patch_embeddings = PatchEmbeddings(config)
         self.class_token = nn.Parameter(torch.empty(config.hidden_size)) if self.lead else None
         self.position_embeddings = None
@@ -215,14 +220,11 @@ class MixerImageModel(MixerStack):
             raise refused("interpolate_pos_encoding", allowed, f"True for {given}")
 
 
-class MixerForImageClassification(MixerPreTrainedModel):
+class MixerForImageClassification(ImageInputs, MixerPreTrainedModel):
     """An image model with a linear layer on what stands for an image. Subclasses name the model."""
 
     auto_class = "AutoModelForImageClassification"
     pipeline_tag = "image-classification"
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    _input_embed_layer = "patch_embeddings"
     model_class: type[MixerImageModel]
 
     def __init__(self, config):
