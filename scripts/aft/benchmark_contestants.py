@@ -36,7 +36,7 @@ from transformers import (
     ViTConfig,
 )
 
-from aft.flags import CONFIGURATION
+from aft.flags import find_preset
 from modeling_aft import AFTConfig, SynthesizerConfig, SynthesizerModel
 from modeling_aft.compatibility import CACHE_NAME
 from modeling_aft.configuration_common import TextMixerConfig
@@ -273,8 +273,7 @@ def image_contestants(args, batch: int, side: int) -> Contestants:
             sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": width // 64}
             config = ViTConfig(**sizes, num_labels=1000)
         else:
-            path = name if Path(name).is_file() else CONFIGURATION / "images" / f"{name}.json"
-            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(find_preset(name, "images", "--models"), trust_remote_code=False)
         config.image_size = side
         model = AutoModelForImageClassification.from_config(config, dtype=getattr(torch, args.dtype)).to(args.device)
         pixels = torch.randn(batch, config.num_channels, side, side, device=args.device, dtype=model.dtype)

@@ -13,10 +13,8 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-import datasets
 import numpy as np
 import torch
-import transformers
 from torch.utils.data import Dataset
 from transformers import AutoModelForImageClassification, PreTrainedConfig, set_seed
 
@@ -36,9 +34,16 @@ from aft.classifying_flags import (
 from aft.classifying_trainer import ClassifyingTrainer
 from aft.console import program
 from aft.finetuning_arguments import FinetuningArguments, parse_dataclasses, training_problems
-from aft.finetuning_checkpoints import find_checkpoint
-from aft.finetuning_run import Task, accuracy_of_classes, identify_model, report, split_rows, train_and_evaluate
-from aft.flags import import_files
+from aft.finetuning_run import (
+    Task,
+    accuracy_of_classes,
+    identify_model,
+    pipeline_command,
+    prepare,
+    report,
+    split_rows,
+    train_and_evaluate,
+)
 from aft.folder_lock import locked
 from aft.image_data import MOST_PIXELS, ArrayPictures, ImageData, read_images
 from aft.image_training import (
@@ -284,11 +289,10 @@ def describe_task(task: ImageTask, num_labels: int) -> str:
 def next_commands(inputs: argparse.Namespace, args: ClassifyingArguments) -> str:
     """What to type when a run has ended."""
     folder = args.output_dir
-    code = f"import modeling_aft; from transformers import pipeline; print(pipeline(model={folder!r})('picture.png'))"
     tuning = (
         f"{program()} classify --model {shlex.quote(folder)} --data FOLDER --output_dir {shlex.quote(folder)}-tuned"
     )
-    return "\n  ".join(["next:", f"python -c {shlex.quote(code)}", tuning])
+    return "\n  ".join(["next:", pipeline_command(folder, "picture.png"), tuning])
 
 
 def classify(argv: list[str]) -> dict[str, float]:
@@ -300,10 +304,7 @@ def classify(argv: list[str]) -> dict[str, float]:
         FloatingPointError: a loss, a weight or a score is NaN or infinite.
     """
     inputs, args = parse_arguments(argv)
-    import_files(inputs.imports)
-    find_checkpoint(args)  # before the work
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
+    prepare(inputs, args)
     task, processor = make_task(inputs, args)
     with locked(Path(args.output_dir), active=args.process_index == 0):
         trainer, metrics = train_and_evaluate(task, inputs, args, processor)

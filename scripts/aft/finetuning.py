@@ -18,11 +18,9 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
-import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
 from torch.utils.data import Dataset, Subset
 from transformers import (
     AutoConfig,
@@ -42,10 +40,17 @@ from aft.bits_per_byte import load_metric
 from aft.chats import encode_chats, prepare_tokenizer, read_chats
 from aft.console import program
 from aft.finetuning_arguments import FinetuningArguments, parse_arguments
-from aft.finetuning_checkpoints import find_checkpoint
 from aft.finetuning_flags import InputArguments
-from aft.finetuning_run import Task, accuracy_of_classes, identify_model, report, split_rows, train_and_evaluate
-from aft.flags import import_files
+from aft.finetuning_run import (
+    Task,
+    accuracy_of_classes,
+    identify_model,
+    pipeline_command,
+    prepare,
+    report,
+    split_rows,
+    train_and_evaluate,
+)
 from aft.folder_lock import locked
 from aft.labelled_tables import describe_labels, encode_table, read_table
 from aft.model_configs import has_length_limit
@@ -340,8 +345,7 @@ def run(inputs: InputArguments, args: FinetuningArguments, tokenizer, task: Task
 def next_command(inputs: InputArguments, args: FinetuningArguments) -> str:
     """What to type when a run has ended."""
     if inputs.labelled_file:
-        load = f"print(pipeline(model={args.output_dir!r})('a text'))"
-        command = f"python -c {shlex.quote(f'import modeling_aft; from transformers import pipeline; {load}')}"
+        command = pipeline_command(args.output_dir, "a text")
     else:
         how = "--chat" if inputs.chat_file else '--prompt "The "'
         command = f"{program()} generate --model {shlex.quote(args.output_dir)} {how}"
@@ -357,10 +361,7 @@ def finetune(argv: list[str]) -> dict[str, float]:
         FloatingPointError: a loss, a weight or a score is NaN or infinite.
     """
     inputs, args = parse_arguments(argv)
-    import_files(inputs.imports)
-    find_checkpoint(args)  # before the work
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
+    prepare(inputs, args)
     config, tokenizer = load_config_and_tokenizer(inputs)
     set_seed(args.seed)  # the initial weights of a new head
     make_task = language_model_task if inputs.text_file else chat_task if inputs.chat_file else classifier_task

@@ -9,12 +9,15 @@
 """A run of Trainer: what it is given, from the first evaluation to the last, and what it writes."""
 
 import hashlib
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
 import numpy as np
 import torch
+import transformers
 from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback
 
@@ -22,6 +25,7 @@ from aft.bits_per_byte import load_metric
 from aft.finetuning_arguments import FinetuningArguments, default_learning_rate, describe_run
 from aft.finetuning_checkpoints import check_identity, find_checkpoint
 from aft.finetuning_trainer import FinetuningTrainer, RunIdentity
+from aft.flags import import_files
 from aft.learning_rate_search import search_learning_rate
 
 
@@ -146,6 +150,25 @@ def train_and_evaluate(
     if args.process_index == 0:
         print(describe_gain(before, metrics), flush=True)
     return trainer, metrics
+
+
+def prepare(inputs, args: FinetuningArguments) -> None:
+    """
+    What comes before the work: files to import, a look for the checkpoint to go on from, and no bars but Trainer's.
+
+    Raises:
+        ValueError: a file does not import, there is no such checkpoint, or another run is in the output folder.
+    """
+    import_files(inputs.imports)
+    find_checkpoint(args)
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def pipeline_command(folder: str, example: str) -> str:
+    """What to type to try the model in a folder on an input."""
+    load = f"print(pipeline(model={folder!r})({example!r}))"
+    return f"python -c {shlex.quote(f'import modeling_aft; from transformers import pipeline; {load}')}"
 
 
 def describe_gain(before: dict[str, float], after: dict[str, float]) -> str:

@@ -232,7 +232,7 @@ def card_metadata(values: dict) -> ModelCardData:
     """What the Hub reads of a model card: the values that its template gets."""
     from modeling_aft import AFTPreTrainedModel, AFTVisionPreTrainedModel  # what else is here runs without them
 
-    family = AFTVisionPreTrainedModel if values.get("images") else AFTPreTrainedModel
+    family = AFTVisionPreTrainedModel if values["images"] else AFTPreTrainedModel
     task = family.heads[values["auto_class"]].pipeline_tag
     data = ModelCardData(
         license="apache-2.0", library_name="transformers", pipeline_tag=task, tags=[values["model_type"]]
