@@ -17,6 +17,7 @@ from .ops_state import QUERY_ACTIVATIONS
 AFT_TYPES = ("full", "local", "simple", "conv")
 POSITION_BIAS_TYPES = ("absolute", "relative")
 DECAYS = ("learned", "fixed")
+INITIAL_BIASES = {"position_bias_init_mean": "finite", "position_bias_init_std": "at least 0 and finite"}
 
 
 @strict_config
@@ -30,6 +31,8 @@ class AFTMixerConfig(MixerConfig):
     query_activation: str = "sigmoid"
     key_activation: str = "none"
     conv_reparameterization: bool = True
+    position_bias_init_mean: float | int = 0.0
+    position_bias_init_std: float | int = 0.0
 
     @property
     def key_width(self) -> int:
@@ -37,9 +40,14 @@ class AFTMixerConfig(MixerConfig):
         return self.num_attention_heads if self.aft_type == "conv" else self.hidden_size
 
     @property
+    def has_relative_bias(self) -> bool:
+        """Whether the position biases are those of heads and offsets."""
+        return self.aft_type == "conv" or (self.aft_type == "local" and self.position_bias_type == "relative")
+
+    @property
     def has_bias_table(self) -> bool:
         """Whether the position biases are a table of positions, which ends."""
-        is_local = self.aft_type == "local" and self.position_bias_type == "absolute" and self.window_size > 0
+        is_local = self.aft_type == "local" and not self.has_relative_bias and self.window_size > 0
         return self.aft_type == "full" or is_local
 
     def _problems(self) -> list[str]:
@@ -52,18 +60,23 @@ class AFTMixerConfig(MixerConfig):
             problems.append(self._problem("window_size", "at least 0"))
         if self.position_bias_type not in POSITION_BIAS_TYPES:
             problems.append(self._problem("position_bias_type", f"one of {', '.join(POSITION_BIAS_TYPES)}"))
-        relative = self.aft_type == "local" and self.position_bias_type == "relative"
         if self.aft_type != "local" and self.position_bias_type == "relative":
             problems.append(self._problem("position_bias_type", f"absolute for aft_type={self.aft_type!r}"))
-        if self.aft_type == "local" and not relative and self.window_size > self.max_position_embeddings:
+        if self.aft_type == "local" and not self.has_relative_bias and self.window_size > self.max_position_embeddings:
             allowed = f"at most max_position_embeddings ({self.max_position_embeddings})"
             problems.append(self._problem("window_size", allowed))
         if self.query_activation not in QUERY_ACTIVATIONS:
             problems.append(self._problem("query_activation", f"one of {', '.join(QUERY_ACTIVATIONS)}"))
         if self.key_activation not in ACTIVATIONS:
             problems.append(self._problem("key_activation", f"one of {', '.join(ACTIVATIONS)}"))
-        if self.aft_type == "conv" or relative:
+        if self.has_relative_bias:
             problems += self._heads_problem()
+        for name, allowed in INITIAL_BIASES.items():
+            value, least = getattr(self, name), 0 if name.endswith("std") else -math.inf
+            if not (math.isfinite(value) and value >= least):
+                problems.append(self._problem(name, allowed))
+            elif value != 0 and not self.has_relative_bias:
+                problems.append(self._problem(name, "0 unless aft_type is conv, or local with relative biases"))
         return problems
 
 
@@ -120,7 +133,11 @@ class AFTConfig(AFTMixerConfig, TextMixerConfig):
             `"tanh"` bounds the keys to (-1, 1), `"none"` leaves them as they are.
         conv_reparameterization (`bool`, defaults to `True`):
             Whether the biases of conv are standardised, scaled and shifted (eq. 8). Otherwise they are learned as they
-            are, from 0. Unused by the other types.
+            are. Unused by the other types.
+        position_bias_init_mean, position_bias_init_std (`float`, default to 0.0):
+            Mean and standard deviation of the initial biases of conv, and of relative ones of local; with eq. 8 they
+            are the initial beta and gamma. With 0, as in the paper, the layer begins as AFT-simple, which knows
+            nothing of places.
         position_embedding_type (`str`, defaults to `"learned"`):
             `"learned"` adds a learned vector per position to the token embedding, `"sinusoidal"` sines and cosines of
             the position, which need no table, `"none"` nothing.

@@ -58,7 +58,8 @@ class AFTVisionConfig(AFTMixerConfig):
         hidden_dropout_prob (`float`, defaults to 0.0): Dropout on embeddings and on each layer's output.
         layer_norm_eps (`float`, defaults to 1e-06): Epsilon of the layer norms.
         intermediate_size, hidden_act, window_size, position_bias_type, query_activation, key_activation,
-        conv_reparameterization, norm_type, linear_fan_in, linear_activation, initializer_range:
+        conv_reparameterization, position_bias_init_mean, position_bias_init_std, norm_type, linear_fan_in,
+        linear_activation, initializer_range:
             As in [`AFTConfig`].
 
     Raises:

@@ -137,9 +137,14 @@ class RelativePositionBias(PositionBias):
     def __init__(self, config, left: int, right: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.num_attention_heads, left + 1 + right))
+        self.initial = (config.position_bias_init_mean, config.position_bias_init_std)
 
     def draw_weights(self, std: float):
-        initialization.zeros_(self.weight)
+        mean, deviation = self.initial
+        if deviation == 0:
+            initialization.constant_(self.weight, mean)
+        else:
+            initialization.normal_(self.weight, mean=mean, std=deviation)
 
     def forward(self, positions: torch.Tensor) -> torch.Tensor:
         """[H, 1, taps] for any positions."""
@@ -156,10 +161,10 @@ class ConvPositionBias(RelativePositionBias):
         self.beta = nn.Parameter(torch.empty(config.num_attention_heads))
 
     def draw_weights(self, std: float):
-        # gamma = beta = 0: the layer starts as AFT-simple; the weight must not be constant.
-        initialization.normal_(self.weight, mean=0.0, std=1.0)
-        initialization.zeros_(self.gamma)
-        initialization.zeros_(self.beta)
+        mean, deviation = self.initial
+        initialization.normal_(self.weight, mean=0.0, std=1.0)  # which must not be constant
+        initialization.constant_(self.gamma, deviation)
+        initialization.constant_(self.beta, mean)
 
     def forward(self, positions: torch.Tensor) -> torch.Tensor:
         """[H, 1, taps] for any positions."""

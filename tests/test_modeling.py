@@ -75,6 +75,9 @@ def test_position_ids_may_have_one_row(variant):
         ({"decay_min_half_life": 8, "decay_max_half_life": 4}, r"decay_max_half_life.*\(8\).*4"),
         ({"position_bias_type": "rotary"}, "position_bias_type.*absolute, relative.*rotary"),
         ({"aft_type": "conv", "position_bias_type": "relative"}, "position_bias_type.*absolute.*conv.*relative"),
+        ({"aft_type": "conv", "position_bias_init_std": -1}, "position_bias_init_std. must be at least 0.*-1"),
+        ({"aft_type": "conv", "position_bias_init_mean": math.nan}, "position_bias_init_mean. must be finite.*nan"),
+        ({"aft_type": "local", "position_bias_init_mean": 1.0}, "position_bias_init_mean. must be 0.*conv.*relative"),
         (
             {"position_bias_type": "relative", "hidden_size": 16, "num_attention_heads": 3},
             "num_attention_heads.*divisor.*16.*3",
@@ -444,6 +447,25 @@ def test_local_bias_is_the_band_of_the_full_bias(rank, is_decoder):
         state[f"layers.{index}.mixer.position_bias.table"] = table
     full.load_state_dict(state)
     torch.testing.assert_close(full(make_ids(30)).last_hidden_state, local(make_ids(30)).last_hidden_state)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"aft_type": "conv"}, {"aft_type": "conv", "conv_reparameterization": False}, {"position_bias_type": "relative"}],
+    ids=["conv", "conv-plain", "local-relative"],
+)
+def test_initial_relative_biases(fields):
+    def begin(**initial):
+        torch.manual_seed(0)
+        return AFTModel(make_config("local", num_attention_heads=2, window_size=400, **fields, **initial))
+
+    plain = begin()
+    for layer in begin(position_bias_init_mean=2.0, position_bias_init_std=0.5).layers:
+        biases = layer.mixer.position_bias(torch.arange(3)).detach()
+        assert biases.mean(-1).flatten().tolist() == pytest.approx([2, 2], abs=0.1)
+        assert biases.std(-1).flatten().tolist() == pytest.approx([0.5, 0.5], abs=0.05)
+    assert not plain.layers[0].mixer.position_bias(torch.arange(3)).any()
+    assert torch.equal(begin(position_bias_init_mean=1.0).embed_tokens.weight, plain.embed_tokens.weight)
 
 
 def test_window_size_zero_is_simple():
