@@ -88,8 +88,8 @@ def make_images(batch=2, height=12, width=16, dtype=torch.float64):
     return torch.randn(batch, 2, height, width, generator=torch.Generator().manual_seed(1), dtype=dtype)
 
 
-def mixed_by_hand(mixer, hidden, grid, lead):
-    """Eq. 2 in plain sums, with the bias that eq. 4, 6 and 8 give to each pair of places."""
+def mixed_by_hand(mixer, hidden, grid, lead, outside=0.0):
+    """Eq. 2 in plain sums, with the bias that eq. 4, 6 and 8 give to each pair of places, 0 outside of a kernel."""
     query, key, value = mixer.split(mixer.qkv_proj(hidden))
     length, bias = hidden.shape[1], mixer.position_bias
     pairs = torch.zeros(key.shape[2], length, length, dtype=hidden.dtype)
@@ -101,6 +101,7 @@ def mixed_by_hand(mixer, hidden, grid, lead):
             weight = bias.gamma[:, None] * (weight - weight.mean(1, keepdim=True)) / spread + bias.beta[:, None]
         kernels = weight.view(-1, bias.side, bias.side)
         rows, columns = places // grid[1], places % grid[1]
+        pairs.fill_(outside)
         for p in range(length):
             for q in range(length):
                 y, x = rows[p] - rows[q] + reach, columns[p] - columns[q] + reach
@@ -129,6 +130,22 @@ def test_a_layer_is_the_formula(variant):
     mixer = model.layers[1].mixer
     found, _ = mixer(hidden, Tokens(grid=(3, 4)))
     torch.testing.assert_close(found, mixed_by_hand(mixer, hidden, (3, 4), lead))
+
+
+def test_the_masked_kernels_of_the_page():
+    """The variant of docs/your-own-variant.md that sees nothing outside of its kernels."""
+    page = (
+        (IMAGES.parent.parent / "docs" / "your-own-variant.md").read_text(encoding="utf-8").partition("Of images")[2]
+    )
+    code, config = (page.partition(f"```{language}\n")[2].partition("```")[0] for language in ("python", "json"))
+    variant = {}
+    exec(code, variant)
+    config = AutoConfig.for_model(**json.loads(config))
+    model = AutoModelForImageClassification.from_config(config).double()
+    assert type(model) is variant["MaskedForImageClassification"]
+    mixer, hidden = model.model.layers[1].mixer, torch.randn(2, 24, 64, dtype=torch.float64)
+    found, _ = mixer(hidden, Tokens(grid=(4, 6)))
+    torch.testing.assert_close(found, mixed_by_hand(mixer, hidden, (4, 6), 0, outside=-torch.inf))
 
 
 @variants
