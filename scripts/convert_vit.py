@@ -9,7 +9,7 @@
 """
 Makes an AFT of a ViT or DeiT: all its weights but those of queries, keys, class token and positions.
 
-    python scripts/convert_vit.py facebook/deit-tiny-patch16-224 runs/deit-aft --num_attention_heads 32
+    python scripts/convert_vit.py facebook/deit-tiny-patch16-224 runs/deit-aft --model_override num_attention_heads=32
     aft classify --model runs/deit-aft --data pictures --output_dir runs/pictures
 
 The source is a folder or a name on the Hub. What is new must be trained before the model says anything; --gate_bias 2
@@ -27,8 +27,9 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from aft.atomic_files import move_model
 from aft.console import run_program
+from aft.model_configs import read_overrides
 from aft.saved_models import load, load_model
-from modeling_aft import AFTForImageClassification
+from modeling_aft import AFTForImageClassification, AFTVisionConfig
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -41,9 +42,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="folder of a saved ViT or DeiT, or its name on the Hub")
     parser.add_argument("output_dir", type=Path, help="folder for the model, new or empty")
-    parser.add_argument("--aft_type", default="conv", help="type of AFT (default: %(default)s)")
-    parser.add_argument("--kernel_size", type=int, help="side of a kernel of conv (default: 11)")
-    parser.add_argument("--num_attention_heads", type=int, help="kernels of conv (default: 16)")
+    parser.add_argument(
+        "--model_override",
+        nargs="*",
+        default=[],
+        help="fields of AFTVisionConfig as key=value: aft_type=full, kernel_size=11, num_attention_heads=16, ...",
+    )
     parser.add_argument("--gate_bias", type=float, help="what the biases of all queries begin with (default: 0)")
     args = parser.parse_args(argv)
     if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
@@ -59,13 +63,12 @@ def main(argv: list[str] | None = None) -> Path:
         ValueError: a flag is wrong, or the source is no ViT or DeiT; nothing is written then.
     """
     args = parse_arguments(argv)
+    fields = read_overrides(args.model_override, AFTVisionConfig())
     transformers.utils.logging.disable_progress_bar()
     vit, _ = load_model(
         AutoModelForImageClassification, args.source, flag="source", new_head=True, dtype=torch.float32
     )
     processor = load(AutoImageProcessor, args.source, flag="source", file="preprocessor_config.json")
-    names = ("aft_type", "kernel_size", "num_attention_heads")
-    fields = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     model, found = AFTForImageClassification.from_vit(
         vit, gate_bias=args.gate_bias, output_loading_info=True, **fields
     )

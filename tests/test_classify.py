@@ -277,17 +277,23 @@ def test_a_vit_becomes_an_aft_and_is_trained(distilled, pictures, tmp_path, caps
     processor = make_processor(16, 0.875, 3, {"image_mean": [0.5] * 3, "image_std": [0.5] * 3})
     processor.save_pretrained(tmp_path / "vit")
     convert = runpy.run_path(str(SCRIPTS / "convert_vit.py"))["main"]
-    convert([str(tmp_path / "vit"), str(tmp_path / "aft"), "--kernel_size", "3", "--num_attention_heads", "4"])
+    convert(
+        [str(tmp_path / "vit"), str(tmp_path / "aft"), "--model_override", "kernel_size=3", "num_attention_heads=4"]
+    )
     assert "cls_token" in capsys.readouterr().out
     assert AutoImageProcessor.from_pretrained(tmp_path / "aft").to_dict() == processor.to_dict()
     made = AutoModelForImageClassification.from_pretrained(tmp_path / "aft")
     assert torch.equal(made.model.norm.weight, model.base_model.layernorm.weight)
+    assert (made.config.kernel_size, made.config.num_attention_heads) == (3, 4)
     classify(tmp_path / "run", model=tmp_path / "aft", data=pictures, num_train_epochs=1)
     assert (tmp_path / "run/preprocessor_config.json").read_text() == (
         tmp_path / "aft/preprocessor_config.json"
     ).read_text()
     with pytest.raises(ValueError, match="output_dir must be a new or an empty folder"):
         convert([str(tmp_path / "vit"), str(tmp_path / "aft")])
+    with pytest.raises(ValueError, match="--model_override 'kernel=3': must be key=value with a field of AFTVision"):
+        convert([str(tmp_path / "vit"), str(tmp_path / "other"), "--model_override", "kernel=3"])
+    assert not (tmp_path / "other").exists()
 
 
 # Data

@@ -67,7 +67,17 @@ def override(values: dict, items: list[str], name: str) -> PreTrainedConfig:
     Raises:
         ValueError: a field or its value is not allowed; begins with `name`, or with the flag.
     """
-    config = make_config(values, name)
+    overrides = read_overrides(items, make_config(values, name))
+    return make_config({**values, **overrides}, f"{name} with --model_override" if overrides else name)
+
+
+def read_overrides(items: list[str], config: PreTrainedConfig) -> dict:
+    """
+    What `--model_override` says, by fields of this configuration.
+
+    Raises:
+        ValueError: an item is no key=value, or stands there twice.
+    """
     overrides = {}
     for item in items:
         key, equals, text = item.partition("=")
@@ -79,7 +89,7 @@ def override(values: dict, items: list[str], name: str) -> PreTrainedConfig:
             overrides[key] = json.loads(text)
         except (ValueError, RecursionError):
             overrides[key] = text  # a bare word is a string
-    return make_config({**values, **overrides}, f"{name} with --model_override" if overrides else name)
+    return overrides
 
 
 def make_config(values: dict, name: str) -> PreTrainedConfig:
