@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from time import perf_counter
 
 import torch
 from safetensors import SafetensorError
@@ -53,11 +54,40 @@ class PendingEvaluation(TrainerCallback):
             self.trainer.evaluate_again()
 
 
+class Stopwatch(TrainerCallback):
+    """The time that steps take with their data, without evaluations and checkpoints, and the epochs that they are."""
+
+    def __init__(self):
+        self.seconds = self.seconds_read = self.before = 0.0
+        self.epoch = self.epoch_read = None  # as Trainer counts them
+
+    def restart(self, args, state, control, **kwargs) -> None:
+        self.before = perf_counter()
+        if self.epoch is None:
+            self.epoch = self.epoch_read = state.epoch
+
+    on_epoch_begin = on_evaluate = on_save = restart
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        now = perf_counter()
+        self.seconds += now - self.before
+        self.before, self.epoch = now, state.epoch
+
+    def speed(self) -> float | None:
+        """Epochs per second since the last time that this was asked; None if there was no step."""
+        if self.seconds == self.seconds_read:
+            return None
+        speed = (self.epoch - self.epoch_read) / (self.seconds - self.seconds_read)
+        self.seconds_read, self.epoch_read = self.seconds, self.epoch
+        return speed
+
+
 class FinetuningTrainer(Trainer):
     """
     `Trainer` in which an evaluation costs nothing of what was trained, however it ends: where a checkpoint is due, it
     is written before the evaluation, and gets its result afterwards. Evaluations leave the random state alone, so that
-    a run that continues from such a checkpoint is the same as one that was never stopped.
+    a run that continues from such a checkpoint is the same as one that was never stopped. Each line of the log says
+    how many rows a second were trained on since the line before, and the last one how many seconds that took.
 
     Raises:
         FloatingPointError: a loss, a weight that is to be saved, or a score is NaN or infinite.
@@ -66,6 +96,8 @@ class FinetuningTrainer(Trainer):
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         self.add_callback(PendingEvaluation(self))
+        self.stopwatch = Stopwatch()
+        self.add_callback(self.stopwatch)
         self.saved_step = None  # of the checkpoint that is waiting for its evaluation
 
     @property
@@ -97,6 +129,13 @@ class FinetuningTrainer(Trainer):
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss.item()} at step {self.state.global_step + 1}: {ADVICE}")
         return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.is_in_train and (speed := self.stopwatch.speed()) is not None:
+            logs["samples_per_second"] = round(speed * len(self.train_dataset), 3)
+        if "train_runtime" in logs:
+            logs["train_seconds"] = round(self.stopwatch.seconds, 4)
+        super().log(logs, start_time)
 
     def evaluate(self, *args, **options) -> dict[str, float]:
         due = self.control.should_save or (self.saves_the_best and self.control.should_evaluate)
