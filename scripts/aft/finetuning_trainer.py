@@ -17,10 +17,11 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from aft.atomic_files import move_model, replacing
 from aft.console import is_out_of_memory
@@ -169,7 +170,30 @@ class FinetuningTrainer(Trainer):
     def _load_best_model(self) -> None:
         if damage := find_damage(Path(self.state.best_model_checkpoint)):
             raise ValueError(f"the best checkpoint cannot be loaded: {damage}")
-        super()._load_best_model()
+        if not self.load_renamed(Path(self.state.best_model_checkpoint)):
+            super()._load_best_model()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if not self.load_renamed(Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def load_renamed(self, checkpoint: Path) -> bool:
+        """
+        Loads the weights of a checkpoint whose model, such as a ViT, is saved under names of earlier versions: Trainer
+        would leave out those that have other names now.
+
+        Returns:
+            Whether it is such a checkpoint.
+        """
+        path = checkpoint / SAFE_WEIGHTS_NAME
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not path.is_file():
+            return False
+        with safe_open(path, framework="pt") as file:
+            if set(file.keys()) <= self.model.state_dict().keys():
+                return False
+        saved = type(self.model).from_pretrained(checkpoint, config=self.model.config, dtype=self.model.dtype)
+        self.model.load_state_dict(saved.state_dict())
+        return True
 
     def save_result(self) -> None:
         """Writes the model to the output folder."""
