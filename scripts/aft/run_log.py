@@ -19,6 +19,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from aft.atomic_files import naming, replacing, sync, write_whole
 from aft.pretraining_arguments import PATHS, public_flags, public_value
+from aft.protocols import unit_of
 from aft.redaction import public_path
 
 
@@ -28,6 +29,7 @@ HUB_DATASETS = {"enwik8": "LTCB/enwik8"}  # names on the Hub of the known files 
 LETTERS = {
     **{"length": "T", "stride": "S", "stream_length": "L", "refresh_every": "R", "refresh_overlap": "O"},
     **{"mlm_probability": "P", "mask_unit": "unit", "mean_span_length": "mean span"},
+    **{"first_bits": "bits of the first sub-pixel"},
 }
 PAPERS = {
     "aft": "an [Attention Free Transformer](https://arxiv.org/abs/2105.14103)",
@@ -118,11 +120,12 @@ def public_event(event: dict) -> dict:
 
 
 def plot_training_curve(events: list[dict], path: Path) -> None:
-    """Bits per byte over steps, train and valid, as a PNG."""
+    """Bits per byte, or per dimension, over steps, train and valid, as a PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="bits per byte")
+    unit, _ = unit_of(next((event["protocol"] for event in events if event["event"] == "evaluation"), "segments"))
+    axes = figure.add_subplot(xlabel="step", ylabel=unit)
     for name, style, chosen in (
         ("train", "-", [event for event in events if event["event"] == "train"]),
         ("valid", "o-", [event for event in events if event["event"] == "evaluation" and event["split"] == "valid"]),
@@ -138,7 +141,8 @@ def plot_training_curve(events: list[dict], path: Path) -> None:
 def describe_score(evaluation: dict) -> str:
     """The score of an evaluation in words, with the perplexity of a token where tokens are no bytes."""
     perplexity = f", perplexity {evaluation['perplexity']:.2f}" if "perplexity" in evaluation else ""
-    return f"{evaluation['bits_per_byte']:.4f} bits per byte{perplexity}"
+    unit, _ = unit_of(evaluation["protocol"])
+    return f"{evaluation['bits_per_byte']:.4f} {unit}{perplexity}"
 
 
 def describe_protocol(evaluation: dict) -> str:
@@ -146,7 +150,8 @@ def describe_protocol(evaluation: dict) -> str:
     parts = [evaluation["protocol"]]
     parts += [f"{letter} = {evaluation[name]}" for name, letter in LETTERS.items() if name in evaluation]
     parts += [f"{evaluation['tokens_scored']} tokens"] if "tokens_scored" in evaluation else []
-    return ", ".join([*parts, f"{evaluation['bytes_scored']} bytes", evaluation["dtype"]])
+    _, scored = unit_of(evaluation["protocol"])
+    return ", ".join([*parts, f"{evaluation['bytes_scored']} {scored}", evaluation["dtype"]])
 
 
 def final_scores(events: list[dict]) -> list[dict]:

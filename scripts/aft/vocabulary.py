@@ -13,6 +13,7 @@ bytes of the text as its offsets say. Which tokenizer fits a model, and how many
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from aft.saved_models import load
 
 END_OF_TEXT = "<|endoftext|>"
 MASK_TOKEN = "[MASK]"
+START_OF_PICTURE = 256  # the id of the token before the sub-pixels of a picture, whose ids are their values
 BYTE_END = 255  # the id of the end of a text in a model of bytes: no text in UTF-8 has this byte
 WHITESPACE = b" \t\n\r\f\v"
 SPACE_MARKS = "\u2581\u0120\u010a\u0109\u010d \n\t\r"  # what SentencePiece and byte-level BPE write for whitespace
@@ -106,6 +108,26 @@ class ByteVocabulary:
     def save(self, folder: Path, config) -> None:
         """Writes the tokenizer of a model to its folder, after the model, of which it takes the limit of length."""
         byte_tokenizer(config, self.mask).save_pretrained(folder)
+
+
+class PixelVocabulary:
+    """
+    The values of sub-pixels as tokens, and one that stands before each picture.
+
+    Args:
+        shape (`tuple`): height, width and channels of the pictures.
+    """
+
+    name, start, end, mask, size, is_bytes = "sub-pixels", START_OF_PICTURE, None, None, 257, True
+
+    def __init__(self, shape: tuple[int, int, int]):
+        self.shape = tuple(shape)
+        # What `generate` does by itself: it draws a picture, or completes one, as the model has it.
+        self.generation = {"bos_token_id": self.start, "max_length": 1 + math.prod(shape), "do_sample": True}
+        self.generation |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "suppress_tokens": [self.start]}
+
+    def save(self, folder: Path, config) -> None:
+        """Writes the image processor of a model to its folder."""
 
 
 class TokenizerVocabulary:
@@ -324,7 +346,9 @@ def trained_vocabulary(text, size: int, cache_dir: str | Path, masks: bool = Fal
 
 
 def make_vocabulary(args, text):
-    """The vocabulary that `--tokenizer` names, for a text and an objective."""
+    """The vocabulary that `--tokenizer` names, for a text and an objective; of pictures that of their sub-pixels."""
+    if args.pictures is not None:
+        return PixelVocabulary(text.shape)
     masks = args.objective == "masked"
     if args.tokenizer == "bytes":
         return ByteVocabulary(masks)
@@ -335,11 +359,13 @@ def make_vocabulary(args, text):
 
 def asked_size(args) -> int:
     """
-    How many ids the tokens of `--tokenizer` have, before there is a text.
+    How many ids the tokens of `--tokenizer` or `--pictures` have, before those are read.
 
     Raises:
         ValueError: it does not load, or has no mask token where one is needed.
     """
+    if args.pictures is not None:
+        return PixelVocabulary.size
     masks = args.objective == "masked"
     if args.tokenizer in ("bytes", "bpe"):
         return args.vocab_size if args.tokenizer == "bpe" else ByteVocabulary(masks).size
