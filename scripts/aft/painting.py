@@ -8,14 +8,20 @@
 # specific language governing permissions and limitations under the License.
 """Pictures that a language model of sub-pixels draws: samples, and completions of what is given of a picture."""
 
+import argparse
 import math
 from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image
+from transformers import AutoModelForCausalLM
 
 from aft.atomic_files import replacing
+from aft.generation import find_device
+from aft.picture_data import check_picture_model, load_pictures, shape_of_model
+from aft.saved_models import load_config, load_model
 from aft.vocabulary import START_OF_PICTURE
 
 
@@ -94,3 +100,36 @@ def save_picture(picture: np.ndarray, path: Path) -> None:
     """Writes uint8 [H, W, C] as a PNG, whole or not at all."""
     with replacing(path) as temporary:
         Image.fromarray(picture[..., 0] if picture.shape[2] == 1 else picture).save(temporary, format="PNG")
+
+
+def paint(args: argparse.Namespace) -> None:
+    """
+    Draws pictures with the flags of `aft paint`.
+
+    Raises:
+        ValueError: the device is not there, or the model is none of pictures, whole and finite, or the pictures to
+            complete cannot be read.
+    """
+    device = find_device(args.device, "aft paint")
+    transformers.utils.logging.disable_progress_bar()
+    trust = {"trust_remote_code": args.trust_remote_code}
+    config, name = load_config(args.model, **trust), f"--model {args.model}"
+    shape = shape_of_model(args.model)
+    if shape is None:
+        raise ValueError(f"{name}: must be a model of pictures, with a preprocessor_config.json that has their size")
+    check_picture_model(config, shape, name)
+    pictures, rows = None, shape[0] // 2 if args.rows is None else args.rows
+    if args.pictures is not None:
+        if not 1 <= rows < shape[0]:
+            raise ValueError(f"--rows must be in [1, {shape[0] - 1}] for pictures of {shape[0]} rows, got {rows}")
+        pictures = load_pictures(args, shape).splits[args.split][: args.samples]
+    model, _ = load_model(AutoModelForCausalLM, args.model, dtype=getattr(torch, args.dtype), **trust)
+    model.to(device)
+    sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    options = {"seed": args.seed, "batch_size": args.batch_size, **sampling}
+    if pictures is None:
+        grid = draw_samples(model, shape, args.samples, **options)
+    else:
+        grid = draw_completions(model, pictures, rows, **options)
+    save_picture(grid, args.output)
+    print(f"wrote {args.output}")

@@ -11,7 +11,7 @@
 import argparse
 import math
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 
 from aft.flags import HUB_NAME, flag, like_path
@@ -39,6 +39,18 @@ class PictureArguments:
     num_channels: int | None = flag(None, "1 for grey and 3 for red, green and blue; None is what the pictures have.")
 
 
+# The flags of a text that pictures have too, for a program that reads no text.
+SplitArguments = make_dataclass(
+    "SplitArguments",
+    [
+        (entry.name, entry.type, field(default=entry.default, metadata=entry.metadata))
+        for entry in fields(TextArguments)
+        if entry.name in OF_PICTURES_TOO
+    ],
+    namespace={"_argument_group_name": "parts of the pictures"},
+)
+
+
 def source_flags(args: argparse.Namespace) -> list[str]:
     """The flags that name the same pictures or the same text again, as words of a command line."""
     return flag_words(args, PictureArguments, TextArguments)
@@ -63,7 +75,7 @@ def source_problems(args: argparse.Namespace) -> list[str]:
             check(getattr(args, entry.name) is None, entry.name, "left out without --pictures")
         return problems + text_problems(args)
     for entry in fields(TextArguments):
-        left_out = getattr(args, entry.name) == entry.default
+        left_out = getattr(args, entry.name, entry.default) == entry.default
         check(left_out or entry.name in OF_PICTURES_TOO, entry.name, "left out with --pictures")
     check(args.image_size is None or args.image_size >= 1, "image_size", "at least 1")
     check(args.num_channels in (None, 1, 3), "num_channels", "1 or 3")

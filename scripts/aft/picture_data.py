@@ -10,12 +10,14 @@
 
 import argparse
 import hashlib
+import math
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from datasets import Image as ImageFeature
 from PIL import Image, ImageOps
+from transformers.image_processing_utils import BaseImageProcessor
 
 from aft.image_data import (
     FOLDERS,
@@ -31,7 +33,9 @@ from aft.image_data import (
     read_idx_file,
 )
 from aft.image_training import MODES
+from aft.model_configs import has_length_limit
 from aft.redaction import readable
+from aft.saved_models import objective_of
 from aft.text_sources import SPLITS, DocumentText, FileText, draw_rows, load_text
 from aft.token_data import TokenData
 from aft.vocabulary import START_OF_PICTURE
@@ -163,6 +167,39 @@ def load_source(args: argparse.Namespace) -> PictureData | FileText | DocumentTe
     return load_text(args) if args.pictures is None else load_pictures(args)
 
 
+def shape_of_model(name: str) -> tuple[int, int, int] | None:
+    """Height, width and channels of the pictures of a saved model, by its image processor; None if it has none."""
+    try:
+        values, _ = BaseImageProcessor.get_image_processor_dict(name)
+        return values["size"]["height"], values["size"]["width"], values["num_channels"]
+    except (OSError, KeyError, TypeError):
+        return None
+
+
+def check_picture_model(config, shape: tuple[int, int, int], name: str, starts: bool = True) -> None:
+    """
+    Checks that a configuration is that of a language model of pictures.
+
+    Args:
+        name: what errors call the model.
+        starts: whether it must have a start token beside the 256 values of sub-pixels.
+
+    Raises:
+        ValueError: it is another, or its tables of positions are too short.
+    """
+    sizes = (257,) if starts else (256, 257)
+    if objective_of(config) != "causal" or config.vocab_size not in sizes:
+        found = f"a {objective_of(config)} one of {config.vocab_size}"
+        allowed = " or ".join(map(str, sizes))
+        raise ValueError(f"{name}: must be a causal language model of pictures, with {allowed} tokens, got {found}")
+    length = math.prod(shape)
+    if has_length_limit(config) and config.max_position_embeddings < length:
+        raise ValueError(
+            f"{name}: max_position_embeddings must be {length} or more, the sub-pixels of a picture of "
+            f"{' x '.join(map(str, shape))}, got {config.max_position_embeddings}"
+        )
+
+
 def picture_shape(args: argparse.Namespace) -> tuple[int, int, int]:
     """Height, width and channels of the pictures; those are only read if the flags leave something open."""
     if args.image_size is not None and args.num_channels is not None:
@@ -170,13 +207,21 @@ def picture_shape(args: argparse.Namespace) -> tuple[int, int, int]:
     return load_pictures(args).shape
 
 
-def load_pictures(args: argparse.Namespace) -> PictureData:
+def load_pictures(args: argparse.Namespace, shape: tuple[int, int, int] | None = None) -> PictureData:
     """
-    The pictures of `PictureArguments`, in memory.
+    The pictures of `PictureArguments`, in memory; of a model whose pictures have this shape, if it is given.
 
     Raises:
         ValueError: they are not there, or damaged, or have several sizes and none is asked for.
     """
+    size = None if args.image_size is None else (args.image_size, args.image_size)
+    channels = args.num_channels
+    if shape is not None:
+        asked = {"image_size": (size, shape[:2]), "num_channels": (channels, shape[2])}
+        for name, (given, own) in asked.items():
+            if given not in (None, own):
+                raise ValueError(f"--{name} must be left out, or what the model has, {own}, got {getattr(args, name)}")
+        size, channels = shape[:2], shape[2]
     return cached_pictures(
         args.pictures,
         args.dataset_config,
@@ -184,8 +229,8 @@ def load_pictures(args: argparse.Namespace) -> PictureData:
         args.validation_split,
         args.test_split,
         0.05 if args.test_size is None else args.test_size,
-        args.image_size,
-        args.num_channels,
+        size,
+        channels,
     )
 
 
@@ -197,7 +242,7 @@ def cached_pictures(
     validation_split: str | None,
     test_split: str | None,
     test_size: float,
-    size: int | None,
+    size: tuple[int, int] | None,
     channels: int | None,
 ) -> PictureData:
     inputs = argparse.Namespace(data=data, data_config=data_config, image_column=image_column, train_split="train")
@@ -215,10 +260,8 @@ def cached_pictures(
                 f"--image_size must be given: {name} has pictures of several sizes, such as {width} x {height} and "
                 f"{other_width} x {other_height}"
             )
-        [shape] = shapes
-    else:
-        shape = (size, size)
-    arrays = {part: as_array(pictures, shape, channels) for part, pictures in parts.items()}
+        size = shapes.pop()[::-1]
+    arrays = {part: as_array(pictures, size, channels) for part, pictures in parts.items()}
     splits = {{"validation": "valid"}.get(part, part): array for part, array in arrays.items()}
     if missing := [split for split in ("valid", "test") if split not in splits]:
         rows = draw_rows(len(splits["train"]), missing, test_size, "pictures")
@@ -277,20 +320,20 @@ def is_grey(pictures: Pictures) -> bool:
     return {pictures.open(index).mode for index in range(len(pictures))} <= {"1", "L"}
 
 
-def as_array(pictures: Pictures, shape: tuple[int, int], channels: int) -> np.ndarray:
+def as_array(pictures: Pictures, size: tuple[int, int], channels: int) -> np.ndarray:
     """
     Pictures of one size, uint8 [N, H, W, C]: the middle of a larger one, after it is resized (bicubic) so that its
     shorter side fits.
 
     Args:
-        shape: width and height.
+        size: height and width.
     """
-    if isinstance(pictures, ArrayPictures) and pictures.array.shape[1:] == (*shape[::-1], *[3] * (channels == 3)):
-        return pictures.array.reshape(len(pictures), *shape[::-1], channels)
-    made = np.empty((len(pictures), *shape[::-1], channels), dtype=np.uint8)
+    if isinstance(pictures, ArrayPictures) and pictures.array.shape[1:] == (*size, *[3] * (channels == 3)):
+        return pictures.array.reshape(len(pictures), *size, channels)
+    made = np.empty((len(pictures), *size, channels), dtype=np.uint8)
     for index in range(len(pictures)):
         picture = pictures.decode(index).convert(MODES[channels])
-        if picture.size != shape:
-            picture = ImageOps.fit(picture, shape, Image.Resampling.BICUBIC)
+        if picture.size != size[::-1]:
+            picture = ImageOps.fit(picture, size[::-1], Image.Resampling.BICUBIC)
         made[index] = np.asarray(picture).reshape(made.shape[1:])
     return made

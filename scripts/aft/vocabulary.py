@@ -128,6 +128,10 @@ class PixelVocabulary:
 
     def save(self, folder: Path, config) -> None:
         """Writes the image processor of a model to its folder."""
+        from modeling_aft import AFTImageProcessor  # what else is here runs without the package
+
+        height, width, channels = self.shape
+        AFTImageProcessor(size={"height": height, "width": width}, num_channels=channels).save_pretrained(folder)
 
 
 class TokenizerVocabulary:
