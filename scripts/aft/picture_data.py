@@ -16,8 +16,6 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Image as ImageFeature
-from PIL import Image, ImageOps
-from transformers.image_processing_utils import BaseImageProcessor
 
 from aft.image_data import (
     FOLDERS,
@@ -32,13 +30,13 @@ from aft.image_data import (
     picture_files,
     read_idx_file,
 )
-from aft.image_training import MODES
 from aft.model_configs import has_length_limit
 from aft.redaction import readable
 from aft.saved_models import objective_of
 from aft.text_sources import SPLITS, DocumentText, FileText, draw_rows, load_text
 from aft.token_data import TokenData
 from aft.vocabulary import START_OF_PICTURE
+from modeling_aft import AFTImageProcessor
 
 
 class PictureData:
@@ -170,7 +168,7 @@ def load_source(args: argparse.Namespace) -> PictureData | FileText | DocumentTe
 def shape_of_model(name: str) -> tuple[int, int, int] | None:
     """Height, width and channels of the pictures of a saved model, by its image processor; None if it has none."""
     try:
-        values, _ = BaseImageProcessor.get_image_processor_dict(name)
+        values, _ = AFTImageProcessor.get_image_processor_dict(name)
         return values["size"]["height"], values["size"]["width"], values["num_channels"]
     except (OSError, KeyError, TypeError):
         return None
@@ -322,18 +320,15 @@ def is_grey(pictures: Pictures) -> bool:
 
 def as_array(pictures: Pictures, size: tuple[int, int], channels: int) -> np.ndarray:
     """
-    Pictures of one size, uint8 [N, H, W, C]: the middle of a larger one, after it is resized (bicubic) so that its
-    shorter side fits.
+    Pictures of one size, as the image processor of a model makes them: uint8 [N, H, W, C].
 
     Args:
         size: height and width.
     """
     if isinstance(pictures, ArrayPictures) and pictures.array.shape[1:] == (*size, *[3] * (channels == 3)):
         return pictures.array.reshape(len(pictures), *size, channels)
+    processor = AFTImageProcessor(size={"height": size[0], "width": size[1]}, num_channels=channels)
     made = np.empty((len(pictures), *size, channels), dtype=np.uint8)
     for index in range(len(pictures)):
-        picture = pictures.decode(index).convert(MODES[channels])
-        if picture.size != size[::-1]:
-            picture = ImageOps.fit(picture, size[::-1], Image.Resampling.BICUBIC)
-        made[index] = np.asarray(picture).reshape(made.shape[1:])
+        made[index] = np.asarray(processor.to_picture(pictures.decode(index))).reshape(made.shape[1:])
     return made

@@ -169,6 +169,12 @@ def number(value: int | None) -> str | None:
     return None if value is None else f"{value:,}"
 
 
+def curve_part(arguments: dict) -> str | None:
+    """How much of valid the curve of a run is of; None if all."""
+    most = {"bytes": arguments["eval_bytes"], "pictures": arguments.get("eval_pictures")}
+    return next((f"{count:,} {unit}" for unit, count in most.items() if count), None)
+
+
 def card_values(events: list[dict]) -> dict:
     """
     What a model card says of a finished run.
@@ -205,6 +211,9 @@ def card_values(events: list[dict]) -> dict:
         ),
         "dataset_sha256": config["data_sha256"],
         **{f"{split}_bytes": number(config[f"{split}_bytes"]) for split in ("train", "valid", "test")},
+        "picture": config.get("picture"),
+        **{f"{split}_pictures": number(config.get(f"{split}_pictures")) for split in ("train", "valid", "test")},
+        "unit": unit_of(final_scores(events)[0]["protocol"])[0],
         "tokenizer": config.get("tokenizer"),
         "init_from": config.get("init_from"),
         "vocab_size": number(config.get("vocab_size")),
@@ -221,12 +230,13 @@ def card_values(events: list[dict]) -> dict:
         ],
         "release": one.get("release"),
         "has_code": "release" not in one,
-        "curve_bytes": number(config["arguments"]["eval_bytes"] or None),
+        "curve_bytes": curve_part(config["arguments"]),
         "steps": f"{final['step']:,}",
         "tokens": f"{final['step'] * config['tokens_per_step']:,}",
         "minutes": f"{final['training_seconds'] / 60:,.1f}",
         **{name: config[name] for name in ("hardware", "num_processes", "precision", "date", "command")},
         "versions": ", ".join(f"{name} {version}" for name, version in config["versions"].items()),
+        "sample_files": final.get("sample_files", []),
         "sample": "\n".join("    " + line for line in final["sample"].splitlines()),
         "arguments": arguments,
         "model_fields": fields,
@@ -239,25 +249,28 @@ def card_metadata(values: dict) -> ModelCardData:
 
     family = AFTVisionPreTrainedModel if values["images"] else AFTPreTrainedModel
     task = family.heads[values["auto_class"]].pipeline_tag
+    if values["run"] and values["picture"]:
+        task = "unconditional-image-generation"
     data = ModelCardData(
         license="apache-2.0", library_name="transformers", pipeline_tag=task, tags=[values["model_type"]]
     )
     if values["run"]:
         dataset = values["hub_dataset"]
-        data.tags += [] if values["tokenizer"] else ["byte-level"]
+        kind = "images" if values["picture"] else "text" if values["tokenizer"] else "bytes"
+        data.tags += [] if values["tokenizer"] or values["picture"] else ["byte-level"]
         data.tags += ["masked-lm" if values["masked"] else "causal-lm"]
         data.language = (values["release"] or {}).get("language")
         data.datasets = [dataset] if dataset else None
-        data.metrics = ["bits_per_byte"]
+        data.metrics = [values["unit"].replace(" ", "_")]
         data.model_name = values["name"]
         data.eval_results = [
             EvalResult(
                 task_type=task,
-                dataset_type=dataset or ("text" if values["tokenizer"] else "bytes"),
+                dataset_type=dataset or kind,
                 dataset_name=values["dataset"],
                 dataset_split="test",
-                metric_type="bits_per_byte",
-                metric_name=f"bits per byte ({score['protocol']})",
+                metric_type=data.metrics[0],
+                metric_name=f"{values['unit']} ({score['protocol']})",
                 metric_value=float(score["bpb"]),
             )
             for score in values["scores"]
