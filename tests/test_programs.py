@@ -39,7 +39,7 @@ WRONG = {  # flags that are refused at once, and with what
     "finetune.py": (["--model", "m", "--text_file", NOWHERE], "aft finetune: --text_file must be a file, got "),
     "draw_positions.py": ([NOWHERE, "--output", "a.svg"], "files: no such file: "),
     "generate.py": (["--model", "m", "--dtype", NOWHERE], "aft generate: --dtype must be float32, bfloat16 or "),
-    "paint.py": ([NOWHERE, "--output", "a.png", "--seed", "-1"], "aft paint: --seed must be in [0, 2**32), got -1"),
+    "paint.py": (["m", "--output", NOWHERE], "aft paint: --output must be a file whose name ends with .png, got "),
     "stream.py": (
         [NOWHERE, "--dtype", NOWHERE],
         "aft stream: --dtype must be one of auto, float32, bfloat16, float16",

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Image as ImageFeature
+from transformers.image_processing_utils import BaseImageProcessor
 
 from aft.image_data import (
     FOLDERS,
@@ -36,7 +37,6 @@ from aft.saved_models import objective_of
 from aft.text_sources import SPLITS, DocumentText, FileText, draw_rows, load_text
 from aft.token_data import TokenData
 from aft.vocabulary import START_OF_PICTURE
-from modeling_aft import AFTImageProcessor
 
 
 class PictureData:
@@ -168,7 +168,7 @@ def load_source(args: argparse.Namespace) -> PictureData | FileText | DocumentTe
 def shape_of_model(name: str) -> tuple[int, int, int] | None:
     """Height, width and channels of the pictures of a saved model, by its image processor; None if it has none."""
     try:
-        values, _ = AFTImageProcessor.get_image_processor_dict(name)
+        values, _ = BaseImageProcessor.get_image_processor_dict(name)
         return values["size"]["height"], values["size"]["width"], values["num_channels"]
     except (OSError, KeyError, TypeError):
         return None
@@ -327,6 +327,8 @@ def as_array(pictures: Pictures, size: tuple[int, int], channels: int) -> np.nda
     """
     if isinstance(pictures, ArrayPictures) and pictures.array.shape[1:] == (*size, *[3] * (channels == 3)):
         return pictures.array.reshape(len(pictures), *size, channels)
+    from modeling_aft import AFTImageProcessor  # what else is here runs without the package
+
     processor = AFTImageProcessor(size={"height": size[0], "width": size[1]}, num_channels=channels)
     made = np.empty((len(pictures), *size, channels), dtype=np.uint8)
     for index in range(len(pictures)):
