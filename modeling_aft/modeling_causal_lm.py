@@ -108,6 +108,8 @@ class MixerForCausalLM(MixerWithHead):
             if tokens.continues is not None:
                 ignored = loss_keywords.get("ignore_index", -100)
                 labels = labels.masked_fill(~tokens.continues.to(labels.device), ignored)
+            if loss_keywords.get("shift_labels") is not None:  # which the library takes whole, but not as a slice
+                loss_keywords["shift_labels"] = loss_keywords["shift_labels"].contiguous()
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_keywords)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -194,6 +196,11 @@ class StateGenerationMixin(GenerationMixin):
         cache = one_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
         if cache is not None:
             kwargs[CACHE_NAME] = cache
+        # Of itself the library prefers new tokens of a config, and warns where a config has a length.
+        if kwargs.get("max_length") is not None:
+            kwargs.setdefault("max_new_tokens", None)
+        elif kwargs.get("max_new_tokens") is not None:
+            kwargs["max_length"] = None
         if kwargs.get("position_ids") is not None:
             kwargs["keeps_positions"] = True
         mask = kwargs.get("attention_mask")
@@ -204,11 +211,6 @@ class StateGenerationMixin(GenerationMixin):
         if prompt is None:
             return super().generate(inputs, generation_config, **kwargs)
         start = 0 if ids is None else ids.shape[1]
-        # Of itself the library prefers new tokens of a config, and warns where a config has a length.
-        if kwargs.get("max_length") is not None:
-            kwargs.setdefault("max_new_tokens", None)
-        elif kwargs.get("max_new_tokens") is not None:
-            kwargs["max_length"] = None
         past = 0 if cache is None else int(cache.get_seq_length())
         total = prompt.shape[1] if mask is None else mask.shape[1]
         if past:
