@@ -13,6 +13,7 @@ from typing import TypedDict
 
 import numpy as np
 import torch
+from transformers import GenerationConfig
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import ImageInput, is_pil_image
 from transformers.utils import is_vision_available, requires_backends
@@ -46,7 +47,8 @@ class AFTImageProcessor(BaseImageProcessor):
     Pictures of the size and the colours of the processor come back exactly as they were.
 
     A model of such sequences has `vocab_size=257` and `max_position_embeddings` of `height x width x num_channels`:
-    it reads the start token and all but the last sub-pixel, and predicts every sub-pixel.
+    it reads the start token and all but the last sub-pixel, and predicts every sub-pixel. `generation_config` tells
+    its `generate` to make pictures.
 
     Args:
         size (`dict`, *optional*, defaults to `{"height": 32, "width": 32}`):
@@ -133,6 +135,19 @@ class AFTImageProcessor(BaseImageProcessor):
     def num_subpixels(self) -> int:
         """How many sub-pixels a picture has, and so positions a model."""
         return math.prod(self.shape)
+
+    def generation_config(self, **options) -> GenerationConfig:
+        """
+        How a model makes whole pictures, of nothing but the start token or of their upper rows: it draws sub-pixels
+        from all 256, never the start token, until none is missing. It is saved with the model whose
+        `generation_config` it becomes.
+
+        Args:
+            options: those of a [`GenerationConfig`] that are to be different.
+        """
+        drawing = {"do_sample": True, "top_k": 0, "bos_token_id": self.bos_token_id}
+        ends = {"max_length": self.add_bos_token + self.num_subpixels, "suppress_tokens": [self.bos_token_id]}
+        return GenerationConfig(**{**drawing, **ends, **options})
 
     def preprocess(
         self,

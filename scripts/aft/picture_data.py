@@ -36,7 +36,7 @@ from aft.redaction import readable
 from aft.saved_models import objective_of
 from aft.text_sources import SPLITS, DocumentText, FileText, draw_rows, load_text
 from aft.token_data import TokenData
-from aft.vocabulary import START_OF_PICTURE
+from aft.vocabulary import START_OF_PICTURE, PixelVocabulary
 
 
 class PictureData:
@@ -327,9 +327,7 @@ def as_array(pictures: Pictures, size: tuple[int, int], channels: int) -> np.nda
     """
     if isinstance(pictures, ArrayPictures) and pictures.array.shape[1:] == (*size, *[3] * (channels == 3)):
         return pictures.array.reshape(len(pictures), *size, channels)
-    from modeling_aft import AFTImageProcessor  # what else is here runs without the package
-
-    processor = AFTImageProcessor(size={"height": size[0], "width": size[1]}, num_channels=channels)
+    processor = PixelVocabulary((*size, channels)).processor()
     made = np.empty((len(pictures), *size, channels), dtype=np.uint8)
     for index in range(len(pictures)):
         made[index] = np.asarray(processor.to_picture(pictures.decode(index))).reshape(made.shape[1:])

@@ -88,6 +88,7 @@ from aft.training_windows import TrainingWindows
 from aft.vocabulary import make_vocabulary
 
 
+CAPTIONS = ("Samples", "The upper halves of held-out pictures, completions, and the pictures themselves")
 VERSIONS = ("torch", "transformers", "accelerate", "datasets", "evaluate", "tokenizers")
 
 
@@ -455,7 +456,7 @@ class Run:
             if self.args.load_best_model_at_end and best != step:
                 load_checkpoint(self.accelerator, self.folder / "checkpoints" / f"step-{best}")
                 step = best
-        test = self.evaluate("test", step)
+        test = self.evaluate("test", step, self.args.test_pictures * self.windows.length)
         with self.averaged():
             save_model(self.model, self.accelerator, self.folder, self.vocabulary)
         self.prune()
@@ -466,7 +467,9 @@ class Run:
             sample = {}
             if self.has_samples:  # from the folder, which shows that it loads
                 sample = self.draw(LANGUAGE_MODELS["causal"].from_pretrained(self.folder))
-                final |= {"sample": sample.get("text", ""), "sample_files": sample.get("files", [])}
+                pictures = zip(sample.get("files", []), CAPTIONS, strict=False)
+                final["sample"] = sample.get("text", "")
+                final["pictures"] = [{"file": file, "caption": caption} for file, caption in pictures]
             self.log.write("final", **final, model_path=readable(public_path(self.args.output_dir)))
             self.log.sync()
             events = read_log(self.log.path)
@@ -622,7 +625,7 @@ def set_up(args, argv: list[str], config) -> Run:
         if new:
             accelerator.print(f"not in {args.init_from}, so new: {first_of(new)}")
     if args.pictures is not None:
-        model.generation_config.update(**vocabulary.generation)
+        model.generation_config = vocabulary.processor().generation_config()
     elif args.objective == "causal":
         model.generation_config.update(do_sample=True, temperature=0.8, top_k=40)
         if has_length_limit(config):  # else pipelines ask for 256 tokens, whatever there is room for

@@ -45,7 +45,7 @@ MAY_DIFFER_WHEN_CONTINUED = {
 # With those that change scores alone, what a resumed run may change.
 MAY_DIFFER_ON_RESUME = MAY_DIFFER_WHEN_CONTINUED | {
     *("eval_protocol", "eval_stride", "eval_stream_length", "eval_refresh_every", "eval_refresh_overlap"),
-    *("eval_every", "eval_bytes", "eval_pictures", "eval_batch_size", "log_every", "init_from"),
+    *("eval_every", "eval_bytes", "eval_pictures", "test_pictures", "eval_batch_size", "log_every", "init_from"),
     *("early_stopping_patience", "load_best_model_at_end"),
 }
 
@@ -165,7 +165,8 @@ class OutputArguments:
     eval_refresh_overlap: int | None = flag(None, "How many of them refreshed had read before.")
     eval_every: int = flag(200, "Steps between evaluations on valid; 0 = only at the end.")
     eval_bytes: int = flag(0, "Score only the first so many bytes of valid; 0 = all. The test split is always whole.")
-    eval_pictures: int = flag(0, "Score only the first so many pictures of valid; 0 = all. Test is always whole.")
+    eval_pictures: int = flag(0, "Score only the first so many pictures of valid; 0 = all.")
+    test_pictures: int = flag(0, "Score only the first so many pictures of test; 0 = all.")
     eval_batch_size: int | None = flag(None, "Windows per process in one evaluation; None is micro_batch_size.")
     log_every: int = flag(10, "Steps between lines of the log.")
     report_to: list[str] = field(
@@ -190,18 +191,12 @@ GROUPS = (
     *(ModelArguments, MaskingArguments, TextArguments, PictureArguments, DataArguments),
     *(TrainingArguments, OutputArguments),
 )
-NOT_OF_PICTURES = (  # flags that mean nothing for pictures
-    *("tokenizer", "vocab_size", "shuffle_buffer", "carry_state", "stream_length", "eval_stride"),
-    *(
-        "eval_stream_length",
-        "eval_refresh_every",
-        "eval_refresh_overlap",
-        "eval_bytes",
-        "sample_bytes",
-        "sample_prompt",
-    ),
-)
-OF_PICTURES = ("horizontal_flip", "color_shift", "eval_pictures", "sample_pictures")  # and those for nothing else
+NOT_OF_PICTURES = {  # flags that mean nothing for pictures
+    *("tokenizer", "vocab_size", "shuffle_buffer", "carry_state", "stream_length", "sample_bytes", "sample_prompt"),
+    *("eval_stride", "eval_stream_length", "eval_refresh_every", "eval_refresh_overlap", "eval_bytes"),
+}
+# And those that mean something for nothing else.
+OF_PICTURES = {"horizontal_flip", "color_shift", "eval_pictures", "test_pictures", "sample_pictures"}
 
 
 def parse_arguments(argv: list[str], description: str = "") -> argparse.Namespace:
@@ -354,7 +349,7 @@ def flag_problems(args: argparse.Namespace) -> list[str]:
         check(getattr(args, name) is None or getattr(args, name) >= 1, name, "at least 1")
     for name in ("warmup_steps", "weight_decay", "max_grad_norm", "seed", "eval_every", "eval_bytes", "color_shift"):
         check(getattr(args, name) >= 0, name, "at least 0")
-    for name in ("sample_every", "sample_bytes", "sample_pictures", "eval_pictures", "save_every"):
+    for name in ("sample_every", "sample_bytes", "sample_pictures", "eval_pictures", "test_pictures", "save_every"):
         check(getattr(args, name) is None or getattr(args, name) >= 0, name, "at least 0")
     for name in ("adam_beta1", "adam_beta2"):
         check(0 <= getattr(args, name) < 1, name, "in [0, 1)")
@@ -368,7 +363,7 @@ def flag_problems(args: argparse.Namespace) -> list[str]:
     check(args.optimizer != "muon" or args.mixed_precision != "fp16", "optimizer", "adamw with fp16")
     problems += source_problems(args)
     has_pictures, defaults = args.pictures is not None, {e.name: e.default for group in GROUPS for e in fields(group)}
-    for name in NOT_OF_PICTURES if has_pictures else OF_PICTURES:
+    for name in sorted(NOT_OF_PICTURES if has_pictures else OF_PICTURES):
         left_out = f"left out {'with' if has_pictures else 'without'} --pictures"
         check(getattr(args, name) == defaults[name], name, left_out)
     check(args.color_shift <= 255, "color_shift", "at most 255")

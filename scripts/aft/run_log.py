@@ -236,7 +236,7 @@ def card_values(events: list[dict]) -> dict:
         "minutes": f"{final['training_seconds'] / 60:,.1f}",
         **{name: config[name] for name in ("hardware", "num_processes", "precision", "date", "command")},
         "versions": ", ".join(f"{name} {version}" for name, version in config["versions"].items()),
-        "sample_files": final.get("sample_files", []),
+        "pictures": final.get("pictures", []),
         "sample": "\n".join("    " + line for line in final["sample"].splitlines()),
         "arguments": arguments,
         "model_fields": fields,
@@ -249,7 +249,7 @@ def card_metadata(values: dict) -> ModelCardData:
 
     family = AFTVisionPreTrainedModel if values["images"] else AFTPreTrainedModel
     task = family.heads[values["auto_class"]].pipeline_tag
-    if values["run"] and values["picture"]:
+    if values["picture"]:
         task = "unconditional-image-generation"
     data = ModelCardData(
         license="apache-2.0", library_name="transformers", pipeline_tag=task, tags=[values["model_type"]]
@@ -287,12 +287,20 @@ def fill_model_card(events: list[dict], **values) -> str:
         events (`list[dict]`): the log of a finished run, empty if there is none.
         values: `name`, `path` (what `from_pretrained` gets), `has_code` (whether the code is beside the weights),
             `model_type`, `model_class`, `auto_class` and `parameters` (an int) of the model, needed if there is no
-            log; `images`, whether it reads images; and `metrics`, a dict of what else it was evaluated by.
+            log; `images`, whether it reads images; `picture`, height x width x channels of what it makes, None if that
+            is text; and `metrics`, a dict of what else it was evaluated by.
 
     Raises:
         jinja2.UndefinedError: the template asks for a value that there is not.
     """
-    values = {"metrics": {}, "images": False, **(card_values(events) if events else {}), **values, "run": bool(events)}
+    values = {
+        "metrics": {},
+        "images": False,
+        "picture": None,
+        **(card_values(events) if events else {}),
+        **values,
+        "run": bool(events),
+    }
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     template = environment.from_string(CARD_TEMPLATE.read_text(encoding="utf-8"))
     paper = PAPERS.get(values["model_type"])

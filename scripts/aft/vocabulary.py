@@ -13,7 +13,6 @@ bytes of the text as its offsets say. Which tokenizer fits a model, and how many
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -122,16 +121,17 @@ class PixelVocabulary:
 
     def __init__(self, shape: tuple[int, int, int]):
         self.shape = tuple(shape)
-        # What `generate` does by itself: it draws a picture, or completes one, as the model has it.
-        self.generation = {"bos_token_id": self.start, "max_length": 1 + math.prod(shape), "do_sample": True}
-        self.generation |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "suppress_tokens": [self.start]}
 
-    def save(self, folder: Path, config) -> None:
-        """Writes the image processor of a model to its folder."""
+    def processor(self):
+        """The image processor of a model of these pictures."""
         from modeling_aft import AFTImageProcessor  # what else is here runs without the package
 
         height, width, channels = self.shape
-        AFTImageProcessor(size={"height": height, "width": width}, num_channels=channels).save_pretrained(folder)
+        return AFTImageProcessor(size={"height": height, "width": width}, num_channels=channels)
+
+    def save(self, folder: Path, config) -> None:
+        """Writes the image processor of a model to its folder."""
+        self.processor().save_pretrained(folder)
 
 
 class TokenizerVocabulary:
