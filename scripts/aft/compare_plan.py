@@ -14,6 +14,7 @@ from pathlib import Path
 
 from aft.atomic_files import check_file
 from aft.flags import find_preset
+from aft.picture_arguments import PictureArguments
 from aft.pretraining_arguments import GROUPS, from_folder
 from aft.settings_files import read_yaml
 from aft.text_arguments import TextArguments
@@ -22,7 +23,8 @@ from aft.text_arguments import TextArguments
 # Flags that this program sets itself for each run, which neither the plan's training nor the command line may set.
 SET_BY_COMPARE = {"training_preset", "model_preset", "model_override", "seed", "output_dir", "resume", "overwrite"}
 PRESETS = {"training_preset": "training", "model_preset": "models"}  # kinds of files, which have names as well
-SAME_IN_ALL_RUNS = {entry.name for entry in fields(TextArguments)}  # no run of a plan has a text of its own
+# No run of a plan has data of its own.
+SAME_IN_ALL_RUNS = {entry.name for group in (TextArguments, PictureArguments) for entry in fields(group)}
 
 
 @dataclass

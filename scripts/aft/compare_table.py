@@ -17,6 +17,7 @@ from matplotlib.ticker import EngFormatter
 
 from aft.atomic_files import write_rows, write_whole
 from aft.drawing import groups, label, line_styles, save_figure, tidy
+from aft.protocols import unit_of
 from aft.run_log import describe_protocol, read_log
 from aft.settings_files import read_json
 
@@ -200,7 +201,8 @@ def markdown(title: str, rows: list[dict], origin: str, missing: list[str], pict
     for row in rows:
         lines.append("| " + " | ".join(cell(row, column, form, best) for _, column, form in shown) + " |")
     notes = [
-        "Scores are bits per byte; means over the seeds ± their sample standard deviation, the best on valid bold;",
+        f"Scores are {score_name(rows)};",
+        "means over the seeds ± their sample standard deviation, the best on valid bold;",
         "train is what the last tenth of the training read, as it went by, with dropout where there is any.",
         "Tokens/s is the median over the lines of a log, the best of the seeds; seconds are the training at that",
         "speed, without evaluations. Peak MiB is what a process held beyond its libraries, the least of the seeds; it",
@@ -220,6 +222,11 @@ def markdown(title: str, rows: list[dict], origin: str, missing: list[str], pict
         lines.append(f"- not finished, and left out: {', '.join(missing)}")
     lines += [line for picture in pictures for line in ("", f"![Learning curves]({picture})")]
     return "\n".join([*lines, ""])
+
+
+def score_name(rows: list[dict]) -> str:
+    """What the scores of rows are called, which have all one kind of data."""
+    return unit_of(rows[0]["valid_protocol"].split(",")[0])[0]
 
 
 def draw_curves(runs: dict[str, list[dict]], rows: dict[str, dict], seconds: float | None) -> Figure:
@@ -242,7 +249,7 @@ def draw_curves(runs: dict[str, list[dict]], rows: dict[str, dict], seconds: flo
         axes.set_xlabel(quantity)
         tidy(axes)
     panels[0].xaxis.set_major_formatter(EngFormatter(sep=""))
-    panels[0].set_ylabel("bits per byte, valid")
+    panels[0].set_ylabel(f"{score_name(list(rows.values()))}, valid")
     handles, _ = panels[0].get_legend_handles_labels()
     ends = sorted(zip(runs, handles, strict=True), key=lambda end: -rows[end[0]]["valid"])  # from the top
     figure.legend(

@@ -33,11 +33,11 @@ from aft.compare_table import RESULT, write_table
 from aft.console import run_elsewhere
 from aft.machine import peak_bytes, processor_name
 from aft.model_configs import build_config
+from aft.picture_data import load_source
 from aft.pretraining import pretrain
 from aft.pretraining_arguments import MAY_DIFFER_WHEN_CONTINUED, check_arguments, named_flags, parse_arguments
 from aft.run_log import read_log
 from aft.settings_files import read_json
-from aft.text_sources import load_text
 
 
 ENTRY = "entry.json"
@@ -113,7 +113,7 @@ def describe_entries(planned: list[PlannedRun], whole: bool = True) -> list[dict
         model.pop("transformers_version", None)
         entry = {"model_config": model}
         if whole:
-            data = data or load_text(args).sha256  # no run of a plan has a text of its own
+            data = data or load_source(args).sha256  # no run of a plan has data of its own
             entry |= {
                 "data": data,
                 **{key: value for key, value in vars(args).items() if key not in MAY_DIFFER_WHEN_CONTINUED},

@@ -295,12 +295,12 @@ def load_table(inputs, name: str) -> datasets.DatasetDict:
     return found if isinstance(found, dict) else datasets.DatasetDict({"train": found})
 
 
-def read_table(inputs, name: str) -> ImageData:
+def choose_tables(inputs, name: str) -> tuple[datasets.DatasetDict, dict[str, str]]:
     """
-    The pictures of a data set.
+    What `datasets` reads, and which of it is "train" and, where there are such, "validation" and "test".
 
     Raises:
-        ValueError: it does not load, or has no such part or column.
+        ValueError: it does not load, or there is no such part, or an empty one.
     """
     tables = load_table(inputs, name)
     chosen = {"train": inputs.train_split}
@@ -314,6 +314,19 @@ def read_table(inputs, name: str) -> ImageData:
             raise ValueError(
                 f"--{part}_split must be {allowed} for {name}, got {split!r}{did_you_mean(split, tables)}"
             )
+        if not len(tables[split]):
+            raise ValueError(f"{name}: {split} must have at least one picture, is empty")
+    return tables, chosen
+
+
+def read_table(inputs, name: str) -> ImageData:
+    """
+    The pictures of a data set.
+
+    Raises:
+        ValueError: it does not load, or has no such part or column.
+    """
+    tables, chosen = choose_tables(inputs, name)
     features = tables[inputs.train_split].features
     column = find_column(features, inputs.image_column, datasets.Image, "image", name)
     label_column = find_column(features, inputs.label_column, datasets.ClassLabel, "label", name)
@@ -326,8 +339,6 @@ def read_table(inputs, name: str) -> ImageData:
     classes = {value: number for number, value in enumerate(indices)}
     parts = {}
     for part, split in chosen.items():
-        if not len(tables[split]):
-            raise ValueError(f"{name}: {split} must have at least one picture, is empty")
         if unknown := sorted({str(value) for value in values[part] if value not in classes}):
             raise ValueError(f"{name}: unknown label {unknown[0]} in column {label_column!r} of {split}")
         labels = [classes[value] for value in values[part]]
