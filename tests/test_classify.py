@@ -10,9 +10,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
+from torch.utils.data import BatchSampler
 from transformers import (
     AutoModelForImageClassification,
     DeiTConfig,
@@ -23,12 +25,12 @@ from transformers import (
 )
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from aft.augmentation import erase, mix, padded_crop, random_crop_box, smooth_targets
+from aft.augmentation import RAND_AUGMENT, erase, mix, padded_crop, rand_augment, random_crop_box, smooth_targets
 from aft.classifying_flags import add_recipe
 from aft.classifying_trainer import TRAINED
 from aft.commands.classify import main
 from aft.image_data import ArrayPictures, read_images
-from aft.image_training import PictureCollator, TrainingPictures, make_processor
+from aft.image_training import PictureCollator, RepeatedSampler, TrainingPictures, make_processor
 from modeling_aft import AFTForImageClassification, AFTVisionConfig
 
 
@@ -108,6 +110,7 @@ def inputs(**values) -> argparse.Namespace:
         **{"class_names": [], "train_split": "train"},
         **{"random_crop": "none", "crop_padding": None, "crop_scale": 0.5, "horizontal_flip": False},
         **{"color_jitter": 0.0, "random_erasing": 0.0, "mixup": 0.0, "cutmix": 0.0},
+        **{"rand_augment": None, "repeated_augmentation": 1},
     }
     return argparse.Namespace(**{**defaults, **{name: str(v) if name == "data" else v for name, v in values.items()}})
 
@@ -193,6 +196,7 @@ def test_a_resumed_run_is_the_same(pictures, tmp_path, ema_decay):
     """In the middle of an epoch, with all that is random, and with another number of workers."""
     values = {"data": pictures, "mixup": 0.8, "cutmix": 1.0, "random_erasing": 0.5, "color_jitter": 0.2}
     values |= {"recipe": "none", "ema_decay": ema_decay, "random_crop": "resized", "save_strategy": "steps"}
+    values |= {"rand_augment": 9, "repeated_augmentation": 3 if ema_decay else 1}
     values |= {"eval_strategy": "steps", "save_steps": 4, "eval_steps": 4, "max_steps": 12}
     values |= {"save_total_limit": 9, "load_best_model_at_end": False}
     override = [*TINY, "drop_path_rate=0.2", "num_hidden_layers=2"]
@@ -368,12 +372,13 @@ def test_targets_are_mixed_as_the_formulas_say():
 
 
 def test_crops_and_erasing_keep_to_their_bounds():
-    pixels = np.arange(2 * 6 * 5).reshape(2, 6, 5) + 1
-    padded = np.pad(pixels, ((0, 0), (2, 2), (2, 2)))
+    pixels = np.arange(6 * 5, dtype=np.uint8).reshape(6, 5) + 1
+    padded = np.pad(pixels, 2)
     for seed in range(30):
         generator = np.random.default_rng(seed)
         top, left = np.random.default_rng(seed).integers(5, size=2)
-        assert (padded_crop(pixels, 2, generator) == padded[:, top : top + 6, left : left + 5]).all()
+        cropped = padded_crop(Image.fromarray(pixels), 2, generator)
+        assert (np.asarray(cropped) == padded[top : top + 6, left : left + 5]).all()
         left, top, right, bottom = random_crop_box(40, 30, 0.25, generator)
         assert 0 <= left < right <= 40 and 0 <= top < bottom <= 30
         assert 0.24 * 1200 - 40 <= (right - left) * (bottom - top) <= 1200
@@ -385,13 +390,129 @@ def test_crops_and_erasing_keep_to_their_bounds():
         assert not values.any()
 
 
-def test_a_picture_is_a_function_of_seed_epoch_and_number():
-    array = np.stack([draw(number % 3, number) for number in range(6)])
+# What RandAugment makes of grey values, each in 51 rows, at level -1, 0 and 1, by hand; None is what they are.
+GREY = [0, 40, 100, 127, 128, 250]
+BY_HAND = {
+    "auto_contrast": ([0, 40, 102, 129, 130, 255], [0, 40, 102, 129, 130, 255], [0, 40, 102, 129, 130, 255]),
+    "equalize": ([0, 51, 102, 153, 204, 255],) * 3,
+    "invert": ([255, 215, 155, 128, 127, 5],) * 3,
+    "posterize": ([0, 0, 0, 0, 128, 128], [0, 32, 96, 112, 128, 240], [0, 0, 0, 0, 128, 128]),
+    "solarize": ([255, 215, 155, 128, 127, 5], None, [255, 215, 155, 128, 127, 5]),
+    "solarize_add": ([110, 150, 210, 237, 128, 250], None, [110, 150, 210, 237, 128, 250]),
+    "color": (None, None, None),
+    "brightness": ([0, 4, 10, 12, 12, 25], None, [0, 76, 190, 241, 243, 255]),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_colours_change_as_by_hand(name):
+    picture = Image.fromarray(np.uint8([GREY] * 51))
+    for mode in ("L", "RGB"):
+        for level, expected in zip((-1.0, 0.0, 1.0), BY_HAND[name], strict=True):
+            found = np.asarray(RAND_AUGMENT[name](picture.convert(mode), level, 7)).reshape(51, 6, -1)
+            assert (found == np.reshape(expected or GREY, (6, 1))).all(), (mode, level, found[0, :, 0])
+
+
+def test_colours_of_a_picture_change_as_by_hand():
+    """Away from, or beyond, its grey, its mean and its blurred self, by nine tenths of the distance."""
+    pixels = np.uint8([[[90, 120, 30], [100, 100, 100], [150, 110, 70]]] * 3)
+    grey = np.floor(pixels @ [0.299, 0.587, 0.114] + 0.5)[..., None]
+    mean = np.floor(grey.mean() + 0.5)
+    kernel = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
+    blurred = pixels.astype(float)
+    blurred[1, 1] = (pixels * kernel[..., None]).sum((0, 1))  # PIL leaves the border as it is
+    for name, other in (("color", grey), ("contrast", mean), ("sharpness", blurred)):
+        for level in (-1.0, -0.5, 0.0, 0.5, 1.0):
+            found = np.asarray(RAND_AUGMENT[name](Image.fromarray(pixels), level, (0, 0, 0)))
+            expected = np.clip(other + (1 + 0.9 * level) * (pixels - other), 0, 255)
+            np.testing.assert_allclose(found, expected, atol=1.01, err_msg=f"{name} {level}")
+        assert (np.asarray(RAND_AUGMENT[name](Image.fromarray(pixels), 0.0, (0, 0, 0))) == pixels).all()
+
+
+@pytest.mark.parametrize("axis", ["x", "y"])
+def test_places_change_as_by_hand(axis):
+    pixels = np.arange(100, dtype=np.uint8).reshape(10, 10) + 100
+
+    def made(name: str, level: float) -> np.ndarray:
+        """With the axis that moves last."""
+        picture = Image.fromarray(pixels if axis == "x" else pixels.T)
+        found = np.asarray(RAND_AUGMENT[f"{name}_{axis}"](picture, level, 7))
+        return found if axis == "x" else found.T
+
+    # Nine tenths of the ten pixels that level 1 moves by 4.5 are four, of which there is no part.
+    right, left = made("translate", -8 / 9), made("translate", 8 / 9)
+    assert (right[:, 4:] == pixels[:, :6]).all() and (right[:, :4] == 7).all()
+    assert (left[:, :6] == pixels[:, 4:]).all() and (left[:, 6:] == 7).all()
+    sheared = made("shear", 1.0)  # row y, whose middle is at y + 1/2, comes from 0.3 (y + 1/2) further on
+    assert (sheared[9, 8:] == 7).all() and (sheared[0, :9] == pixels[0, :9]).all()
+    assert sheared[5, 2] == pytest.approx(pixels[5, 2] + 0.3 * 5.5, abs=1)
+    assert all((made(name, 0.0) == pixels).all() for name in ("translate", "shear"))
+
+
+def test_rotation_is_by_up_to_thirty_degrees():
+    pixels = np.zeros((31, 31), np.uint8)
+    pixels[15, 16:] = 200  # a line from the centre to the right
+    for level, degrees in ((1.0, 30), (-1.0, -30), (0.5, 15)):
+        turned = np.asarray(RAND_AUGMENT["rotate"](Image.fromarray(pixels), level, 7)).astype(float)
+        y, x = 15 - 12 * np.sin(np.radians(degrees)), 15 + 12 * np.cos(np.radians(degrees))
+        assert turned[round(y), round(x)] > 100 and turned[15, 28] < 50 and turned[0, 0] == 7
+    assert (np.asarray(RAND_AUGMENT["rotate"](Image.fromarray(pixels), 0.0, 7)) == pixels).all()
+
+
+def test_rand_augment_makes_two_changes_each_half_of_the_time(monkeypatch):
+    calls = []
+    for name in RAND_AUGMENT:
+        change = lambda picture, level, fill, name=name: calls.append((name, level, fill)) or picture  # noqa: E731
+        monkeypatch.setitem(RAND_AUGMENT, name, change)
+    counts = []
+    for seed in range(2000):
+        before = len(calls)
+        rand_augment(None, 9, 7, np.random.default_rng(seed))
+        counts.append(len(calls) - before)
+    assert np.bincount(counts) / 2000 == pytest.approx([0.25, 0.5, 0.25], abs=0.04)
+    names, levels, fills = zip(*calls, strict=True)
+    assert set(names) == set(RAND_AUGMENT) and set(fills) == {7}
+    assert max(names.count(name) for name in set(names)) < 2 * 2000 / len(RAND_AUGMENT)
+    assert np.mean(np.sign(levels)) == pytest.approx(0, abs=0.1)
+    assert np.mean(np.abs(levels)) == pytest.approx(0.9, abs=0.01) and np.max(np.abs(levels)) <= 1
+    assert np.std(np.abs(levels)) == pytest.approx(0.05, abs=0.01)
+
+
+def pictures_of(recipe: argparse.Namespace, count: int = 6, seed: int = 0) -> TrainingPictures:
+    array = np.stack([draw(number % 3, number) for number in range(count)])
     processor = make_processor(12, 1.0, 3, {"image_mean": [0.3] * 3, "image_std": [0.2] * 3})
+    return TrainingPictures(ArrayPictures(array, [0] * count), np.arange(count), processor, 3, recipe, seed)
+
+
+def test_repeated_pictures_stand_in_a_row_and_differ():
+    pictures = pictures_of(inputs(rand_augment=9, horizontal_flip=True, random_crop="padded"), 10)
+    sampler = RepeatedSampler(pictures, 3, seed=5)
+    orders = []
+    for epoch in (1, 2):
+        pictures.set_epoch(epoch)
+        orders.append(list(sampler))
+        assert orders[-1] == list(sampler) and len(orders[-1]) == len(sampler) == 10
+        assert [place // 10 for place in orders[-1]] == [0, 1, 2] * 3 + [0]
+        seen = [place % 10 for place in orders[-1]]
+        assert seen == [number for number in dict.fromkeys(seen) for _ in range(3)][:10] and len(set(seen)) == 4
+    assert orders[0] != orders[1]
+    rows = [pictures[place] for place in orders[1][:3]]
+    assert len({row["number"] for row in rows}) == 1
+    assert len({row["pixel_values"].tobytes() for row in rows}) == 3
+
+
+def test_processes_share_the_order_of_repeated_pictures():
+    batches = BatchSampler(RepeatedSampler(pictures_of(inputs(), 8), 3, seed=5), 2, drop_last=False)
+    parts = [list(BatchSamplerShard(batches, num_processes=2, process_index=index)) for index in range(2)]
+    assert [batch for both in zip(*parts, strict=True) for batch in both] == list(batches)
+
+
+def test_a_picture_is_a_function_of_seed_epoch_and_number():
     recipe = inputs(random_crop="auto", horizontal_flip=True, random_erasing=0.5, color_jitter=0.3, cutmix=1.0)
+    recipe.rand_augment = 9
 
     def rows(seed: int, epoch: int, order) -> list[dict]:
-        found = TrainingPictures(ArrayPictures(array, [0] * 6), np.arange(6), processor, 3, recipe, seed)
+        found = pictures_of(recipe, seed=seed)
         found.set_epoch(epoch)
         return [found[index] for index in order]
 
@@ -407,10 +528,8 @@ def test_a_picture_is_a_function_of_seed_epoch_and_number():
 
 
 def test_nothing_is_changed_without_a_recipe():
-    array = np.stack([draw(0, number) for number in range(2)])
-    processor = make_processor(12, 1.0, 3, {"image_mean": [0.3] * 3, "image_std": [0.2] * 3})
-    plain = TrainingPictures(ArrayPictures(array, [0, 0]), np.arange(2), processor, 3, inputs(), 0)
-    expected = (array[1].transpose(2, 0, 1) / 255 - 0.3) / 0.2
+    plain = pictures_of(inputs())
+    expected = (draw(1, 1).transpose(2, 0, 1) / 255 - 0.3) / 0.2
     np.testing.assert_allclose(plain[1]["pixel_values"], expected, rtol=1e-5, atol=1e-6)
     scored = super(TrainingPictures, plain).__getitem__(1)["pixel_values"]
     np.testing.assert_allclose(scored, expected, rtol=1e-5, atol=1e-6)
@@ -436,6 +555,14 @@ def test_an_explicit_flag_wins_over_the_recipe(tmp_path):
 WRONG = {
     "range": ({"mixup": -1, "crop_scale": 0}, "--crop_scale must be in (0, 1], got 0.0; --mixup must be at least 0"),
     "crop": ({"random_crop": "centre"}, "--random_crop must be one of none, auto, padded, resized, got 'centre'"),
+    "augment": (
+        {"rand_augment": 11, "repeated_augmentation": 0},
+        "--rand_augment must be in [0, 10], got 11.0; --repeated_augmentation must be at least 1, got 0",
+    ),
+    "order": (
+        {"repeated_augmentation": 3, "train_sampling_strategy": "sequential"},
+        "--train_sampling_strategy must be random with --repeated_augmentation 3, got 'sequential'",
+    ),
     "metric": ({"metric_for_best_model": "f1"}, "--metric_for_best_model must be one of loss, accuracy, macro_f1"),
     "columns": ({"remove_unused_columns": True}, "--remove_unused_columns must be false"),
     "names": ({"class_names": "a"}, "--class_names must be 3 names"),

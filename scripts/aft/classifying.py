@@ -83,6 +83,9 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ClassifyingArg
         problems.append("--remove_unused_columns must be false, got True")
     if inputs.ema_decay is not None and (args.fsdp or args.deepspeed):
         problems.append(f"--ema_decay must be left out where the weights are sharded, got {inputs.ema_decay}")
+    if inputs.repeated_augmentation > 1 and args.train_sampling_strategy != "random":
+        allowed = f"random with --repeated_augmentation {inputs.repeated_augmentation}"
+        problems.append(f"--train_sampling_strategy must be {allowed}, got {args.train_sampling_strategy!r}")
     if problems:
         raise ValueError("aft classify: " + "; ".join(problems))
     return inputs, args

@@ -99,6 +99,13 @@ class RecipeArguments:
     crop_scale: float = flag(0.08, "Least share of the area of a resized crop.")
     horizontal_flip: bool = flag(False, "Mirror every second picture; wrong for digits and letters.")
     color_jitter: float = flag(0.0, "Change brightness, contrast and colour by up to this share.")
+    rand_augment: float | None = flag(
+        None,
+        "Magnitude, 0 to 10, of RandAugment as DeiT has it: two changes of colours or places; None is none of it.",
+    )
+    repeated_augmentation: int = flag(
+        1, "How often a picture stands in a row, changed each time; an epoch of as many steps then sees fewer of them."
+    )
     random_erasing: float = flag(0.0, "Share of pictures of which a rectangle becomes noise.")
     mixup: float = flag(0.0, "Alpha of the shares in which two pictures are mixed; 0 is never.")
     cutmix: float = flag(0.0, "Alpha of the size of the part that comes from another picture; 0 is never.")
@@ -120,6 +127,7 @@ RANGES = {  # of a number, and whether its lower and its upper end belong to it
     "crop_ratio": (0, 1, False, True),
     "crop_scale": (0, 1, False, True),
     "color_jitter": (0, 1, True, True),
+    "rand_augment": (0, 10, True, True),
     "random_erasing": (0, 1, True, True),
     "ema_decay": (0, 1, False, False),
 }
@@ -162,7 +170,7 @@ def picture_problems(inputs: argparse.Namespace) -> list[str]:
         check(inside, name, f"in {'[' if with_low else '('}{low}, {high}{']' if with_high else ')'}")
     for name in ("mixup", "cutmix", "crop_padding"):
         check(getattr(inputs, name) is None or getattr(inputs, name) >= 0, name, "at least 0")
-    for name in ("image_size", "search_steps"):
+    for name in ("image_size", "repeated_augmentation", "search_steps"):
         check(getattr(inputs, name) is None or getattr(inputs, name) >= 1, name, "at least 1")
     check(inputs.random_crop in CROPS, "random_crop", f"one of {', '.join(CROPS)}")
     check(0 <= inputs.split_seed < 2**32, "split_seed", "in [0, 2**32)")

@@ -15,11 +15,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.utils.data import Dataset, Sampler
 from transformers import TrainerCallback
 
 from aft.averaging import WeightAverage
 from aft.finetuning_checkpoints import step_of
 from aft.finetuning_trainer import FinetuningTrainer
+from aft.image_training import RepeatedSampler
 
 
 UNDECAYED = re.compile("bias|position|token")  # among the parameters that are matrices
@@ -61,6 +63,13 @@ class ClassifyingTrainer(FinetuningTrainer):
 
     def get_decay_parameter_names(self, model) -> list[str]:
         return [name for name, weight in model.named_parameters() if weight.dim() > 1 and not UNDECAYED.search(name)]
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        times = self.train_dataset.recipe.repeated_augmentation
+        if times == 1:
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return RepeatedSampler(self.train_dataset, times, seed)
 
     def _run_epoch(self, *args, **options) -> None:
         self.train_dataset.set_epoch(options["epoch"])
