@@ -19,18 +19,21 @@ from transformers import (
     AutoModelForImageClassification,
     DeiTConfig,
     DeiTForImageClassificationWithTeacher,
+    ResNetConfig,
+    ResNetForImageClassification,
     ViTConfig,
     ViTForImageClassification,
     pipeline,
 )
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from aft.augmentation import RAND_AUGMENT, erase, mix, padded_crop, rand_augment, random_crop_box, smooth_targets
 from aft.classifying_flags import add_recipe
 from aft.classifying_trainer import TRAINED
 from aft.commands.classify import main
 from aft.image_data import ArrayPictures, read_images
-from aft.image_training import PictureCollator, RepeatedSampler, TrainingPictures, make_processor
+from aft.image_training import PictureCollator, RepeatedSampler, TrainingPictures, kept_share, make_processor
 from modeling_aft import AFTForImageClassification, AFTVisionConfig
 
 
@@ -246,6 +249,116 @@ def test_biases_and_positions_do_not_decay(pictures, tmp_path, monkeypatch):
     assert set(found[0]) < matrices
 
 
+# Sizes
+
+
+def pipeline_loss(folder: Path, pictures: Path) -> float:
+    """The mean loss on the pictures of a folder, as a pipeline scores their files."""
+    paths = sorted(pictures.rglob("*.png"))
+    classifier = pipeline("image-classification", model=str(folder))
+    scores = [{answer["label"]: answer["score"] for answer in classifier(str(path), top_k=3)} for path in paths]
+    return np.mean([-np.log(found[path.parent.name]) for found, path in zip(scores, paths, strict=True)])
+
+
+@pytest.mark.parametrize("asked", [(), ("--image_size", "8", "12")], ids=["as-they-are", "made-smaller"])
+def test_pictures_need_not_be_square(asked, tmp_path):
+    save_tree(tmp_path / "data/train", 4, (12, 16, 3))
+    save_tree(tmp_path / "data/test", 2, (12, 16, 3), first=100)
+    changes = {"random_crop": "resized" if asked else "padded", "horizontal_flip": True, "rand_augment": 9}
+    metrics = classify(tmp_path / "run", *TINY, *asked, data=tmp_path / "data", max_steps=2, **changes)
+    size = [8, 12] if asked else [12, 16]
+    assert AFTVisionConfig.from_pretrained(tmp_path / "run").image_size == size
+    saved = json.loads((tmp_path / "run/preprocessor_config.json").read_text())
+    assert saved["size"] == saved["crop_size"] == dict(zip(("height", "width"), size, strict=True))
+    assert pipeline_loss(tmp_path / "run", tmp_path / "data/test") == pytest.approx(metrics["test_loss"], rel=1e-4)
+    again = classify(tmp_path / "again", model=tmp_path / "run", data=tmp_path / "data", num_train_epochs=0)
+    assert again["test_loss"] == pytest.approx(metrics["test_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["aft_vision", "vit"])
+def test_patches_must_divide_pictures_that_are_not_square(model_type, tmp_path):
+    save_tree(tmp_path / "data", 4, (10, 12, 3))
+    fields = {"model_type": model_type, "patch_size": 4}
+    fields |= {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4}
+    (tmp_path / "model.json").write_text(json.dumps(fields))
+    wanted = (
+        r"--image_size must be given for pictures of 10 x 12: .*image_size\W+must be a multiple of patch_size \(4\)"
+    )
+    with pytest.raises(ValueError, match=wanted):
+        classify(tmp_path / "run", model=tmp_path / "model.json", data=tmp_path / "data")
+
+
+def save_classifier(folder: Path, kind: str, size: int = 12) -> torch.nn.Module:
+    """A classifier of each kind with random weights, and its image processor."""
+    torch.manual_seed(0)
+    sizes = {"image_size": size, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "patch_size": 4}
+    labels = {"id2label": dict(enumerate(CLASSES)), "label2id": {name: i for i, name in enumerate(CLASSES)}}
+    if kind == "vit":
+        model = ViTForImageClassification(ViTConfig(**sizes, intermediate_size=32, **labels))
+    elif kind == "resnet":
+        config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", **labels)
+        model = ResNetForImageClassification(config)
+    else:
+        config = AFTVisionConfig(aft_type=kind, kernel_size=3, window_size=3, position_bias_rank=None, **sizes)
+        config.id2label, config.label2id = labels.values()
+        model = AFTForImageClassification(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3)  # so that scores depend on the pictures
+    model.eval().save_pretrained(folder)
+    make_processor(size, 1.0, 3, {"image_mean": [0.3] * 3, "image_std": [0.2] * 3}).save_pretrained(folder)
+    return model
+
+
+SCORED = {
+    "conv-up": ("conv", (16, 16), {}),
+    "conv-down": ("conv", (8, 8), {}),
+    "resnet": ("resnet", (15, 15), {}),
+    "full": ("full", (8, 16), {"interpolate_pos_encoding": True}),
+    "vit": ("vit", (16, 16), {"interpolate_pos_encoding": True}),
+}
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_a_saved_model_is_scored_at_other_sizes(name, pictures, tmp_path, capsys):
+    """On the whole picture, resized, as at its own size."""
+    kind, (height, width), options = SCORED[name]
+    model = save_classifier(tmp_path / "model", kind)
+    size = ["--image_size", str(height), str(width)]
+    metrics = classify(tmp_path / "run", *size, model=tmp_path / "model", data=pictures, num_train_epochs=0)
+    paths = sorted((pictures / "test").rglob("*.png"))
+    made = [Image.open(path).resize((width, height), Image.Resampling.BICUBIC) for path in paths]
+    pixels = torch.from_numpy(np.float32(np.stack(made)).transpose(0, 3, 1, 2) / 255 - 0.3) / 0.2
+    labels = torch.tensor([CLASSES.index(path.parent.name) for path in paths])
+    with torch.no_grad():
+        logits = model(pixel_values=pixels, **options).logits
+    expected = torch.nn.functional.cross_entropy(logits, labels).item()
+    assert metrics["test_loss"] == pytest.approx(expected, rel=1e-4)
+    said = f"its tables, for 12 x 12 pixels, are interpolated for {height} x {width}"
+    assert (said in capsys.readouterr().out) == bool(options)
+
+
+def test_sizes_that_a_saved_model_does_not_take_are_told(pictures, tmp_path):
+    for kind, size, epochs, message in (
+        ("conv", 14, 0, r"image_size must be a multiple of patch_size \(4\), got 14"),
+        ("vit", 14, 0, r"image_size must be a multiple of patch_size \(4\), got 14"),
+        ("local", 16, 0, r"can be scored at, got 16 x 16: .*must be False for aft_type='local'"),
+        ("full", 16, 1, r"can be trained at, got 16 x 16: .*must be images of 12 x 12"),
+    ):
+        save_classifier(tmp_path / kind, kind)
+        with pytest.raises(ValueError, match=message):
+            values = {"model": tmp_path / kind, "image_size": size, "num_train_epochs": epochs}
+            classify(tmp_path / "run", data=pictures, **values)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_size_keeps_the_share_of_a_saved_image_processor():
+    for size, ratio in ((28, 1.0), (224, 0.875), ((24, 32), 1.0), ((224, 448), 0.875)):
+        processor = make_processor(size, ratio, 3, {"image_mean": [0.3] * 3, "image_std": [0.2] * 3})
+        assert kept_share(processor) == ratio
+    assert kept_share(ViTImageProcessorPil()) == 1.0  # which makes a square of all of a picture
+
+
 # Models of others
 
 
@@ -382,6 +495,8 @@ def test_crops_and_erasing_keep_to_their_bounds():
         left, top, right, bottom = random_crop_box(40, 30, 0.25, generator)
         assert 0 <= left < right <= 40 and 0 <= top < bottom <= 30
         assert 0.24 * 1200 - 40 <= (right - left) * (bottom - top) <= 1200
+        left, top, right, bottom = random_crop_box(400, 200, 0.25, generator, shape=2.0)
+        assert 1.48 < (right - left) / (bottom - top) < 2.7
         values = np.zeros((3, 16, 16), np.float32)
         erased = erase(values, generator)
         rows, columns = np.nonzero(erased[0])
@@ -569,6 +684,7 @@ WRONG = {
     "preset": ({"model": "aft-conv-tiny-11-31"}, "did you mean aft-conv-tiny-11-32?"),
     "recipe": ({"recipe": "diet"}, "--recipe diet: no such file or preset; did you mean deit?"),
     "size": ({"image_size": 30}, "image_size"),
+    "no-size": ({"image_size": 0}, "--image_size must be one number of pixels or two, height and width, at least 1"),
     "share": ({"validation_share": 0.001}, "--validation_share 0.001 of 48 rows is not a single one"),
 }
 

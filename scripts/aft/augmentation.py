@@ -18,19 +18,21 @@ from PIL import Image, ImageEnhance, ImageOps
 Fill = int | tuple[int, ...]  # a colour of PIL: of what comes in from outside of a picture
 
 
-def random_crop_box(width: int, height: int, least: float, generator: np.random.Generator) -> tuple[int, ...]:
+def random_crop_box(
+    width: int, height: int, least: float, generator: np.random.Generator, shape: float = 1.0
+) -> tuple[int, ...]:
     """
-    A part of a picture, (left, top, right, bottom): between `least` and all of its area, its sides as 3:4 to 4:3.
-    After ten that do not fit, the largest in the middle of such sides.
+    A part of a picture, (left, top, right, bottom): between `least` and all of its area, its width by its height 3/4
+    to 4/3 of `shape`. After ten that do not fit, the largest in the middle of such sides.
     """
     for _ in range(10):
         area = width * height * generator.uniform(least, 1)
-        ratio = math.exp(generator.uniform(math.log(3 / 4), math.log(4 / 3)))
+        ratio = shape * math.exp(generator.uniform(math.log(3 / 4), math.log(4 / 3)))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             left, top = int(generator.integers(width - w + 1)), int(generator.integers(height - h + 1))
             return left, top, left + w, top + h
-    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    w, h = min(width, round(height * 4 / 3 * shape)), min(height, round(width * 4 / 3 / shape))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
 
@@ -39,7 +41,7 @@ def resized_crop(
     picture: Image.Image, side: tuple[int, int], least: float, generator: np.random.Generator
 ) -> Image.Image:
     """A random part of a picture, made to a height and a width."""
-    box = random_crop_box(*picture.size, least, generator)
+    box = random_crop_box(*picture.size, least, generator, side[1] / side[0])
     return picture.resize(side[::-1], Image.Resampling.BICUBIC, box=box)
 
 

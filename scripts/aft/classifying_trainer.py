@@ -45,10 +45,12 @@ class ClassifyingTrainer(FinetuningTrainer):
 
     Args:
         ema_decay (`float`, *optional*): of the average of the weights, which is what is scored and saved.
+        forward_options (`dict`): what the model gets beside pictures.
     """
 
-    def __init__(self, *args, ema_decay: float | None = None, **options):
+    def __init__(self, *args, ema_decay: float | None = None, forward_options: dict | None = None, **options):
         super().__init__(*args, **options)
+        self.forward_options = forward_options or {}
         self.model_accepts_loss_kwargs = False  # the loss of compute_loss is a mean, which Trainer then averages
         self.ema_decay, self.average = ema_decay, None
         self.add_callback(AfterEachStep(self))
@@ -57,7 +59,7 @@ class ClassifyingTrainer(FinetuningTrainer):
         """Cross entropy with classes [B] or with their probabilities [B, num_labels], of any model."""
         inputs = dict(inputs)
         labels = inputs.pop("labels")
-        outputs = model(**inputs)
+        outputs = model(**inputs, **self.forward_options)
         loss = F.cross_entropy(outputs.logits.float(), labels)
         return (loss, {"loss": loss, "logits": outputs.logits}) if return_outputs else loss
 

@@ -9,7 +9,7 @@
 """From pictures to what a model of images takes: image processors, and data sets for training and for scoring."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers.models.deit.image_processing_pil_deit import DeiTImageProcessorPil
 
 from aft.augmentation import erase, jitter, mix, padded_crop, rand_augment, resized_crop, smooth_targets
-from aft.classifying_flags import SMALL
+from aft.classifying_flags import SMALL, both_sides
 from aft.image_data import ArrayPictures, Pictures
 
 
@@ -49,20 +49,36 @@ def measure(pictures: Pictures, indices: np.ndarray, channels: int) -> dict[str,
     return {"image_mean": mean.tolist(), "image_std": std.tolist()}
 
 
-def make_processor(size: int, ratio: float, channels: int, statistics: dict) -> DeiTImageProcessorPil:
-    """Makes pixels as DeiT does: the shorter side to size / ratio, bicubic, and a square of `size` in the middle."""
+def make_processor(size: int | Sequence[int], ratio: float, channels: int, statistics: dict) -> DeiTImageProcessorPil:
+    """
+    Makes pixels as DeiT does: the shorter side to size / ratio, bicubic, and a square of `size` in the middle. Of a
+    size that is no square, both sides are resized, so that nothing outside of a picture is seen.
+    """
+    height, width = both_sides(size)
+    resized = {"height": int(height / ratio), "width": int(width / ratio)}
     return DeiTImageProcessorPil(
         do_resize=True,
-        size={"shortest_edge": int(size / ratio)},
+        size={"shortest_edge": resized["height"]} if height == width else resized,
         resample=Image.Resampling.BICUBIC,
         do_center_crop=True,
-        crop_size={"height": size, "width": size},
+        crop_size={"height": height, "width": width},
         do_rescale=True,
         rescale_factor=1 / 255,
         do_normalize=True,
         do_convert_rgb=channels == 3,
         **statistics,
     )
+
+
+def kept_share(processor) -> float:
+    """The share of a side of a resized picture that an image processor leaves: what is `ratio` in `make_processor`."""
+    values = processor.to_dict()
+    resized, crop = values.get("size") or {}, values.get("crop_size") or {}
+    if not (values.get("do_resize") and values.get("do_center_crop")):
+        return 1.0
+    before = [resized[name] for name in ("shortest_edge", "height", "width") if resized.get(name)]
+    after = [crop[name] for name in ("height", "width") if crop.get(name)]
+    return min(1.0, min(after) / min(before)) if before and after else 1.0
 
 
 class ScoredPictures(Dataset):
@@ -106,7 +122,7 @@ class TrainingPictures(ScoredPictures):
         self.crop = recipe.random_crop
         if self.crop == "auto":
             self.crop = "padded" if max(self.side) <= SMALL else "resized"
-        self.padding = -(-max(self.side) // 8) if recipe.crop_padding is None else recipe.crop_padding
+        self.padding = -(-min(self.side) // 8) if recipe.crop_padding is None else recipe.crop_padding
         self.scale = processor.rescale_factor if processor.do_rescale else 1.0
         normalizes = processor.do_normalize
         self.mean = np.float32(processor.image_mean if normalizes else [0.0] * channels)[:, None, None]
