@@ -2,6 +2,7 @@
 
 import argparse
 import gzip
+import io
 import json
 import runpy
 from pathlib import Path
@@ -32,7 +33,7 @@ from aft.augmentation import RAND_AUGMENT, erase, mix, padded_crop, rand_augment
 from aft.classifying_flags import add_recipe
 from aft.classifying_trainer import TRAINED
 from aft.commands.classify import main
-from aft.image_data import ArrayPictures, read_images
+from aft.image_data import ArrayPictures, TablePictures, read_images
 from aft.image_training import PictureCollator, RepeatedSampler, TrainingPictures, kept_share, make_processor
 from modeling_aft import AFTForImageClassification, AFTVisionConfig
 
@@ -462,6 +463,17 @@ def test_data_sets_are_read(kind, tmp_path):
     if kind == "strings":
         with pytest.raises(ValueError, match="no column 'label' of labels, .*; --label_column says which to take"):
             read_images(inputs(data=folder))
+
+
+def test_a_look_at_the_head_of_a_row_does_not_decode_it():
+    buffer = io.BytesIO()
+    Image.fromarray(draw(0, 0, (30, 40, 3))).save(buffer, "png")
+    rows = {"image": [{"bytes": buffer.getvalue()[:-100], "path": None}]}
+    table = datasets.Dataset.from_dict(rows, features=datasets.Features({"image": datasets.Image()}))
+    found = TablePictures(table, "image", [0], "table")
+    assert found.size(0) == (40, 30)
+    with pytest.raises(ValueError, match="table, row 0: no whole picture"):
+        found.decode(0)
 
 
 # Recipes
