@@ -33,7 +33,7 @@ DTYPES = ("float32", "bfloat16", "float16")  # that weights may be loaded in
 TRUST_HELP = "run the code that comes with a model of a type that is not installed"
 IMPORT_HELP = "Python files to run first, which register models of their own"
 HUB_NAME = r"(\w[\w.-]*/)?\w[\w.-]*"
-METAVARS = {bool: "true|false", int: "N", float: "X", list[str]: "VALUE"}
+METAVARS = {bool: "true|false", int: "N", float: "X", list[str]: "VALUE", list[int]: "N"}
 TRUTH = {
     text: value for value, texts in ((True, "yes true t y 1"), (False, "no false f n 0")) for text in texts.split()
 }
@@ -124,8 +124,9 @@ class FlagParser(argparse.ArgumentParser):
     Args:
         command (`str`): that of `aft`, for the usage.
         description (`str`): as it is printed.
-        groups: dataclasses, each field of which becomes a flag of its type: `bool`, `list[str]`, or another, maybe
-            with None. A flag may be written with dashes, one of a `bool` without a value, and one of a list again.
+        groups: dataclasses, each field of which becomes a flag of its type: `bool`, `list[str]`, `list[int]`, or
+            another, maybe with None. A flag may be written with dashes, one of a `bool` without a value, and one of a
+            `list[str]` again.
     """
 
     def __init__(self, command: str, description: str, groups: tuple[type, ...] = ()):
@@ -156,6 +157,8 @@ class FlagParser(argparse.ArgumentParser):
                 options |= {"type": truth, "nargs": "?", "const": True}
             elif kind == list[str]:
                 options |= {"nargs": "+", "action": "extend"}
+            elif kind == list[int]:
+                options |= {"type": int, "nargs": "+"}
             else:
                 options |= {"type": kind}
             target.add_argument(*names, metavar=METAVARS.get(kind, "VALUE"), **options)

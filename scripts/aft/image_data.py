@@ -9,6 +9,7 @@
 """Pictures with labels: from folders, from the files of MNIST, and from what `datasets` reads."""
 
 import hashlib
+import io
 import re
 import struct
 from collections.abc import Iterator, Sequence
@@ -119,10 +120,15 @@ class TablePictures(Pictures):
 
     def __init__(self, table: datasets.Dataset, column: str, labels: Sequence[int], name: str):
         super().__init__(labels)
-        self.table, self.column, self.title = table, column, name
+        self.feature = table.features[column]
+        self.table = table.cast_column(column, datasets.Image(decode=False))
+        self.column, self.title = column, name
 
     def open(self, index: int) -> Image.Image:
-        return self.table[int(index)][self.column]
+        value = self.table[int(index)][self.column]
+        if value["bytes"] is None or self.feature.mode is not None:
+            return self.feature.decode_example(value)
+        return Image.open(io.BytesIO(value["bytes"]))
 
     def name(self, index: int) -> str:
         return f"{self.title}, row {index}"
