@@ -9,12 +9,14 @@
 """AFT and Synthesizer for transformers. Importing the package registers their models with the Auto classes."""
 
 import transformers
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # at the top, 5.17 wants torchvision
 
 from . import modeling_aft_vision, modeling_attention_free, modeling_synthesizer
 from .cache_files import load_cache, save_cache
 from .configuration_aft import AFTConfig
 from .configuration_aft_vision import AFTVisionConfig
 from .configuration_synthesizer import SynthesizerConfig
+from .image_processing_aft import AFTImageProcessor
 from .modeling_aft_vision import *  # noqa: F403
 from .modeling_attention_free import *  # noqa: F403  (its mixer, and the heads that it declares)
 from .modeling_synthesizer import *  # noqa: F403
@@ -25,6 +27,7 @@ from .tokenization_bytes import ByteTokenizer
 __version__ = "0.1.0"
 __all__ = [
     "AFTConfig",
+    "AFTImageProcessor",
     "AFTVisionConfig",
     "ByteTokenizer",
     "SynthesizerConfig",
@@ -48,4 +51,8 @@ for _family in (*_text, modeling_aft_vision.AFTVisionPreTrainedModel):
         _head.register_for_auto_class(_auto_class)
 for _family in _text:
     transformers.AutoTokenizer.register(_family.config_class, fast_tokenizer_class=ByteTokenizer, exist_ok=True)
+    AutoImageProcessor.register(
+        _family.config_class, image_processor_classes={"pil": AFTImageProcessor}, exist_ok=True
+    )
 ByteTokenizer.register_for_auto_class("AutoTokenizer")
+AFTImageProcessor.register_for_auto_class("AutoImageProcessor")

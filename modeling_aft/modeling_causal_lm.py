@@ -108,6 +108,8 @@ class MixerForCausalLM(MixerWithHead):
             if tokens.continues is not None:
                 ignored = loss_keywords.get("ignore_index", -100)
                 labels = labels.masked_fill(~tokens.continues.to(labels.device), ignored)
+            if loss_keywords.get("shift_labels") is not None:  # which the library takes whole, but not as a slice
+                loss_keywords["shift_labels"] = loss_keywords["shift_labels"].contiguous()
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_keywords)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -175,10 +177,10 @@ class StateGenerationMixin(GenerationMixin):
         return attention_mask[:, -inputs_embeds.shape[1] :].clone(memory_format=torch.contiguous_format)
 
     def _get_stopping_criteria(self, *args, **kwargs) -> StoppingCriteriaList:
-        """Without the warning of a text that grows beyond `max_position_embeddings`, where that is no limit."""
+        """Without the warning of a text beyond `max_position_embeddings`: if it ends there, `generate` says so."""
         criteria = super()._get_stopping_criteria(*args, **kwargs)
         for criterion in criteria:
-            if isinstance(criterion, MaxLengthCriteria) and not self.config.has_position_table:
+            if isinstance(criterion, MaxLengthCriteria):
                 criterion.max_position_embeddings = None
         return criteria
 
@@ -194,6 +196,11 @@ class StateGenerationMixin(GenerationMixin):
         cache = one_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
         if cache is not None:
             kwargs[CACHE_NAME] = cache
+        # Of itself the library prefers new tokens of a config, and warns where a config has a length.
+        if kwargs.get("max_length") is not None:
+            kwargs.setdefault("max_new_tokens", None)
+        elif kwargs.get("max_new_tokens") is not None:
+            kwargs["max_length"] = None
         if kwargs.get("position_ids") is not None:
             kwargs["keeps_positions"] = True
         mask = kwargs.get("attention_mask")
@@ -204,8 +211,6 @@ class StateGenerationMixin(GenerationMixin):
         if prompt is None:
             return super().generate(inputs, generation_config, **kwargs)
         start = 0 if ids is None else ids.shape[1]
-        if kwargs.get("max_length") is not None:  # of itself the library prefers new tokens of a config
-            kwargs.setdefault("max_new_tokens", None)
         past = 0 if cache is None else int(cache.get_seq_length())
         total = prompt.shape[1] if mask is None else mask.shape[1]
         if past:
@@ -225,16 +230,15 @@ class StateGenerationMixin(GenerationMixin):
         if every is not None or not self.config.has_position_table:
             return super().generate(inputs, generation_config, **kwargs)
         kept = self._count_kept(prompt, mask, cache, past, total)
-        room = (self.config.max_position_embeddings - kept).clamp_min(1)
+        room = (self.config.max_position_embeddings + 1 - kept).clamp_min(1)  # the last token is never read
         longest = int(room.max())
         asked = self._new_tokens_asked(generation_config, kwargs, start)
         if asked > longest:
-            kwargs.pop("max_length", None)
-            kwargs["max_new_tokens"] = longest
+            kwargs |= {"max_length": None, "max_new_tokens": longest}
         if int(room.min()) < min(asked, longest):
             criteria = kwargs.get("stopping_criteria") or []
             kwargs["stopping_criteria"] = StoppingCriteriaList([*criteria, EndOfTables(start + room)])
-            kwargs["last_column"] = total + room
+            kwargs["last_column"] = total + room - 1
             padding = self._padding_id(generation_config, kwargs)
             kwargs["pad_token_id"] = padding = 0 if padding is None else padding  # something has to stand there
         result = super().generate(inputs, generation_config, **kwargs)
@@ -343,13 +347,13 @@ class StateGenerationMixin(GenerationMixin):
         return value[0] if isinstance(value, list) else value
 
     def _get_candidate_generator(self, generation_config, *args, **kwargs):
-        """The library's, whose candidates may go beyond the end of the text, and so of the tables."""
+        """The library's, whose candidates, which are all read, may go beyond the end of the tables."""
         generator = super()._get_candidate_generator(generation_config, *args, **kwargs)
         get_candidates, longest = generator.get_candidates, generation_config.max_length
 
         def get_candidates_within(input_ids, **kwargs):
             candidates, logits = get_candidates(input_ids, **kwargs)
-            room = max(longest - input_ids.shape[1], 0)
+            room = max(longest - 1 - input_ids.shape[1], 0)
             candidates = candidates[:, : input_ids.shape[1] + room]
             return candidates, None if logits is None else logits[:, :room]
 
@@ -385,7 +389,7 @@ class StateGenerationMixin(GenerationMixin):
 
         Args:
             last_column (`LongTensor` [B], *optional*):
-                How many columns of the mask each row may use: a row that has come to the end of the tables goes on as
+                How many columns of the mask each row may read: a row that has come to the end of the tables goes on as
                 padding while others are written.
             keeps_positions (`bool`):
                 Whether `position_ids` are the user's own. Those that the library makes begin again behind padding at

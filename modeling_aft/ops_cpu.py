@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from .ops_chunks import windowed_chunks
 from .ops_operators import differentiable_gradients, flops_of, gradients_inside_operator, operator
-from .ops_state import QUERY_ACTIVATIONS, decayed, largest, moment
+from .ops_state import DERIVATIVES, QUERY_ACTIVATIONS, decayed, largest, moment
 from .ops_windows import Window
 
 
@@ -40,13 +40,6 @@ _ROWS = 1024  # queries per block
 _LARGEST_EXPONENT = 30.0  # of a key, and of a bias
 _LARGEST_SUM = 80.0  # log of the largest sum that a product of matrices may come to, in float32
 _SMALLEST_TOTAL = 1e-20  # a denominator of this size is exact to rounding, as terms count down to 1e-38
-# The gradient with respect to the input of an activation, from the gradient and the output.
-_DERIVATIVES = {
-    "sigmoid": torch.ops.aten.sigmoid_backward,
-    "tanh": torch.ops.aten.tanh_backward,
-    "relu": lambda grad, out: grad * (out > 0),
-    "identity": lambda grad, out: grad,
-}
 
 
 class _Plan:
@@ -417,7 +410,7 @@ def _backward(plan, grad, sums, query, key, value, rows, activation, needs_rows,
             key_columns, d_sums = torch.empty_like(columns), torch.empty_like(columns[:, plan.reach :])
             upstream, mean = grad[batch, seeing].to(carry.dtype), plan.means(sums[batch, seeing])
             gate = QUERY_ACTIVATIONS[activation](query[batch, seeing].to(carry.dtype))
-            d_query[batch, steps] = _DERIVATIVES[activation](upstream[:, :own] * mean[:, :own], gate[:, :own])
+            d_query[batch, steps] = DERIVATIVES[activation](upstream[:, :own] * mean[:, :own], gate[:, :own])
             # With respect to the sums of each query: the columns of the denominator, and of the numerator.
             columns[:, gate.shape[1] :].zero_()
             d_denominator, d_numerator = plan.parts(columns[:, : gate.shape[1]])

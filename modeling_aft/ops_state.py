@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .ops_modes import widest_dtype
+from .ops_modes import is_static, is_transformed, widest_dtype
 from .ops_tokens import Tokens, compact
 
 
@@ -104,9 +104,41 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 QUERY_ACTIVATIONS = {"sigmoid": torch.sigmoid, "tanh": torch.tanh, "relu": torch.relu, "identity": lambda query: query}
 
 
+# The gradient with respect to the input of an activation, from the gradient and the output.
+DERIVATIVES = {
+    "sigmoid": torch.ops.aten.sigmoid_backward,
+    "tanh": torch.ops.aten.tanh_backward,
+    "relu": lambda grad, out: grad * (out > 0),
+    "identity": lambda grad, out: grad,
+}
+
+
 def gated(query: Tensor, average: Tensor, activation: str) -> Tensor:
     """activation(query) times the average, in the dtype of the query."""
+    if torch.is_grad_enabled() and query.requires_grad and not (is_static() or is_transformed()):
+        return _Gate.apply(query, average, activation)
+    return _gate(query, average, activation)
+
+
+def _gate(query: Tensor, average: Tensor, activation: str) -> Tensor:
     return (QUERY_ACTIVATIONS[activation](query.to(average.dtype)) * average).to(query.dtype)
+
+
+class _Gate(torch.autograd.Function):
+    """Computes the activation again in the backward pass, as the memory of a layer counts."""
+
+    @staticmethod
+    def forward(ctx, query, average, activation):
+        ctx.save_for_backward(query, average)
+        ctx.activation = activation
+        return _gate(query, average, activation)
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, average = ctx.saved_tensors
+        gate, grad = QUERY_ACTIVATIONS[ctx.activation](query.to(average.dtype)), grad.to(average.dtype)
+        d_query = DERIVATIVES[ctx.activation](grad * average, gate).to(query.dtype)
+        return d_query, grad * gate if ctx.needs_input_grad[1] else None, None
 
 
 def spread(per_key_channel: Tensor, values: Tensor) -> Tensor:

@@ -82,6 +82,14 @@ def test_metric_refuses_wrong_counts(metric, byte_counts):
         metric.compute(nats=[1.0, 1.0], byte_counts=byte_counts)
 
 
+def test_metric_of_pictures_divides_by_subpixels():
+    metric = evaluate.load(str(METRIC.parents[1] / "bits_per_dim" / "bits_per_dim.py"), keep_in_memory=True)
+    found = metric.compute(nats=[math.log(256) * 12, math.log(4) * 12], subpixel_counts=[12, 12])
+    assert found == {"bits_per_dim": pytest.approx((8 + 2) / 2, rel=1e-12), "subpixels_scored": 24}
+    with pytest.raises(ValueError, match="subpixel_counts"):
+        metric.compute(nats=[1.0], subpixel_counts=[0])
+
+
 # Windows
 
 

@@ -136,8 +136,8 @@ LIMITED = ["full", "local", "conv", "dense", "random+dot_product"]
 def test_a_text_ends_where_the_tables_do(variant, options, caplog):
     model, ids = make_model(variant), make_ids(10, batch=1)
     found = model.generate(ids, max_new_tokens=500, do_sample=False, disable_compile=True, **options)
-    assert found.shape == (1, LIMIT)
-    within = model.generate(ids, max_new_tokens=LIMIT - 10, do_sample=False, disable_compile=True, **options)
+    assert found.shape == (1, LIMIT + 1)  # the last token is never read
+    within = model.generate(ids, max_new_tokens=LIMIT - 9, do_sample=False, disable_compile=True, **options)
     assert torch.equal(found, within)
     assert sum("reached the end of the model's tables" in record.message for record in caplog.records) == 1
 
@@ -151,12 +151,12 @@ def test_each_row_of_a_batch_has_its_own_end(variant, options):
     mask[1, :6], mask[2, :3] = 0, 0
     settings = {"max_length": 200, "do_sample": False, "pad_token_id": 7, **options}
     together = model.generate(ids, attention_mask=mask, **settings)
-    assert together.shape[1] == 14 + LIMIT - 8
+    assert together.shape[1] == 14 + LIMIT + 1 - 8
     for row, padding in enumerate((0, 6, 3)):
         alone = model.generate(ids[row : row + 1, padding:], **settings)[0]
-        assert len(alone) == LIMIT
-        assert torch.equal(together[row, padding : padding + LIMIT], alone)
-        assert (together[row, padding + LIMIT :] == 7).all()
+        assert len(alone) == LIMIT + 1
+        assert torch.equal(together[row, padding : padding + LIMIT + 1], alone)
+        assert (together[row, padding + LIMIT + 1 :] == 7).all()
 
 
 @pytest.mark.parametrize("of_call", [False, True], ids=["of-model", "of-call"])
@@ -185,8 +185,12 @@ def test_an_end_of_text_comes_first(variant, caplog):
 
 
 def test_a_prompt_that_fills_the_tables_gets_one_more_token():
-    model = make_model("local")
-    assert model.generate(make_ids(LIMIT, batch=1), max_new_tokens=9, do_sample=False).shape == (1, LIMIT + 1)
+    model, ids = make_model("local"), make_ids(LIMIT, batch=2)
+    assert model.generate(ids[:1], max_new_tokens=9, do_sample=False).shape == (1, LIMIT + 1)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0  # goes on while the other row has ended
+    found = model.generate(ids, attention_mask=mask, max_new_tokens=9, do_sample=False, pad_token_id=7)
+    assert found.shape == (2, LIMIT + 5) and (found[0, LIMIT + 1 :] == 7).all()
     with pytest.raises(ValueError, match=f"Position {LIMIT} lies beyond"):
         model.generate(make_ids(LIMIT + 1, batch=1), max_new_tokens=9, do_sample=False)
 

@@ -2,6 +2,7 @@
 
 import argparse
 import gzip
+import io
 import json
 import runpy
 from pathlib import Path
@@ -10,25 +11,30 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
+from torch.utils.data import BatchSampler
 from transformers import (
     AutoModelForImageClassification,
     DeiTConfig,
     DeiTForImageClassificationWithTeacher,
+    ResNetConfig,
+    ResNetForImageClassification,
     ViTConfig,
     ViTForImageClassification,
     pipeline,
 )
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from aft.augmentation import erase, mix, padded_crop, random_crop_box, smooth_targets
+from aft.augmentation import RAND_AUGMENT, erase, mix, padded_crop, rand_augment, random_crop_box, smooth_targets
 from aft.classifying_flags import add_recipe
 from aft.classifying_trainer import TRAINED
 from aft.commands.classify import main
-from aft.image_data import ArrayPictures, read_images
-from aft.image_training import PictureCollator, TrainingPictures, make_processor
+from aft.image_data import ArrayPictures, TablePictures, read_images
+from aft.image_training import PictureCollator, RepeatedSampler, TrainingPictures, kept_share, make_processor
 from modeling_aft import AFTForImageClassification, AFTVisionConfig
 
 
@@ -108,6 +114,7 @@ def inputs(**values) -> argparse.Namespace:
         **{"class_names": [], "train_split": "train"},
         **{"random_crop": "none", "crop_padding": None, "crop_scale": 0.5, "horizontal_flip": False},
         **{"color_jitter": 0.0, "random_erasing": 0.0, "mixup": 0.0, "cutmix": 0.0},
+        **{"rand_augment": None, "repeated_augmentation": 1},
     }
     return argparse.Namespace(**{**defaults, **{name: str(v) if name == "data" else v for name, v in values.items()}})
 
@@ -193,6 +200,7 @@ def test_a_resumed_run_is_the_same(pictures, tmp_path, ema_decay):
     """In the middle of an epoch, with all that is random, and with another number of workers."""
     values = {"data": pictures, "mixup": 0.8, "cutmix": 1.0, "random_erasing": 0.5, "color_jitter": 0.2}
     values |= {"recipe": "none", "ema_decay": ema_decay, "random_crop": "resized", "save_strategy": "steps"}
+    values |= {"rand_augment": 9, "repeated_augmentation": 3 if ema_decay else 1}
     values |= {"eval_strategy": "steps", "save_steps": 4, "eval_steps": 4, "max_steps": 12}
     values |= {"save_total_limit": 9, "load_best_model_at_end": False}
     override = [*TINY, "drop_path_rate=0.2", "num_hidden_layers=2"]
@@ -240,6 +248,116 @@ def test_biases_and_positions_do_not_decay(pictures, tmp_path, monkeypatch):
     matrices = {name for name, weight in model.named_parameters() if weight.dim() > 1}
     assert {name for name in matrices if "position_bias" in name} == matrices - set(found[0])
     assert set(found[0]) < matrices
+
+
+# Sizes
+
+
+def pipeline_loss(folder: Path, pictures: Path) -> float:
+    """The mean loss on the pictures of a folder, as a pipeline scores their files."""
+    paths = sorted(pictures.rglob("*.png"))
+    classifier = pipeline("image-classification", model=str(folder))
+    scores = [{answer["label"]: answer["score"] for answer in classifier(str(path), top_k=3)} for path in paths]
+    return np.mean([-np.log(found[path.parent.name]) for found, path in zip(scores, paths, strict=True)])
+
+
+@pytest.mark.parametrize("asked", [(), ("--image_size", "8", "12")], ids=["as-they-are", "made-smaller"])
+def test_pictures_need_not_be_square(asked, tmp_path):
+    save_tree(tmp_path / "data/train", 4, (12, 16, 3))
+    save_tree(tmp_path / "data/test", 2, (12, 16, 3), first=100)
+    changes = {"random_crop": "resized" if asked else "padded", "horizontal_flip": True, "rand_augment": 9}
+    metrics = classify(tmp_path / "run", *TINY, *asked, data=tmp_path / "data", max_steps=2, **changes)
+    size = [8, 12] if asked else [12, 16]
+    assert AFTVisionConfig.from_pretrained(tmp_path / "run").image_size == size
+    saved = json.loads((tmp_path / "run/preprocessor_config.json").read_text())
+    assert saved["size"] == saved["crop_size"] == dict(zip(("height", "width"), size, strict=True))
+    assert pipeline_loss(tmp_path / "run", tmp_path / "data/test") == pytest.approx(metrics["test_loss"], rel=1e-4)
+    again = classify(tmp_path / "again", model=tmp_path / "run", data=tmp_path / "data", num_train_epochs=0)
+    assert again["test_loss"] == pytest.approx(metrics["test_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["aft_vision", "vit"])
+def test_patches_must_divide_pictures_that_are_not_square(model_type, tmp_path):
+    save_tree(tmp_path / "data", 4, (10, 12, 3))
+    fields = {"model_type": model_type, "patch_size": 4}
+    fields |= {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4}
+    (tmp_path / "model.json").write_text(json.dumps(fields))
+    wanted = (
+        r"--image_size must be given for pictures of 10 x 12: .*image_size\W+must be a multiple of patch_size \(4\)"
+    )
+    with pytest.raises(ValueError, match=wanted):
+        classify(tmp_path / "run", model=tmp_path / "model.json", data=tmp_path / "data")
+
+
+def save_classifier(folder: Path, kind: str, size: int = 12) -> torch.nn.Module:
+    """A classifier of each kind with random weights, and its image processor."""
+    torch.manual_seed(0)
+    sizes = {"image_size": size, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "patch_size": 4}
+    labels = {"id2label": dict(enumerate(CLASSES)), "label2id": {name: i for i, name in enumerate(CLASSES)}}
+    if kind == "vit":
+        model = ViTForImageClassification(ViTConfig(**sizes, intermediate_size=32, **labels))
+    elif kind == "resnet":
+        config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", **labels)
+        model = ResNetForImageClassification(config)
+    else:
+        config = AFTVisionConfig(aft_type=kind, kernel_size=3, window_size=3, position_bias_rank=None, **sizes)
+        config.id2label, config.label2id = labels.values()
+        model = AFTForImageClassification(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3)  # so that scores depend on the pictures
+    model.eval().save_pretrained(folder)
+    make_processor(size, 1.0, 3, {"image_mean": [0.3] * 3, "image_std": [0.2] * 3}).save_pretrained(folder)
+    return model
+
+
+SCORED = {
+    "conv-up": ("conv", (16, 16), {}),
+    "conv-down": ("conv", (8, 8), {}),
+    "resnet": ("resnet", (15, 15), {}),
+    "full": ("full", (8, 16), {"interpolate_pos_encoding": True}),
+    "vit": ("vit", (16, 16), {"interpolate_pos_encoding": True}),
+}
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_a_saved_model_is_scored_at_other_sizes(name, pictures, tmp_path, capsys):
+    """On the whole picture, resized, as at its own size."""
+    kind, (height, width), options = SCORED[name]
+    model = save_classifier(tmp_path / "model", kind)
+    size = ["--image_size", str(height), str(width)]
+    metrics = classify(tmp_path / "run", *size, model=tmp_path / "model", data=pictures, num_train_epochs=0)
+    paths = sorted((pictures / "test").rglob("*.png"))
+    made = [Image.open(path).resize((width, height), Image.Resampling.BICUBIC) for path in paths]
+    pixels = torch.from_numpy(np.float32(np.stack(made)).transpose(0, 3, 1, 2) / 255 - 0.3) / 0.2
+    labels = torch.tensor([CLASSES.index(path.parent.name) for path in paths])
+    with torch.no_grad():
+        logits = model(pixel_values=pixels, **options).logits
+    expected = torch.nn.functional.cross_entropy(logits, labels).item()
+    assert metrics["test_loss"] == pytest.approx(expected, rel=1e-4)
+    said = f"its tables, for 12 x 12 pixels, are interpolated for {height} x {width}"
+    assert (said in capsys.readouterr().out) == bool(options)
+
+
+def test_sizes_that_a_saved_model_does_not_take_are_told(pictures, tmp_path):
+    for kind, size, epochs, message in (
+        ("conv", 14, 0, r"image_size must be a multiple of patch_size \(4\), got 14"),
+        ("vit", 14, 0, r"image_size must be a multiple of patch_size \(4\), got 14"),
+        ("local", 16, 0, r"can be scored at, got 16 x 16: .*must be False for aft_type='local'"),
+        ("full", 16, 1, r"can be trained at, got 16 x 16: .*must be images of 12 x 12"),
+    ):
+        save_classifier(tmp_path / kind, kind)
+        with pytest.raises(ValueError, match=message):
+            values = {"model": tmp_path / kind, "image_size": size, "num_train_epochs": epochs}
+            classify(tmp_path / "run", data=pictures, **values)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_size_keeps_the_share_of_a_saved_image_processor():
+    for size, ratio in ((28, 1.0), (224, 0.875), ((24, 32), 1.0), ((224, 448), 0.875)):
+        processor = make_processor(size, ratio, 3, {"image_mean": [0.3] * 3, "image_std": [0.2] * 3})
+        assert kept_share(processor) == ratio
+    assert kept_share(ViTImageProcessorPil()) == 1.0  # which makes a square of all of a picture
 
 
 # Models of others
@@ -353,6 +471,17 @@ def test_data_sets_are_read(kind, tmp_path):
             read_images(inputs(data=folder))
 
 
+def test_a_look_at_the_head_of_a_row_does_not_decode_it():
+    buffer = io.BytesIO()
+    Image.fromarray(draw(0, 0, (30, 40, 3))).save(buffer, "png")
+    rows = {"image": [{"bytes": buffer.getvalue()[:-100], "path": None}]}
+    table = datasets.Dataset.from_dict(rows, features=datasets.Features({"image": datasets.Image()}))
+    found = TablePictures(table, "image", [0], "table")
+    assert found.size(0) == (40, 30)
+    with pytest.raises(ValueError, match="table, row 0: no whole picture"):
+        found.decode(0)
+
+
 # Recipes
 
 
@@ -374,15 +503,18 @@ def test_targets_are_mixed_as_the_formulas_say():
 
 
 def test_crops_and_erasing_keep_to_their_bounds():
-    pixels = np.arange(2 * 6 * 5).reshape(2, 6, 5) + 1
-    padded = np.pad(pixels, ((0, 0), (2, 2), (2, 2)))
+    pixels = np.arange(6 * 5, dtype=np.uint8).reshape(6, 5) + 1
+    padded = np.pad(pixels, 2)
     for seed in range(30):
         generator = np.random.default_rng(seed)
         top, left = np.random.default_rng(seed).integers(5, size=2)
-        assert (padded_crop(pixels, 2, generator) == padded[:, top : top + 6, left : left + 5]).all()
+        cropped = padded_crop(Image.fromarray(pixels), 2, generator)
+        assert (np.asarray(cropped) == padded[top : top + 6, left : left + 5]).all()
         left, top, right, bottom = random_crop_box(40, 30, 0.25, generator)
         assert 0 <= left < right <= 40 and 0 <= top < bottom <= 30
         assert 0.24 * 1200 - 40 <= (right - left) * (bottom - top) <= 1200
+        left, top, right, bottom = random_crop_box(400, 200, 0.25, generator, shape=2.0)
+        assert 1.48 < (right - left) / (bottom - top) < 2.7
         values = np.zeros((3, 16, 16), np.float32)
         erased = erase(values, generator)
         rows, columns = np.nonzero(erased[0])
@@ -391,13 +523,129 @@ def test_crops_and_erasing_keep_to_their_bounds():
         assert not values.any()
 
 
-def test_a_picture_is_a_function_of_seed_epoch_and_number():
-    array = np.stack([draw(number % 3, number) for number in range(6)])
+# What RandAugment makes of grey values, each in 51 rows, at level -1, 0 and 1, by hand; None is what they are.
+GREY = [0, 40, 100, 127, 128, 250]
+BY_HAND = {
+    "auto_contrast": ([0, 40, 102, 129, 130, 255], [0, 40, 102, 129, 130, 255], [0, 40, 102, 129, 130, 255]),
+    "equalize": ([0, 51, 102, 153, 204, 255],) * 3,
+    "invert": ([255, 215, 155, 128, 127, 5],) * 3,
+    "posterize": ([0, 0, 0, 0, 128, 128], [0, 32, 96, 112, 128, 240], [0, 0, 0, 0, 128, 128]),
+    "solarize": ([255, 215, 155, 128, 127, 5], None, [255, 215, 155, 128, 127, 5]),
+    "solarize_add": ([110, 150, 210, 237, 128, 250], None, [110, 150, 210, 237, 128, 250]),
+    "color": (None, None, None),
+    "brightness": ([0, 4, 10, 12, 12, 25], None, [0, 76, 190, 241, 243, 255]),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_colours_change_as_by_hand(name):
+    picture = Image.fromarray(np.uint8([GREY] * 51))
+    for mode in ("L", "RGB"):
+        for level, expected in zip((-1.0, 0.0, 1.0), BY_HAND[name], strict=True):
+            found = np.asarray(RAND_AUGMENT[name](picture.convert(mode), level, 7)).reshape(51, 6, -1)
+            assert (found == np.reshape(expected or GREY, (6, 1))).all(), (mode, level, found[0, :, 0])
+
+
+def test_colours_of_a_picture_change_as_by_hand():
+    """Away from, or beyond, its grey, its mean and its blurred self, by nine tenths of the distance."""
+    pixels = np.uint8([[[90, 120, 30], [100, 100, 100], [150, 110, 70]]] * 3)
+    grey = np.floor(pixels @ [0.299, 0.587, 0.114] + 0.5)[..., None]
+    mean = np.floor(grey.mean() + 0.5)
+    kernel = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
+    blurred = pixels.astype(float)
+    blurred[1, 1] = (pixels * kernel[..., None]).sum((0, 1))  # PIL leaves the border as it is
+    for name, other in (("color", grey), ("contrast", mean), ("sharpness", blurred)):
+        for level in (-1.0, -0.5, 0.0, 0.5, 1.0):
+            found = np.asarray(RAND_AUGMENT[name](Image.fromarray(pixels), level, (0, 0, 0)))
+            expected = np.clip(other + (1 + 0.9 * level) * (pixels - other), 0, 255)
+            np.testing.assert_allclose(found, expected, atol=1.01, err_msg=f"{name} {level}")
+        assert (np.asarray(RAND_AUGMENT[name](Image.fromarray(pixels), 0.0, (0, 0, 0))) == pixels).all()
+
+
+@pytest.mark.parametrize("axis", ["x", "y"])
+def test_places_change_as_by_hand(axis):
+    pixels = np.arange(100, dtype=np.uint8).reshape(10, 10) + 100
+
+    def made(name: str, level: float) -> np.ndarray:
+        """With the axis that moves last."""
+        picture = Image.fromarray(pixels if axis == "x" else pixels.T)
+        found = np.asarray(RAND_AUGMENT[f"{name}_{axis}"](picture, level, 7))
+        return found if axis == "x" else found.T
+
+    # Nine tenths of the ten pixels that level 1 moves by 4.5 are four, of which there is no part.
+    right, left = made("translate", -8 / 9), made("translate", 8 / 9)
+    assert (right[:, 4:] == pixels[:, :6]).all() and (right[:, :4] == 7).all()
+    assert (left[:, :6] == pixels[:, 4:]).all() and (left[:, 6:] == 7).all()
+    sheared = made("shear", 1.0)  # row y, whose middle is at y + 1/2, comes from 0.3 (y + 1/2) further on
+    assert (sheared[9, 8:] == 7).all() and (sheared[0, :9] == pixels[0, :9]).all()
+    assert sheared[5, 2] == pytest.approx(pixels[5, 2] + 0.3 * 5.5, abs=1)
+    assert all((made(name, 0.0) == pixels).all() for name in ("translate", "shear"))
+
+
+def test_rotation_is_by_up_to_thirty_degrees():
+    pixels = np.zeros((31, 31), np.uint8)
+    pixels[15, 16:] = 200  # a line from the centre to the right
+    for level, degrees in ((1.0, 30), (-1.0, -30), (0.5, 15)):
+        turned = np.asarray(RAND_AUGMENT["rotate"](Image.fromarray(pixels), level, 7)).astype(float)
+        y, x = 15 - 12 * np.sin(np.radians(degrees)), 15 + 12 * np.cos(np.radians(degrees))
+        assert turned[round(y), round(x)] > 100 and turned[15, 28] < 50 and turned[0, 0] == 7
+    assert (np.asarray(RAND_AUGMENT["rotate"](Image.fromarray(pixels), 0.0, 7)) == pixels).all()
+
+
+def test_rand_augment_makes_two_changes_each_half_of_the_time(monkeypatch):
+    calls = []
+    for name in RAND_AUGMENT:
+        change = lambda picture, level, fill, name=name: calls.append((name, level, fill)) or picture  # noqa: E731
+        monkeypatch.setitem(RAND_AUGMENT, name, change)
+    counts = []
+    for seed in range(2000):
+        before = len(calls)
+        rand_augment(None, 9, 7, np.random.default_rng(seed))
+        counts.append(len(calls) - before)
+    assert np.bincount(counts) / 2000 == pytest.approx([0.25, 0.5, 0.25], abs=0.04)
+    names, levels, fills = zip(*calls, strict=True)
+    assert set(names) == set(RAND_AUGMENT) and set(fills) == {7}
+    assert max(names.count(name) for name in set(names)) < 2 * 2000 / len(RAND_AUGMENT)
+    assert np.mean(np.sign(levels)) == pytest.approx(0, abs=0.1)
+    assert np.mean(np.abs(levels)) == pytest.approx(0.9, abs=0.01) and np.max(np.abs(levels)) <= 1
+    assert np.std(np.abs(levels)) == pytest.approx(0.05, abs=0.01)
+
+
+def pictures_of(recipe: argparse.Namespace, count: int = 6, seed: int = 0) -> TrainingPictures:
+    array = np.stack([draw(number % 3, number) for number in range(count)])
     processor = make_processor(12, 1.0, 3, {"image_mean": [0.3] * 3, "image_std": [0.2] * 3})
+    return TrainingPictures(ArrayPictures(array, [0] * count), np.arange(count), processor, 3, recipe, seed)
+
+
+def test_repeated_pictures_stand_in_a_row_and_differ():
+    pictures = pictures_of(inputs(rand_augment=9, horizontal_flip=True, random_crop="padded"), 10)
+    sampler = RepeatedSampler(pictures, 3, seed=5)
+    orders = []
+    for epoch in (1, 2):
+        pictures.set_epoch(epoch)
+        orders.append(list(sampler))
+        assert orders[-1] == list(sampler) and len(orders[-1]) == len(sampler) == 10
+        assert [place // 10 for place in orders[-1]] == [0, 1, 2] * 3 + [0]
+        seen = [place % 10 for place in orders[-1]]
+        assert seen == [number for number in dict.fromkeys(seen) for _ in range(3)][:10] and len(set(seen)) == 4
+    assert orders[0] != orders[1]
+    rows = [pictures[place] for place in orders[1][:3]]
+    assert len({row["number"] for row in rows}) == 1
+    assert len({row["pixel_values"].tobytes() for row in rows}) == 3
+
+
+def test_processes_share_the_order_of_repeated_pictures():
+    batches = BatchSampler(RepeatedSampler(pictures_of(inputs(), 8), 3, seed=5), 2, drop_last=False)
+    parts = [list(BatchSamplerShard(batches, num_processes=2, process_index=index)) for index in range(2)]
+    assert [batch for both in zip(*parts, strict=True) for batch in both] == list(batches)
+
+
+def test_a_picture_is_a_function_of_seed_epoch_and_number():
     recipe = inputs(random_crop="auto", horizontal_flip=True, random_erasing=0.5, color_jitter=0.3, cutmix=1.0)
+    recipe.rand_augment = 9
 
     def rows(seed: int, epoch: int, order) -> list[dict]:
-        found = TrainingPictures(ArrayPictures(array, [0] * 6), np.arange(6), processor, 3, recipe, seed)
+        found = pictures_of(recipe, seed=seed)
         found.set_epoch(epoch)
         return [found[index] for index in order]
 
@@ -413,10 +661,8 @@ def test_a_picture_is_a_function_of_seed_epoch_and_number():
 
 
 def test_nothing_is_changed_without_a_recipe():
-    array = np.stack([draw(0, number) for number in range(2)])
-    processor = make_processor(12, 1.0, 3, {"image_mean": [0.3] * 3, "image_std": [0.2] * 3})
-    plain = TrainingPictures(ArrayPictures(array, [0, 0]), np.arange(2), processor, 3, inputs(), 0)
-    expected = (array[1].transpose(2, 0, 1) / 255 - 0.3) / 0.2
+    plain = pictures_of(inputs())
+    expected = (draw(1, 1).transpose(2, 0, 1) / 255 - 0.3) / 0.2
     np.testing.assert_allclose(plain[1]["pixel_values"], expected, rtol=1e-5, atol=1e-6)
     scored = super(TrainingPictures, plain).__getitem__(1)["pixel_values"]
     np.testing.assert_allclose(scored, expected, rtol=1e-5, atol=1e-6)
@@ -442,12 +688,21 @@ def test_an_explicit_flag_wins_over_the_recipe(tmp_path):
 WRONG = {
     "range": ({"mixup": -1, "crop_scale": 0}, "--crop_scale must be in (0, 1], got 0.0; --mixup must be at least 0"),
     "crop": ({"random_crop": "centre"}, "--random_crop must be one of none, auto, padded, resized, got 'centre'"),
+    "augment": (
+        {"rand_augment": 11, "repeated_augmentation": 0},
+        "--rand_augment must be in [0, 10], got 11.0; --repeated_augmentation must be at least 1, got 0",
+    ),
+    "order": (
+        {"repeated_augmentation": 3, "train_sampling_strategy": "sequential"},
+        "--train_sampling_strategy must be random with --repeated_augmentation 3, got 'sequential'",
+    ),
     "metric": ({"metric_for_best_model": "f1"}, "--metric_for_best_model must be one of loss, accuracy, macro_f1"),
     "columns": ({"remove_unused_columns": True}, "--remove_unused_columns must be false"),
     "names": ({"class_names": "a"}, "--class_names must be 3 names"),
     "preset": ({"model": "aft-conv-tiny-11-31"}, "did you mean aft-conv-tiny-11-32?"),
     "recipe": ({"recipe": "diet"}, "--recipe diet: no such file or preset; did you mean deit?"),
     "size": ({"image_size": 30}, "image_size"),
+    "no-size": ({"image_size": 0}, "--image_size must be one number of pixels or two, height and width, at least 1"),
     "share": ({"validation_share": 0.001}, "--validation_share 0.001 of 48 rows is not a single one"),
 }
 

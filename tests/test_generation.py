@@ -309,14 +309,12 @@ def test_a_cache_of_another_model_is_refused():
         model(make_ids(4), cache=DynamicCache(config=make_model("full").config))
 
 
-@pytest.mark.parametrize("variant", ["conv-nopos", "relative-decay"])
-def test_a_text_beyond_max_position_embeddings_is_no_news_without_tables(variant, monkeypatch):
-    """The library warns of a text that is longer, which is a limit of models with tables alone."""
+@pytest.mark.parametrize("variant", ["conv-nopos", "relative-decay", "local"])
+def test_a_text_beyond_max_position_embeddings_is_no_news_of_the_library(variant, monkeypatch):
+    """It warns of a text that is longer, which is no limit without tables; of theirs the models warn themselves."""
     said = []
     monkeypatch.setattr(
         stopping_criteria.logger, "warning_once", lambda message, *args, **kwargs: said.append(message)
     )
-    model = make_model(variant)
-    assert not model.config.has_position_table
-    model.generate(make_ids(LIMIT - 2), max_new_tokens=5, do_sample=False)
+    make_model(variant).generate(make_ids(LIMIT - 2), max_new_tokens=5, do_sample=False)
     assert said == []

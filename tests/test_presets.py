@@ -75,6 +75,24 @@ def test_model_preset(path):
         assert 1.9e6 < model.num_parameters() < (4.7e6 if "random" in config.to_json_string() else 2.9e6)
 
 
+@pytest.mark.parametrize(
+    ("name", "depth", "width", "length", "rank"),
+    [
+        ("aft-local-256-24x256-cifar10", 24, 256, 3072, 64),
+        ("aft-local-256-12x512-cifar10", 12, 512, 3072, 64),
+        ("aft-simple-24x256-cifar10", 24, 256, 3072, 0),
+        ("aft-local-112-4x128-pixels-28", 4, 128, 784, 32),
+    ],
+)
+def test_preset_of_pictures_has_the_parameters_of_the_formula(name, depth, width, length, rank):
+    """257 rows of the vocabulary and those of positions, query, key, value and output, 8 D^2 of the feed-forward layer
+    and its biases, two norms, and u and v of each position."""
+    mixer = 4 * width**2 + width + 2 * length * rank
+    block = mixer + 8 * width**2 + 5 * width + 4 * width
+    expected = (257 + length) * width + depth * block + 2 * width
+    assert table_rows()[f"models/{name}.json"][1] == f"{expected:,}"
+
+
 @pytest.mark.parametrize("path", IMAGES, ids=stem)
 def test_image_model_preset(path):
     written = json.loads(path.read_text(encoding="utf-8"))

@@ -39,6 +39,7 @@ WRONG = {  # flags that are refused at once, and with what
     "finetune.py": (["--model", "m", "--text_file", NOWHERE], "aft finetune: --text_file must be a file, got "),
     "draw_positions.py": ([NOWHERE, "--output", "a.svg"], "files: no such file: "),
     "generate.py": (["--model", "m", "--dtype", NOWHERE], "aft generate: --dtype must be float32, bfloat16 or "),
+    "paint.py": (["m", "--output", NOWHERE], "aft paint: --output must be a file whose name ends with .png, got "),
     "stream.py": (
         [NOWHERE, "--dtype", NOWHERE],
         "aft stream: --dtype must be one of auto, float32, bfloat16, float16",
@@ -55,6 +56,7 @@ COMMANDS_OF = {  # programs that are a command of `aft`
     "draw_model.py": "aft draw",
     "finetune.py": "aft finetune",
     "generate.py": "aft generate",
+    "paint.py": "aft paint",
     "pretrain_enwik8.py": "aft pretrain",
     "push_to_hub.py": "aft push",
     "release.py": "aft release",

@@ -25,6 +25,7 @@ from modeling_aft import (
     AFTForCausalLM,
     AFTForImageClassification,
     AFTForMaskedLM,
+    AFTImageProcessor,
     AFTVisionConfig,
     ByteTokenizer,
 )
@@ -162,6 +163,11 @@ def stand_in(tmp_path_factory):
     vision = AFTVisionConfig(hidden_size=16, num_hidden_layers=1, image_size=28, patch_size=4, num_labels=10)
     AFTForImageClassification(vision).save_pretrained(folder / "fashion")
     make_processor(28, 1.0, 3, {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}).save_pretrained(folder / "fashion")
+    processor = AFTImageProcessor(size={"height": 4, "width": 4}, num_channels=1)
+    pictures = AFTForCausalLM(AFTConfig(**sizes, vocab_size=257))
+    pictures.generation_config = processor.generation_config()
+    for part in (pictures, processor):
+        part.save_pretrained(folder / "photos")
     return folder
 
 

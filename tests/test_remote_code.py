@@ -8,8 +8,10 @@ import sys
 import pytest
 import torch
 from families import VARIANTS, make_ids, make_model, model_classes
+from PIL import Image
+from transformers import AutoModelForCausalLM
 
-from modeling_aft import ByteTokenizer
+from modeling_aft import AFTImageProcessor, ByteTokenizer
 
 
 WITHOUT_PACKAGE = """
@@ -80,6 +82,36 @@ def test_loads_without_the_package(variant, tmp_path):
     assert {p.name for p in folder.glob("*.py")} == {p.name for p in (tmp_path / "again").glob("*.py")} | {
         "tokenization_bytes.py"
     }
+
+
+LOAD_PICTURES = """
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+folder, out = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+assert "transformers_modules" in type(processor).__module__
+torch.manual_seed(0)
+processor.postprocess(model.generate())[0].save(out + "/picture.png")
+processor.save_pretrained(out + "/again")
+"""
+
+
+def test_a_model_of_pictures_loads_without_the_package(tmp_path):
+    folder, processor = tmp_path / "model", AFTImageProcessor(size={"height": 4, "width": 4})
+    model = make_model("local", vocab_size=257, bos_token_id=256)
+    model.generation_config = processor.generation_config()
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    result = run_without_package(folder, tmp_path, LOAD_PICTURES)
+    assert result.returncode == 0, result.stderr
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    torch.manual_seed(0)
+    expected = processor.postprocess(model.generate())[0]
+    assert Image.open(tmp_path / "picture.png").tobytes() == expected.tobytes()
+    for saved in (folder, tmp_path / "again"):
+        assert {"image_processing_aft.py", "preprocessor_config.json"} <= {path.name for path in saved.iterdir()}
 
 
 def test_is_refused_without_trust(tmp_path):

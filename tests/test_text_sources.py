@@ -13,8 +13,8 @@ from aft.flags import FlagParser
 from aft.text_arguments import (
     TextArguments,
     complete_text_arguments,
+    flag_words,
     is_one_text,
-    text_flags,
     text_problems,
 )
 from aft.text_sources import DocumentText, FileText, load_text
@@ -295,11 +295,11 @@ def test_the_flags_of_a_text_name_it_again(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_json(tmp_path / "a.jsonl", DOCUMENTS, "body")
     args = arguments(tmp_path / "cache", "--dataset", "a.jsonl", "--text_column", "body", "--test_size", "3")
-    words = text_flags(args)
+    words = flag_words(args, TextArguments)
     assert words == ["--dataset_path", "a.jsonl", "--text_column", "body", "--test_size", "3.0"]
     again = arguments(tmp_path / "cache", *words)
     assert all(getattr(again, entry.name) == getattr(args, entry.name) for entry in fields(TextArguments))
-    assert text_flags(arguments(tmp_path / "cache")) == []
+    assert flag_words(arguments(tmp_path / "cache"), TextArguments) == []
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.py", "a", "a.TXT", "a.gz", "a.jsonl", "a.parquet"])

@@ -257,8 +257,8 @@ def test_the_pipeline_of_the_shipped_synthesizer_ends_at_its_table(caplog):
     assert generate.tokenizer.model_max_length == 256
     for prompt, options, length, warned in (
         ("The history of ", {}, 15 + 128, 0),  # what its generation config says
-        ("x" * 200, {"max_new_tokens": 256}, 256, 1),
-        ("x" * 200, {}, 256, 1),
+        ("x" * 200, {"max_new_tokens": 256}, 257, 1),
+        ("x" * 200, {}, 257, 1),
     ):
         caplog.clear()
         output = generate(prompt, return_tensors=True, **options)[0]["generated_token_ids"]

@@ -20,6 +20,7 @@ COMMANDS = {
     "finetune": "go on with a saved model: on a text, or as a classifier of labelled texts",
     "classify": "train a classifier of pictures, from nothing or from a saved model",
     "generate": "continue a prompt",
+    "paint": "draw pictures with a language model of pictures, or complete some",
     "evaluate": "bits per byte of a saved model, by a named protocol",
     "stream": "read a text without end, and say how surprising each line is",
     "compare": "train the models of a plan, and make a table and a picture of them",

@@ -12,22 +12,27 @@ import math
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, ImageOps
 
 
-def random_crop_box(width: int, height: int, least: float, generator: np.random.Generator) -> tuple[int, ...]:
+Fill = int | tuple[int, ...]  # a colour of PIL: of what comes in from outside of a picture
+
+
+def random_crop_box(
+    width: int, height: int, least: float, generator: np.random.Generator, shape: float = 1.0
+) -> tuple[int, ...]:
     """
-    A part of a picture, (left, top, right, bottom): between `least` and all of its area, its sides as 3:4 to 4:3.
-    After ten that do not fit, the largest in the middle of such sides.
+    A part of a picture, (left, top, right, bottom): between `least` and all of its area, its width by its height 3/4
+    to 4/3 of `shape`. After ten that do not fit, the largest in the middle of such sides.
     """
     for _ in range(10):
         area = width * height * generator.uniform(least, 1)
-        ratio = math.exp(generator.uniform(math.log(3 / 4), math.log(4 / 3)))
+        ratio = shape * math.exp(generator.uniform(math.log(3 / 4), math.log(4 / 3)))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             left, top = int(generator.integers(width - w + 1)), int(generator.integers(height - h + 1))
             return left, top, left + w, top + h
-    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    w, h = min(width, round(height * 4 / 3 * shape)), min(height, round(width * 4 / 3 / shape))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
 
@@ -36,15 +41,14 @@ def resized_crop(
     picture: Image.Image, side: tuple[int, int], least: float, generator: np.random.Generator
 ) -> Image.Image:
     """A random part of a picture, made to a height and a width."""
-    box = random_crop_box(*picture.size, least, generator)
+    box = random_crop_box(*picture.size, least, generator, side[1] / side[0])
     return picture.resize(side[::-1], Image.Resampling.BICUBIC, box=box)
 
 
-def padded_crop(pixels: np.ndarray, padding: int, generator: np.random.Generator) -> np.ndarray:
-    """A picture [C, H, W] shifted by up to `padding` pixels each way; black comes in."""
-    top, left = generator.integers(2 * padding + 1, size=2)
-    padded = np.pad(pixels, ((0, 0), (padding, padding), (padding, padding)))
-    return padded[:, top : top + pixels.shape[1], left : left + pixels.shape[2]]
+def padded_crop(picture: Image.Image, padding: int, generator: np.random.Generator) -> Image.Image:
+    """A picture shifted by up to `padding` pixels each way; black comes in."""
+    top, left = (int(start) - padding for start in generator.integers(2 * padding + 1, size=2))
+    return picture.crop((left, top, left + picture.width, top + picture.height))
 
 
 def jitter(picture: Image.Image, share: float, generator: np.random.Generator) -> Image.Image:
@@ -52,6 +56,52 @@ def jitter(picture: Image.Image, share: float, generator: np.random.Generator) -
     changes = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
     for index in generator.permutation(len(changes)):
         picture = changes[index](picture).enhance(generator.uniform(1 - share, 1 + share))
+    return picture
+
+
+def enhance(kind: type, picture: Image.Image, level: float) -> Image.Image:
+    return kind(picture).enhance(1 + 0.9 * level)
+
+
+def move(picture: Image.Image, fill: Fill, *rows: float) -> Image.Image:
+    """The picture at other places: (x, y) gets what is at (a x + b y + c, d x + e y + f)."""
+    return picture.transform(picture.size, Image.Transform.AFFINE, rows, Image.Resampling.BICUBIC, fillcolor=fill)
+
+
+def lighten_dark(picture: Image.Image, level: float) -> Image.Image:
+    return picture.point(lambda value: min(255, value + int(110 * level)) if value < 128 else value)
+
+
+# The changes of RandAugment, with the strengths that DeiT gives them: of a picture, a level in -1 to 1, and a colour.
+RAND_AUGMENT = {
+    "auto_contrast": lambda picture, level, fill: ImageOps.autocontrast(picture),
+    "equalize": lambda picture, level, fill: ImageOps.equalize(picture),
+    "invert": lambda picture, level, fill: ImageOps.invert(picture),
+    "posterize": lambda picture, level, fill: ImageOps.posterize(picture, max(1, 4 - int(4 * abs(level)))),
+    "solarize": lambda picture, level, fill: ImageOps.solarize(picture, 256 - int(256 * abs(level))),
+    "solarize_add": lambda picture, level, fill: lighten_dark(picture, abs(level)),
+    "color": lambda picture, level, fill: enhance(ImageEnhance.Color, picture, level),
+    "contrast": lambda picture, level, fill: enhance(ImageEnhance.Contrast, picture, level),
+    "brightness": lambda picture, level, fill: enhance(ImageEnhance.Brightness, picture, level),
+    "sharpness": lambda picture, level, fill: enhance(ImageEnhance.Sharpness, picture, level),
+    "rotate": lambda picture, level, fill: picture.rotate(30 * level, Image.Resampling.BICUBIC, fillcolor=fill),
+    "shear_x": lambda picture, level, fill: move(picture, fill, 1, 0.3 * level, 0, 0, 1, 0),
+    "shear_y": lambda picture, level, fill: move(picture, fill, 1, 0, 0, 0.3 * level, 1, 0),
+    "translate_x": lambda picture, level, fill: move(picture, fill, 1, 0, 0.45 * level * picture.width, 0, 1, 0),
+    "translate_y": lambda picture, level, fill: move(picture, fill, 1, 0, 0, 0, 1, 0.45 * level * picture.height),
+}
+
+
+def rand_augment(picture: Image.Image, magnitude: float, fill: Fill, generator: np.random.Generator) -> Image.Image:
+    """
+    A picture after two random changes of `RAND_AUGMENT` (arXiv 1909.13719) as DeiT makes them: each half of the time,
+    one way or the other, at a level of a tenth of N(magnitude, 0.5), cut to 0 to 1.
+    """
+    changes = list(RAND_AUGMENT.values())
+    for index in generator.integers(len(changes), size=2):
+        if generator.random() < 0.5:
+            level = np.clip(generator.normal(magnitude, 0.5) / 10, 0, 1)
+            picture = changes[index](picture, float(level * generator.choice((-1, 1))), fill)
     return picture
 
 

@@ -159,6 +159,8 @@ def evaluate_bits_per_byte(
     model.train(was_training)
     sums = gather_object([torch.stack([nats, counts, tokens]).tolist()])  # of each process
     nats, counts, tokens = torch.tensor(sums, dtype=torch.float64).sum(0).tolist()
+    if protocol.first_bits is not None:
+        nats[0], counts[0] = nats[0] + count * protocol.first_bits * math.log(2), counts[0] + count
     result = metric.compute(nats=nats, byte_counts=[int(number) for number in counts])
     if not math.isfinite(result["bits_per_byte"]):
         raise FloatingPointError(f"the score is {result['bits_per_byte']} bits per byte")

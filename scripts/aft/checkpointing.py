@@ -26,7 +26,10 @@ from aft.console import one_line
 STATE_FILE = "checkpoint.json"
 PART = ".tmp"  # the end of the name of what is being written or removed
 # What a run did that is older than the flag that says so.
-EARLIER = {"carry_state": False, "stream_length": None, "objective": "causal"}
+EARLIER = {
+    **{"carry_state": False, "stream_length": None, "objective": "causal"},
+    **{"horizontal_flip": False, "color_shift": 0},
+}
 ABANDONED = ".abandoned"  # of what is younger than the checkpoint that a run goes on from
 
 

@@ -9,8 +9,11 @@
 """Training of classifiers of pictures with `transformers.Trainer`: what `aft classify` does."""
 
 import argparse
+import math
 import shlex
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +29,15 @@ from aft.classifying_flags import (
     ClassifyingDefaults,
     PictureArguments,
     RecipeArguments,
+    as_size,
+    both_sides,
     find_model,
     is_preset,
     picture_problems,
     read_flags,
 )
 from aft.classifying_trainer import ClassifyingTrainer
-from aft.console import program
+from aft.console import one_line, program
 from aft.finetuning_arguments import FinetuningArguments, parse_dataclasses, training_problems
 from aft.finetuning_run import (
     Task,
@@ -52,6 +57,7 @@ from aft.image_training import (
     PictureCollator,
     ScoredPictures,
     TrainingPictures,
+    kept_share,
     make_processor,
     measure,
 )
@@ -83,6 +89,9 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ClassifyingArg
         problems.append("--remove_unused_columns must be false, got True")
     if inputs.ema_decay is not None and (args.fsdp or args.deepspeed):
         problems.append(f"--ema_decay must be left out where the weights are sharded, got {inputs.ema_decay}")
+    if inputs.repeated_augmentation > 1 and args.train_sampling_strategy != "random":
+        allowed = f"random with --repeated_augmentation {inputs.repeated_augmentation}"
+        problems.append(f"--train_sampling_strategy must be {allowed}, got {args.train_sampling_strategy!r}")
     if problems:
         raise ValueError("aft classify: " + "; ".join(problems))
     return inputs, args
@@ -138,27 +147,44 @@ def new_config(inputs: argparse.Namespace, data: ImageData) -> PreTrainedConfig:
     changed = {item.partition("=")[0] for item in inputs.model_override}
     if inputs.image_size and "image_size" in changed:
         raise ValueError(f"--image_size must be left out with --model_override image_size, got {inputs.image_size}")
-    found = size_of_all(data)
-    if inputs.image_size or (found and "image_size" not in {*values, *changed}):
-        if hasattr(override(values, [], name), "image_size"):  # which models of convolutions do without
-            values["image_size"] = inputs.image_size or min(found)
-    config = override(values, inputs.model_override, name)
+    found = None if "image_size" in {*values, *changed} else size_of_all(data)
+    size = inputs.image_size or (found and as_size(found))
+    if size and hasattr(override(values, [], name), "image_size"):  # which models of convolutions do without
+        values["image_size"] = size
+    try:
+        config = override(values, inputs.model_override, name)
+        if found and not inputs.image_size and not isinstance(size, int):
+            check_patches(config, size, name)
+    except ValueError as error:
+        if inputs.image_size or not found or "image_size" not in str(error):
+            raise
+        raise ValueError(f"--image_size must be given for pictures of {found[0]} x {found[1]}: {error}") from error
     if type(config) not in AutoModelForImageClassification._model_mapping:
         allowed = "one that has a AutoModelForImageClassification"
         raise ValueError(f"{name}: model_type must be {allowed}, got {config.model_type!r}")
     return config
 
 
-def new_model(inputs: argparse.Namespace, data: ImageData) -> tuple[torch.nn.Module, dict]:
-    """The model of a configuration, with random weights, and what identifies it."""
+def new_model(inputs: argparse.Namespace, data: ImageData) -> tuple[torch.nn.Module, set[str]]:
+    """The model of a configuration, with random weights, and the names of its tensors, all of which are new."""
     model = AutoModelForImageClassification.from_config(new_config(inputs, data), dtype=torch.float32)
-    return model, identify_model(model, set(model.state_dict()))
+    return model, set(model.state_dict())
 
 
-def saved_model(inputs: argparse.Namespace, data: ImageData) -> tuple[torch.nn.Module, dict]:
+def check_patches(config: PreTrainedConfig, size: Sequence[int], name: str) -> None:
     """
-    A saved model, with a new head if it is no classifier of these labels, and what identifies it. Where it is, `data`
-    gets the labels of the model.
+    Raises:
+        ValueError: the patches of the model would leave a margin of its images; begins with `name`.
+    """
+    patch = getattr(config, "patch_size", 1)
+    if any(side % part for side, part in zip(size, both_sides(patch), strict=True)):
+        raise ValueError(f"{name}: image_size must be a multiple of patch_size ({patch}), got {as_size(size)}")
+
+
+def saved_model(inputs: argparse.Namespace, data: ImageData) -> tuple[torch.nn.Module, set[str]]:
+    """
+    A saved model, with a new head if it is no classifier of these labels, and the names of its tensors that are new.
+    Where it is, `data` gets the labels of the model.
 
     Raises:
         ValueError: it does not load.
@@ -167,8 +193,6 @@ def saved_model(inputs: argparse.Namespace, data: ImageData) -> tuple[torch.nn.M
     config = load_config(inputs.model, **trust)
     if inputs.model_override:
         config = override(config.to_dict(), inputs.model_override, name)
-    if inputs.image_size and hasattr(config, "image_size"):
-        config.image_size = inputs.image_size
     is_classifier = any("ForImageClassification" in head for head in config.architectures or ())
     own = [config.id2label[index] for index in range(config.num_labels)]
     if is_classifier and set(data.names) <= set(own):
@@ -187,7 +211,47 @@ def saved_model(inputs: argparse.Namespace, data: ImageData) -> tuple[torch.nn.M
         model.base_model.load_state_dict(saved.base_model.state_dict())
         new = {key for key in model.state_dict() if not key.startswith(f"{model.base_model_prefix}.")}
     model.config.problem_type = "single_label_classification"
-    return model, identify_model(model, new)
+    return model, new
+
+
+def must_interpolate(inputs: argparse.Namespace, args: ClassifyingArguments, model: torch.nn.Module) -> bool:
+    """
+    Whether the tables of a saved model must be resampled for `--image_size`, which is for scoring alone. A model that
+    takes any size gets this one.
+
+    Raises:
+        ValueError: it takes no images of this size, or has tables for another and is to be trained.
+    """
+    size, own = inputs.image_size, getattr(model.config, "image_size", None)
+    if size is None:
+        return False
+    problem = problem_of_size(model, size)
+    if problem is None:
+        if own is not None:
+            model.config.image_size = size
+        return False
+    name, wanted = f"--model {inputs.model}", " x ".join(map(str, both_sides(size)))
+    if own is not None and not args.trains and "interpolate_pos_encoding" in signature(model.forward).parameters:
+        check_patches(model.config, both_sides(size), name)
+        problem = problem_of_size(model, size, interpolate_pos_encoding=True)
+        if problem is None:
+            tables = " x ".join(map(str, both_sides(own)))
+            if args.process_index == 0:
+                print(f"{name}: its tables, for {tables} pixels, are interpolated for {wanted}", flush=True)
+            return True
+    purpose = "trained" if args.trains else "scored"
+    raise ValueError(f"--image_size must be one that {name} can be {purpose} at, got {wanted}: {problem}")
+
+
+@torch.no_grad()
+def problem_of_size(model: torch.nn.Module, size: int | list[int], **options) -> str | None:
+    """Why a model does not take images of a size; None if it does."""
+    pixels = torch.zeros(1, getattr(model.config, "num_channels", 3), *both_sides(size))
+    try:
+        model.eval()(pixel_values=pixels, **options)
+    except Exception as error:  # of any model's own checks, or of torch for what they let through
+        return one_line(error)
+    return None
 
 
 def with_labels(config: PreTrainedConfig, names: list[str]) -> PreTrainedConfig:
@@ -220,7 +284,8 @@ def find_processor(inputs: argparse.Namespace):
 
 def choose_processor(inputs: argparse.Namespace, data: ImageData, config, indices: np.ndarray):
     """
-    The image processor of a saved model, or with `--image_size` or `--crop_ratio`, or where there is none, another.
+    The image processor of a saved model, or with `--image_size` or `--crop_ratio`, or where there is none, another;
+    one for another size keeps the same share of a picture.
 
     Args:
         indices: of the pictures to train on, whose mean and deviation count where nothing else is known.
@@ -236,14 +301,14 @@ def choose_processor(inputs: argparse.Namespace, data: ImageData, config, indice
     else:
         statistics = measure(data.parts["train"], indices, channels)
     found = size_of_all(data)
-    size = inputs.image_size or getattr(config, "image_size", None) or (min(found) if found else 224)
-    if not isinstance(size, int):
-        height, width = size
-        if height != width:
-            raise ValueError(f"--image_size must be given for a model of images of {height} x {width}, got None")
-        size = height
-    as_they_are = size <= SMALL or found == (size, size)
-    return make_processor(size, inputs.crop_ratio or (1.0 if as_they_are else 0.875), channels, statistics)
+    size = both_sides(inputs.image_size or getattr(config, "image_size", None) or found or 224)
+    if inputs.crop_ratio is not None:
+        ratio = inputs.crop_ratio
+    elif saved is not None:
+        ratio = kept_share(saved)
+    else:
+        ratio = 1.0 if max(size) <= SMALL or found == size else 0.875
+    return make_processor(size, ratio, channels, statistics)
 
 
 # The run
@@ -251,29 +316,31 @@ def choose_processor(inputs: argparse.Namespace, data: ImageData, config, indice
 
 @dataclass
 class ImageTask(Task):
-    """A `Task` whose trainer may average the weights."""
+    """A `Task` whose trainer may average the weights, and give the model more than pictures."""
 
     ema_decay: float | None = None
+    forward_options: dict = field(default_factory=dict)
     test: Dataset | None = None
 
     def make_trainer(self, model: torch.nn.Module, args, processor, callbacks=()) -> ClassifyingTrainer:
-        return ClassifyingTrainer(**self.options(model, args, processor, callbacks), ema_decay=self.ema_decay)
+        own = {"ema_decay": self.ema_decay, "forward_options": self.forward_options}
+        return ClassifyingTrainer(**self.options(model, args, processor, callbacks), **own)
 
 
 def make_task(inputs: argparse.Namespace, args: ClassifyingArguments) -> tuple[ImageTask, object]:
     """The model, the pictures and what changes them, and the image processor."""
     data = read_images(inputs)
     if inputs.model is None:
-        found = size_of_all(data)
-        side = max(found) if found else 224
-        inputs.model = FOR_SMALL if (inputs.image_size or side) ** 2 <= MOST_PIXELS else FOR_LARGE
+        pixels = math.prod(both_sides(inputs.image_size or size_of_all(data) or 224))
+        inputs.model = FOR_SMALL if pixels <= MOST_PIXELS else FOR_LARGE
     identity = identify_data(data)
     compute_metrics = accuracy_of_classes(inputs, args)
     set_seed(args.seed)  # the initial weights, or those of a new head
-    model, identity_of_model = (new_model if is_preset(inputs.model) else saved_model)(inputs, data)
+    model, new = (new_model if is_preset(inputs.model) else saved_model)(inputs, data)
     channels = getattr(model.config, "num_channels", 3)
     if channels not in MODES:
         raise ValueError(f"--model {inputs.model}: num_channels must be 1 or 3, got {channels}")
+    interpolates = not is_preset(inputs.model) and must_interpolate(inputs, args, model)
     train, parts = data.parts["train"], data.parts
     if "validation" in parts:
         indices, validation = np.arange(len(train)), (parts["validation"], np.arange(len(parts["validation"])))
@@ -287,8 +354,9 @@ def make_task(inputs: argparse.Namespace, args: ClassifyingArguments) -> tuple[I
         validation=ScoredPictures(*validation, processor, channels),
         collator=PictureCollator(inputs, args.label_smoothing_factor, len(data.names), args.seed),
         compute_metrics=compute_metrics,
-        identity={**identity, **identity_of_model, "processor": processor.to_dict()},
+        identity={**identity, **identify_model(model, new), "processor": processor.to_dict()},
         ema_decay=inputs.ema_decay,
+        forward_options={"interpolate_pos_encoding": True} if interpolates else {},
     )
     if "test" in parts:
         task.test = ScoredPictures(parts["test"], np.arange(len(parts["test"])), processor, channels)

@@ -11,6 +11,7 @@
 import argparse
 import re
 import reprlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,15 +64,15 @@ class PictureArguments:
     test_split: str | None = flag(None, "Part to score once at the end; None is test if there is one.")
     validation_share: float = flag(0.1, "Share of the training pictures that is held out if there is no such part.")
     split_seed: int = flag(0, "Seed of which pictures are held out.")
-    image_size: int | None = flag(
+    image_size: list[int] | None = flag(
         None,
-        "Pixels of the square that a picture is made to; None is that of the model, and from nothing that of the "
-        "pictures, if all have one of at most 64.",
+        "Pixels that a picture is made to: of the side of a square, or height and width; None is that of the model, "
+        "and from nothing that of the pictures, if all have one of at most 64 x 64.",
     )
     crop_ratio: float | None = flag(
         None,
-        "Share of the shorter side that evaluation keeps; None is 0.875, and 1 for up to 32 pixels and for pictures "
-        "that have image_size already.",
+        "Share of a side that evaluation keeps; None is that of a saved model, and else 0.875, and 1 for up to 32 "
+        "pixels and for pictures that have image_size already.",
     )
     search_steps: int | None = flag(
         None, "Try four learning rates around the default for so many steps each, and take the best on held-out data."
@@ -94,11 +95,19 @@ class RecipeArguments:
         "auto: padded for up to 32 pixels, else resized.",
     )
     crop_padding: int | None = flag(
-        None, "Pixels of the black margin of a padded crop; None is an eighth of the side, rounded up: 4 for 32."
+        None,
+        "Pixels of the black margin of a padded crop; None is an eighth of the shorter side, rounded up: 4 for 32.",
     )
     crop_scale: float = flag(0.08, "Least share of the area of a resized crop.")
     horizontal_flip: bool = flag(False, "Mirror every second picture; wrong for digits and letters.")
     color_jitter: float = flag(0.0, "Change brightness, contrast and colour by up to this share.")
+    rand_augment: float | None = flag(
+        None,
+        "Magnitude, 0 to 10, of RandAugment as DeiT has it: two changes of colours or places; None is none of it.",
+    )
+    repeated_augmentation: int = flag(
+        1, "How often a picture stands in a row, changed each time; an epoch of as many steps then sees fewer of them."
+    )
     random_erasing: float = flag(0.0, "Share of pictures of which a rectangle becomes noise.")
     mixup: float = flag(0.0, "Alpha of the shares in which two pictures are mixed; 0 is never.")
     cutmix: float = flag(0.0, "Alpha of the size of the part that comes from another picture; 0 is never.")
@@ -120,9 +129,20 @@ RANGES = {  # of a number, and whether its lower and its upper end belong to it
     "crop_ratio": (0, 1, False, True),
     "crop_scale": (0, 1, False, True),
     "color_jitter": (0, 1, True, True),
+    "rand_augment": (0, 10, True, True),
     "random_erasing": (0, 1, True, True),
     "ema_decay": (0, 1, False, False),
 }
+
+
+def both_sides(size: int | Sequence[int]) -> tuple[int, ...]:
+    """Height and width of a size: one number means both."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def as_size(sides: Sequence[int]) -> int | list[int]:
+    """A size as configurations have it: one number for a square."""
+    return sides[0] if len(sides) <= 2 and len({*sides}) == 1 else [*sides]
 
 
 def is_preset(model: str | None) -> bool:
@@ -168,7 +188,9 @@ def picture_problems(inputs: argparse.Namespace) -> list[str]:
         check(inside, name, f"in {'[' if with_low else '('}{low}, {high}{']' if with_high else ')'}")
     for name in ("mixup", "cutmix", "crop_padding"):
         check(getattr(inputs, name) is None or getattr(inputs, name) >= 0, name, "at least 0")
-    for name in ("image_size", "search_steps"):
+    size = both_sides(1 if inputs.image_size is None else inputs.image_size)
+    check(len(size) == 2 and min(size) >= 1, "image_size", "one number of pixels or two, height and width, at least 1")
+    for name in ("repeated_augmentation", "search_steps"):
         check(getattr(inputs, name) is None or getattr(inputs, name) >= 1, name, "at least 1")
     check(inputs.random_crop in CROPS, "random_crop", f"one of {', '.join(CROPS)}")
     check(0 <= inputs.split_seed < 2**32, "split_seed", "in [0, 2**32)")
@@ -223,4 +245,6 @@ def read_flags(argv: list[str], description: str = "") -> argparse.Namespace:
         ValueError: a flag is unknown.
     """
     found = make_parser("classify", description, GROUPS).parse_args(argv)
+    if found.image_size is not None:
+        found.image_size = as_size(found.image_size)
     return argparse.Namespace(**vars(pick(PictureArguments, found)), **vars(pick(RecipeArguments, found)))

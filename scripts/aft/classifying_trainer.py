@@ -15,11 +15,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.utils.data import Dataset, Sampler
 from transformers import TrainerCallback
 
 from aft.averaging import WeightAverage
 from aft.finetuning_checkpoints import step_of
 from aft.finetuning_trainer import FinetuningTrainer
+from aft.image_training import RepeatedSampler
 
 
 UNDECAYED = re.compile("bias|position|token")  # among the parameters that are matrices
@@ -43,10 +45,12 @@ class ClassifyingTrainer(FinetuningTrainer):
 
     Args:
         ema_decay (`float`, *optional*): of the average of the weights, which is what is scored and saved.
+        forward_options (`dict`): what the model gets beside pictures.
     """
 
-    def __init__(self, *args, ema_decay: float | None = None, **options):
+    def __init__(self, *args, ema_decay: float | None = None, forward_options: dict | None = None, **options):
         super().__init__(*args, **options)
+        self.forward_options = forward_options or {}
         self.model_accepts_loss_kwargs = False  # the loss of compute_loss is a mean, which Trainer then averages
         self.ema_decay, self.average = ema_decay, None
         self.add_callback(AfterEachStep(self))
@@ -55,12 +59,19 @@ class ClassifyingTrainer(FinetuningTrainer):
         """Cross entropy with classes [B] or with their probabilities [B, num_labels], of any model."""
         inputs = dict(inputs)
         labels = inputs.pop("labels")
-        outputs = model(**inputs)
+        outputs = model(**inputs, **self.forward_options)
         loss = F.cross_entropy(outputs.logits.float(), labels)
         return (loss, {"loss": loss, "logits": outputs.logits}) if return_outputs else loss
 
     def get_decay_parameter_names(self, model) -> list[str]:
         return [name for name, weight in model.named_parameters() if weight.dim() > 1 and not UNDECAYED.search(name)]
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        times = self.train_dataset.recipe.repeated_augmentation
+        if times == 1:
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return RepeatedSampler(self.train_dataset, times, seed)
 
     def _run_epoch(self, *args, **options) -> None:
         self.train_dataset.set_epoch(options["epoch"])

@@ -32,7 +32,6 @@ from aft.settings_files import read_json
 
 class Classified(Program):
     amount = "pictures"
-    score = "accuracy"
     held_out = "held out"
     form = "{:.4f}"
     best = staticmethod(max)
@@ -41,6 +40,9 @@ class Classified(Program):
 
     def __init__(self):
         self.data = None  # no run of a plan has pictures of its own
+
+    def score(self, rows: list[dict]) -> str:
+        return "accuracy"
 
     def describe(self, flags: list[str], whole: bool) -> dict:
         argv = add_recipe(flags)

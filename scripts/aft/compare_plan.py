@@ -13,13 +13,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from aft import classifying_flags, pretraining_arguments
+from aft import classifying_flags, picture_arguments, pretraining_arguments
 from aft.atomic_files import check_file
-from aft.classifying_flags import PictureArguments
 from aft.finetuning_flags import names_of_training_arguments
 from aft.flags import find_preset
 from aft.settings_files import read_yaml
 from aft.text_arguments import TextArguments
+
+
+def names_of(*groups: type) -> set[str]:
+    """The flags of dataclasses."""
+    return {entry.name for group in groups for entry in fields(group)}
 
 
 @dataclass(frozen=True)
@@ -53,8 +57,7 @@ class Rules:
     @property
     def training(self) -> set[str]:
         """The flags that the training of a plan may set."""
-        names = {entry.name for group in self.groups for entry in fields(group)}
-        return (names | {*self.more_flags()}) - self.set_by_compare
+        return (names_of(*self.groups) | {*self.more_flags()}) - self.set_by_compare
 
 
 COMMANDS = {
@@ -67,7 +70,7 @@ COMMANDS = {
         set_by_compare={
             *("training_preset", "model_preset", "model_override", "seed", "output_dir", "resume", "overwrite")
         },
-        same_in_all_runs={entry.name for entry in fields(TextArguments)},
+        same_in_all_runs=names_of(TextArguments, picture_arguments.PictureArguments),
         from_folder=pretraining_arguments.from_folder,
     ),
     "classify": Rules(
@@ -77,8 +80,7 @@ COMMANDS = {
         resume="resume_from_checkpoint",
         presets={"model": "images"},
         set_by_compare={"model", "model_override", "seed", "output_dir", "resume_from_checkpoint"},
-        same_in_all_runs={entry.name for entry in fields(PictureArguments)}
-        - {"image_size", "crop_ratio", "search_steps"},
+        same_in_all_runs=names_of(classifying_flags.PictureArguments) - {"image_size", "crop_ratio", "search_steps"},
         from_folder=classifying_flags.from_folder,
         more_flags=names_of_training_arguments,
     ),

@@ -16,16 +16,16 @@ import numpy as np
 from aft.checkpointing import EARLIER
 from aft.compare_program import RESULT, Program
 from aft.model_configs import build_config
+from aft.picture_data import load_source
 from aft.pretraining import pretrain
 from aft.pretraining_arguments import MAY_DIFFER_WHEN_CONTINUED, check_arguments, parse_arguments
+from aft.protocols import unit_of
 from aft.run_log import describe_protocol, read_log
 from aft.settings_files import read_json
-from aft.text_sources import load_text
 
 
 class Pretrained(Program):
     amount = "tokens"
-    score = "bits per byte"
     held_out = "valid"
     form = "{:.3f}"
     best = staticmethod(min)
@@ -34,7 +34,10 @@ class Pretrained(Program):
     more_scores = ("train",)
 
     def __init__(self):
-        self.data = None  # its checksum: no run of a plan has a text of its own
+        self.data = None  # its checksum: no run of a plan has data of its own
+
+    def score(self, rows: list[dict]) -> str:
+        return unit_of(rows[0]["valid_protocol"].split(",")[0])[0]
 
     def describe(self, flags: list[str], whole: bool) -> dict:
         args = parse_arguments(flags)
@@ -43,7 +46,7 @@ class Pretrained(Program):
         model.pop("transformers_version", None)
         if not whole:
             return {"model_config": model}
-        self.data = self.data or load_text(args).sha256
+        self.data = self.data or load_source(args).sha256
         decisive = {key: value for key, value in vars(args).items() if key not in MAY_DIFFER_WHEN_CONTINUED}
         return {"model_config": model, "data": self.data, **decisive}
 

@@ -26,7 +26,6 @@ class Program(ABC):
 
     Attributes:
         amount: column of what a run has read, the same for all seeds, and of its curve.
-        score: what the scores are, in words.
         held_out: what the score is called that everything is chosen by.
         form: how a score is printed.
         best: of several scores, the best one.
@@ -36,7 +35,6 @@ class Program(ABC):
     """
 
     amount: str
-    score: str
     held_out: str
     form: str
     note: str
@@ -51,6 +49,10 @@ class Program(ABC):
     def speed(self) -> str:
         """Column of how much is read in a second."""
         return f"{self.amount}_per_second"
+
+    @abstractmethod
+    def score(self, rows: list[dict]) -> str:
+        """What the scores of the rows of a table are called, which have all one kind of data."""
 
     # Entries
 

@@ -170,7 +170,7 @@ def markdown(
     for row in rows:
         lines.append("| " + " | ".join(cell(row, column, form, best) for _, column, form in entries) + " |")
     notes = [
-        f"Scores are {program.score}; means over the seeds ± their sample standard deviation, the best on",
+        f"Scores are {program.score(rows)}; means over the seeds ± their sample standard deviation, the best on",
         f"{program.held_out} bold; {program.note}",
         f"{program.amount.capitalize()}/s is the median over the lines of a log, the best of the seeds; seconds are",
         "the training at that speed, without evaluations. Peak MiB is what a process held beyond its libraries, the",
@@ -212,7 +212,7 @@ def draw_curves(program: Program, runs: dict[str, list[dict]], rows: dict[str, d
         axes.set_xlabel(quantity)
         tidy(axes)
     panels[0].xaxis.set_major_formatter(EngFormatter(sep=""))
-    panels[0].set_ylabel(f"{program.score}, {program.held_out}")
+    panels[0].set_ylabel(f"{program.score(list(rows.values()))}, {program.held_out}")
     handles, _ = panels[0].get_legend_handles_labels()
     ends = sorted(zip(runs, handles, strict=True), key=lambda end: -rows[end[0]]["valid"])  # from the top
     figure.legend(

@@ -33,7 +33,7 @@ DTYPES = ("float32", "bfloat16", "float16")  # that weights may be loaded in
 TRUST_HELP = "run the code that comes with a model of a type that is not installed"
 IMPORT_HELP = "Python files to run first, which register models of their own"
 HUB_NAME = r"(\w[\w.-]*/)?\w[\w.-]*"
-METAVARS = {bool: "true|false", int: "N", float: "X", list[str]: "VALUE"}
+METAVARS = {bool: "true|false", int: "N", float: "X", list[str]: "VALUE", list[int]: "N"}
 TRUTH = {
     text: value for value, texts in ((True, "yes true t y 1"), (False, "no false f n 0")) for text in texts.split()
 }
@@ -99,6 +99,17 @@ def import_files(paths: list[str]) -> None:
             raise ValueError(f"--import {name}: {type(error).__name__}: {error}") from error
 
 
+def sampling_checks(args: argparse.Namespace) -> list[tuple[str, bool, str]]:
+    """The flags of `FlagParser.add_sampling`: for each its name, whether its value is allowed, and what is."""
+    return [
+        ("temperature", 1e-6 <= args.temperature <= 1e6, "in [1e-6, 1e6]"),
+        ("top_k", args.top_k >= 0, "at least 0"),
+        ("top_p", 0 < args.top_p <= 1, "in (0, 1]"),
+        ("seed", 0 <= args.seed < 2**32, "in [0, 2**32)"),
+        ("dtype", args.dtype in DTYPES, "float32, bfloat16 or float16"),
+    ]
+
+
 def with_underscores(item: str) -> str:
     """A word of a command line, with underscores in the name of a flag in place of dashes."""
     name, equals, value = item.partition("=")
@@ -113,8 +124,9 @@ class FlagParser(argparse.ArgumentParser):
     Args:
         command (`str`): that of `aft`, for the usage.
         description (`str`): as it is printed.
-        groups: dataclasses, each field of which becomes a flag of its type: `bool`, `list[str]`, or another, maybe
-            with None. A flag may be written with dashes, one of a `bool` without a value, and one of a list again.
+        groups: dataclasses, each field of which becomes a flag of its type: `bool`, `list[str]`, `list[int]`, or
+            another, maybe with None. A flag may be written with dashes, one of a `bool` without a value, and one of a
+            `list[str]` again.
     """
 
     def __init__(self, command: str, description: str, groups: tuple[type, ...] = ()):
@@ -145,6 +157,8 @@ class FlagParser(argparse.ArgumentParser):
                 options |= {"type": truth, "nargs": "?", "const": True}
             elif kind == list[str]:
                 options |= {"nargs": "+", "action": "extend"}
+            elif kind == list[int]:
+                options |= {"type": int, "nargs": "+"}
             else:
                 options |= {"type": kind}
             target.add_argument(*names, metavar=METAVARS.get(kind, "VALUE"), **options)
@@ -158,6 +172,21 @@ class FlagParser(argparse.ArgumentParser):
         if remote:
             self.add_argument("--trust_remote_code", action="store_true", help=TRUST_HELP)
         self.add_argument("--import", dest="imports", action="append", default=[], metavar="FILE", help=IMPORT_HELP)
+
+    def add_sampling(self, temperature: float) -> argparse._ArgumentGroup:
+        """The flags of samples and of where the model runs, which `sampling_checks` looks at."""
+        group = self.add_argument_group("sampling")
+        group.add_argument(
+            "--temperature", type=float, default=temperature, help="divides the logits (default: %(default)s)"
+        )
+        group.add_argument("--top_k", type=int, default=0, help="sample among the k likeliest; 0 = all (default)")
+        group.add_argument(
+            "--top_p", type=float, default=1.0, help="sample among the likeliest of this mass (default 1)"
+        )
+        group.add_argument("--seed", type=int, default=0, help="seed of the samples (default: %(default)s)")
+        self.add_argument("--device", help="where the model runs (default: cuda if it is there, else cpu)")
+        self.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default: %(default)s)")
+        return group
 
     def error(self, message: str):
         unknown = re.search("unrecognized arguments: (.*)", message)

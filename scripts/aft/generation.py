@@ -50,13 +50,19 @@ class ByteStreamer(BaseStreamer):
         self.output.flush()
 
 
-def is_device(name: str) -> bool:
-    """Whether torch finds a device of this name."""
+def find_device(asked: str | None, program: str) -> str:
+    """
+    The device that `--device` names, or CUDA if it is there, else the CPU.
+
+    Raises:
+        ValueError: torch does not find it.
+    """
+    device = asked or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError):  # the latter of a build without CUDA
-        return False
-    return True
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter of a build without CUDA
+        raise ValueError(f"{program}: --device must be a device that is here, got {device!r}") from error
+    return device
 
 
 def read_prompt(args: argparse.Namespace) -> bytes:
@@ -94,9 +100,7 @@ def generate(args: argparse.Namespace) -> None:
         ValueError: the device is not there, the prompt empty or too long or no text for the tokenizer, or the model
             not whole and finite.
     """
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if not is_device(device):
-        raise ValueError(f"aft generate: --device must be a device that is here, got {device!r}")
+    device = find_device(args.device, "aft generate")
     transformers.utils.logging.disable_progress_bar()
     alone = not (args.chat or args.batch_file)
     prompt = read_prompt(args) if alone else b""

@@ -9,6 +9,7 @@
 """Pictures with labels: from folders, from the files of MNIST, and from what `datasets` reads."""
 
 import hashlib
+import io
 import re
 import struct
 from collections.abc import Iterator, Sequence
@@ -119,10 +120,15 @@ class TablePictures(Pictures):
 
     def __init__(self, table: datasets.Dataset, column: str, labels: Sequence[int], name: str):
         super().__init__(labels)
-        self.table, self.column, self.title = table, column, name
+        self.feature = table.features[column]
+        self.table = table.cast_column(column, datasets.Image(decode=False))
+        self.column, self.title = column, name
 
     def open(self, index: int) -> Image.Image:
-        return self.table[int(index)][self.column]
+        value = self.table[int(index)][self.column]
+        if value["bytes"] is None or self.feature.mode is not None:
+            return self.feature.decode_example(value)
+        return Image.open(io.BytesIO(value["bytes"]))
 
     def name(self, index: int) -> str:
         return f"{self.title}, row {index}"
@@ -295,12 +301,12 @@ def load_table(inputs, name: str) -> datasets.DatasetDict:
     return found if isinstance(found, dict) else datasets.DatasetDict({"train": found})
 
 
-def read_table(inputs, name: str) -> ImageData:
+def choose_tables(inputs, name: str) -> tuple[datasets.DatasetDict, dict[str, str]]:
     """
-    The pictures of a data set.
+    What `datasets` reads, and which of it is "train" and, where there are such, "validation" and "test".
 
     Raises:
-        ValueError: it does not load, or has no such part or column.
+        ValueError: it does not load, or there is no such part, or an empty one.
     """
     tables = load_table(inputs, name)
     chosen = {"train": inputs.train_split}
@@ -314,6 +320,19 @@ def read_table(inputs, name: str) -> ImageData:
             raise ValueError(
                 f"--{part}_split must be {allowed} for {name}, got {split!r}{did_you_mean(split, tables)}"
             )
+        if not len(tables[split]):
+            raise ValueError(f"{name}: {split} must have at least one picture, is empty")
+    return tables, chosen
+
+
+def read_table(inputs, name: str) -> ImageData:
+    """
+    The pictures of a data set.
+
+    Raises:
+        ValueError: it does not load, or has no such part or column.
+    """
+    tables, chosen = choose_tables(inputs, name)
     features = tables[inputs.train_split].features
     column = find_column(features, inputs.image_column, datasets.Image, "image", name)
     label_column = find_column(features, inputs.label_column, datasets.ClassLabel, "label", name)
@@ -326,8 +345,6 @@ def read_table(inputs, name: str) -> ImageData:
     classes = {value: number for number, value in enumerate(indices)}
     parts = {}
     for part, split in chosen.items():
-        if not len(tables[split]):
-            raise ValueError(f"{name}: {split} must have at least one picture, is empty")
         if unknown := sorted({str(value) for value in values[part] if value not in classes}):
             raise ValueError(f"{name}: unknown label {unknown[0]} in column {label_column!r} of {split}")
         labels = [classes[value] for value in values[part]]

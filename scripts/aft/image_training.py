@@ -9,15 +9,16 @@
 """From pictures to what a model of images takes: image processors, and data sets for training and for scoring."""
 
 import argparse
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from transformers.models.deit.image_processing_pil_deit import DeiTImageProcessorPil
 
-from aft.augmentation import erase, jitter, mix, padded_crop, resized_crop, smooth_targets
-from aft.classifying_flags import SMALL
+from aft.augmentation import erase, jitter, mix, padded_crop, rand_augment, resized_crop, smooth_targets
+from aft.classifying_flags import SMALL, both_sides
 from aft.image_data import ArrayPictures, Pictures
 
 
@@ -48,20 +49,36 @@ def measure(pictures: Pictures, indices: np.ndarray, channels: int) -> dict[str,
     return {"image_mean": mean.tolist(), "image_std": std.tolist()}
 
 
-def make_processor(size: int, ratio: float, channels: int, statistics: dict) -> DeiTImageProcessorPil:
-    """Makes pixels as DeiT does: the shorter side to size / ratio, bicubic, and a square of `size` in the middle."""
+def make_processor(size: int | Sequence[int], ratio: float, channels: int, statistics: dict) -> DeiTImageProcessorPil:
+    """
+    Makes pixels as DeiT does: the shorter side to size / ratio, bicubic, and a square of `size` in the middle. Of a
+    size that is no square, both sides are resized, so that nothing outside of a picture is seen.
+    """
+    height, width = both_sides(size)
+    resized = {"height": int(height / ratio), "width": int(width / ratio)}
     return DeiTImageProcessorPil(
         do_resize=True,
-        size={"shortest_edge": int(size / ratio)},
+        size={"shortest_edge": resized["height"]} if height == width else resized,
         resample=Image.Resampling.BICUBIC,
         do_center_crop=True,
-        crop_size={"height": size, "width": size},
+        crop_size={"height": height, "width": width},
         do_rescale=True,
         rescale_factor=1 / 255,
         do_normalize=True,
         do_convert_rgb=channels == 3,
         **statistics,
     )
+
+
+def kept_share(processor) -> float:
+    """The share of a side of a resized picture that an image processor leaves: what is `ratio` in `make_processor`."""
+    values = processor.to_dict()
+    resized, crop = values.get("size") or {}, values.get("crop_size") or {}
+    if not (values.get("do_resize") and values.get("do_center_crop")):
+        return 1.0
+    before = [resized[name] for name in ("shortest_edge", "height", "width") if resized.get(name)]
+    after = [crop[name] for name in ("height", "width") if crop.get(name)]
+    return min(1.0, min(after) / min(before)) if before and after else 1.0
 
 
 class ScoredPictures(Dataset):
@@ -89,7 +106,8 @@ class ScoredPictures(Dataset):
 
 class TrainingPictures(ScoredPictures):
     """
-    Pictures that are changed each time, as a function of seed, epoch and number.
+    Pictures that are changed each time, as a function of seed, epoch and number. Of N, the index i + r N is picture i
+    once more, in the r-th other way.
 
     Args:
         recipe: the flags that say how.
@@ -104,18 +122,21 @@ class TrainingPictures(ScoredPictures):
         self.crop = recipe.random_crop
         if self.crop == "auto":
             self.crop = "padded" if max(self.side) <= SMALL else "resized"
-        self.padding = -(-max(self.side) // 8) if recipe.crop_padding is None else recipe.crop_padding
+        self.padding = -(-min(self.side) // 8) if recipe.crop_padding is None else recipe.crop_padding
         self.scale = processor.rescale_factor if processor.do_rescale else 1.0
         normalizes = processor.do_normalize
         self.mean = np.float32(processor.image_mean if normalizes else [0.0] * channels)[:, None, None]
         self.std = np.float32(processor.image_std if normalizes else [1.0] * channels)[:, None, None]
+        colour = tuple(min(255, round(float(value / self.scale))) for value in self.mean.flat)
+        self.fill = colour if channels == 3 else colour[0]
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch.fill_(epoch)
 
     def __getitem__(self, index: int) -> dict:
+        turn, index = divmod(index, len(self))
         number, epoch = int(self.indices[index]), int(self.epoch)
-        generator = np.random.default_rng((self.seed, epoch, number))
+        generator = np.random.default_rng((self.seed, epoch, number, turn))
         pixels = self.change(self.picture(index), generator)
         label = self.pictures.labels[number]
         return {"pixel_values": pixels, "labels": label, "number": number, "epoch": epoch}
@@ -129,9 +150,11 @@ class TrainingPictures(ScoredPictures):
             picture = self.fit(picture)
         if recipe.color_jitter:
             picture = jitter(picture, recipe.color_jitter, generator)
-        pixels = np.asarray(picture).reshape(*self.side, self.channels).transpose(2, 0, 1)
         if self.crop == "padded":
-            pixels = padded_crop(pixels, self.padding, generator)
+            picture = padded_crop(picture, self.padding, generator)
+        if recipe.rand_augment is not None:
+            picture = rand_augment(picture, recipe.rand_augment, self.fill, generator)
+        pixels = np.asarray(picture).reshape(*self.side, self.channels).transpose(2, 0, 1)
         if recipe.horizontal_flip and generator.random() < 0.5:
             pixels = pixels[:, :, ::-1]
         values = (pixels * np.float32(self.scale) - self.mean) / self.std
@@ -144,6 +167,30 @@ class TrainingPictures(ScoredPictures):
         made = self.processor(picture, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
         pixels = np.asarray(made).astype(np.uint8).transpose(1, 2, 0)
         return Image.fromarray(pixels[..., 0] if self.channels == 1 else pixels)
+
+
+class RepeatedSampler(Sampler[int]):
+    """
+    The order of an epoch in which each picture stands several times in a row, changed each time (arXiv 1902.05509): as
+    many places as there are pictures, so that some are not seen.
+
+    Args:
+        pictures (`TrainingPictures`): knows the epoch.
+        times (`int`): how often a picture stands in a row.
+        seed (`int`): of the order, which is a function of it and the epoch.
+    """
+
+    def __init__(self, pictures: TrainingPictures, times: int, seed: int):
+        self.pictures, self.times, self.seed = pictures, times, seed
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __iter__(self) -> Iterator[int]:
+        order = np.random.default_rng((self.seed, int(self.pictures.epoch))).permutation(len(self))
+        for place in range(len(self)):
+            index, turn = divmod(place, self.times)
+            yield int(order[index]) + turn * len(self)
 
 
 class PictureCollator:

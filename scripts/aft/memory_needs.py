@@ -83,7 +83,7 @@ def check_memory(args, config: PreTrainedConfig, num_processes: int) -> list[str
     for name in ("micro_batch_size", "eval_batch_size"):
         windows = getattr(args, name)
         check(windows * of_window, f"--{name} {windows} with --sequence_length {args.sequence_length}")
-    check(args.sample_bytes * 8, f"--sample_bytes {args.sample_bytes}")
+    check((args.sample_bytes or 0) * 8, f"--sample_bytes {args.sample_bytes}")
     return problems or activation_problems(args, estimate(config, args.sequence_length, args.objective), memory)
 
 

@@ -15,12 +15,14 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoTokenizer
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # at the top, 5.17 wants torchvision
 
 import modeling_aft
 from aft.settings_files import read_json
 
 
-CONFIGURATIONS = ("config.json", "tokenizer_config.json")  # their auto_map says which class is in which file
+# What reads the inputs of a model. An auto_map, there and in config.json, says which class is in which file.
+READERS = {"tokenizer_config.json": AutoTokenizer, "preprocessor_config.json": AutoImageProcessor}
 
 
 def add_code(folder: Path) -> None:
@@ -30,7 +32,8 @@ def add_code(folder: Path) -> None:
     Raises:
         ValueError: the model is not one of the package.
     """
-    config, tokenizer = (loader.from_pretrained(folder) for loader in (AutoConfig, AutoTokenizer))
+    config = AutoConfig.from_pretrained(folder)
+    readers = [loader.from_pretrained(folder) for file, loader in READERS.items() if (folder / file).is_file()]
     name = (config.architectures or ["no class"])[0]
     if name not in modeling_aft.__all__:
         raise ValueError(f"architectures must begin with a class of modeling_aft, whose code is added, got {name!r}")
@@ -38,10 +41,11 @@ def add_code(folder: Path) -> None:
         model = getattr(modeling_aft, name)(config)
     with tempfile.TemporaryDirectory() as temporary:
         model.save_pretrained(temporary, state_dict={})
-        tokenizer.save_pretrained(temporary)
+        for reader in readers:
+            reader.save_pretrained(temporary)
         for path in Path(temporary).glob("*.py"):
             shutil.copyfile(path, folder / path.name)
-        for name in CONFIGURATIONS:
+        for name in configurations(folder):
             auto_map = read_json(Path(temporary) / name, name).get("auto_map")
             if auto_map is not None:
                 write_json(folder / name, {**read_json(folder / name, name), "auto_map": auto_map})
@@ -51,10 +55,15 @@ def remove_code(folder: Path) -> None:
     """Takes away what `add_code` adds: from then on, the model loads where the package is installed."""
     for path in folder.glob("*.py"):
         path.unlink()
-    for name in CONFIGURATIONS:
+    for name in configurations(folder):
         content = read_json(folder / name, name)
         content.pop("auto_map", None)
         write_json(folder / name, content)
+
+
+def configurations(folder: Path) -> list[str]:
+    """The files of a model that may have an auto_map."""
+    return ["config.json", *(name for name in READERS if (folder / name).is_file())]
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from aft.console import one_line
 from aft.saved_models import LANGUAGE_MODELS, load_config
 from aft.settings_files import read_json
-from aft.vocabulary import asked_size
+from aft.vocabulary import START_OF_PICTURE, asked_size
 
 
 MOST_PADDING = 1023  # ids that a model has and its tokenizer does not, to round their number
@@ -46,15 +46,17 @@ def build_config(args: argparse.Namespace) -> PreTrainedConfig:
             values.setdefault("is_decoder", False)  # which the models of this package need for it
         if values.get("vocab_size", 256) == 256:  # what the presets have, for bytes
             values["vocab_size"] = size
+        if args.pictures is not None:
+            values["bos_token_id"] = START_OF_PICTURE
         for token in ("bos_token_id", "eos_token_id", "pad_token_id"):  # those of a model's own tokenizer elsewhere
             values.setdefault(token, None)
     config = override(values, args.model_override, name)
     if type(config) not in LANGUAGE_MODELS[args.objective]._model_mapping:
         allowed = f"one that has a {LANGUAGE_MODELS[args.objective].__name__} with --objective {args.objective}"
         raise ValueError(f"{name}: model_type must be {allowed}, got {config.model_type!r}")
-    most = size + MOST_PADDING if args.tokenizer not in ("bytes", "bpe") else size
+    most = size + MOST_PADDING if args.tokenizer not in (None, "bytes", "bpe") else size
     if not size <= config.vocab_size <= most:
-        allowed = f"{size} for --tokenizer {args.tokenizer}"
+        allowed = f"{size} for {'--pictures' if args.tokenizer is None else f'--tokenizer {args.tokenizer}'}"
         allowed += f", or with padding up to {most}" if most > size else ""
         raise ValueError(f"vocab_size must be {allowed}, got {config.vocab_size}; left out, it is {size}")
     return config

@@ -57,6 +57,9 @@ from aft.masking import MaskedWindows, Masking, make_masking
 from aft.masking_arguments import complete_masking
 from aft.model_configs import has_length_limit
 from aft.optimization import all_finite, create_optimizers, learning_rate, set_learning_rate
+from aft.painting import draw_completions, draw_samples, save_picture
+from aft.picture_arguments import source_flags
+from aft.picture_data import PictureData, PictureTokens, PictureWindows, load_source
 from aft.pretraining_arguments import (
     MAY_DIFFER_ON_RESUME,
     check_arguments,
@@ -66,6 +69,7 @@ from aft.pretraining_arguments import (
     public_flags,
     public_value,
 )
+from aft.protocols import unit_of
 from aft.redaction import public_path, readable
 from aft.run_folder import check_output, clear_output, save_model
 from aft.run_log import (
@@ -79,18 +83,23 @@ from aft.run_log import (
 )
 from aft.saved_models import LANGUAGE_MODELS, first_of, load_config, load_model, without_cache
 from aft.streamed_windows import StreamedWindows
-from aft.text_arguments import text_flags
-from aft.text_sources import DocumentText, FileText, load_text
+from aft.text_sources import DocumentText, FileText
 from aft.token_data import TokenData, token_data
 from aft.training_windows import TrainingWindows
 from aft.vocabulary import make_vocabulary
 
 
+CAPTIONS = ("Samples", "The upper halves of held-out pictures, completions, and the pictures themselves")
 VERSIONS = ("torch", "transformers", "accelerate", "datasets", "evaluate", "tokenizers")
 
 
 def make_windows(args, text, data: TokenData, vocabulary, accelerator: Accelerator, masking: Masking | None = None):
-    """The windows that training reads, of what is memory-mapped or of a stream; some of their tokens may be hidden."""
+    """
+    The windows that training reads, of pictures, of what is memory-mapped or of a stream; some of their tokens may be
+    hidden.
+    """
+    if isinstance(data, PictureTokens):
+        return PictureWindows(data, args.batch_size, args.seed, args.horizontal_flip, args.color_shift)
     if masking is not None:
         return MaskedWindows(make_windows(args, text, data, vocabulary, accelerator), masking, args.seed)
     if text.stream is not None:
@@ -184,6 +193,21 @@ def sample_text(model, vocabulary, args) -> str:
     return vocabulary.decode(ids).decode("utf-8", errors="replace")
 
 
+def sample_pictures(model, data: PictureTokens, args, folder: Path, name: str) -> list[str]:
+    """
+    Draws pictures from nothing, and completes the lower halves of some of valid; writes `{name}.png` and
+    `{name}-completed.png` to a folder, and returns these names.
+    """
+    count, batch_size = args.sample_pictures, max(args.sample_pictures, args.eval_batch_size)
+    samples = draw_samples(model, data.shape, count, args.seed, batch_size)
+    pictures = data.pictures["valid"][: -(-count // 4)].reshape(-1, *data.shape)
+    completed = draw_completions(model, pictures, data.shape[0] // 2, args.seed, batch_size)
+    files = {f"{name}.png": samples, f"{name}-completed.png": completed}
+    for file, picture in files.items():
+        save_picture(picture, folder / file)
+    return list(files)
+
+
 def describe_run(args, accelerator: Accelerator, model, text, data: TokenData, vocabulary, windows) -> dict:
     """Every quantity that follows from the arguments, for the log and the terminal."""
     per_epoch = windows.windows_per_epoch
@@ -224,8 +248,10 @@ def describe_needs(args, config) -> dict:
     }
 
 
-def describe_tokens(text: FileText | DocumentText, data: TokenData, vocabulary) -> dict:
+def describe_tokens(text: FileText | DocumentText | PictureData, data: TokenData, vocabulary) -> dict:
     """What the tokens are, where they are no bytes, and how many of them the text has."""
+    if isinstance(text, PictureData):
+        return text.describe()
     facts = {}
     if text.are_documents:
         facts["documents"] = "each ends with a token" if vocabulary.end is not None else "not separated"
@@ -255,7 +281,7 @@ class Run:
     optimizers: list[torch.optim.Optimizer]
     data: TokenData
     vocabulary: object
-    windows: TrainingWindows | StreamedWindows | MaskedWindows
+    windows: TrainingWindows | StreamedWindows | MaskedWindows | PictureWindows
     masking: Masking | None  # with --objective masked
     carried: CarriedState | None  # with --carry_state
     average: WeightAverage | None  # with --ema_decay
@@ -303,7 +329,7 @@ class Run:
                     self.model, self.data, split, self.accelerator, protocol, batch_size, max_bytes, self.masking
                 )
             if not math.isfinite(result["bits_per_byte"]):
-                raise FloatingPointError(f"the score is {result['bits_per_byte']} bits per byte")
+                raise FloatingPointError(f"the score is {describe_score(result)}")
         except FloatingPointError as error:
             if self.accelerator.is_main_process:
                 abandon(self.folder / "checkpoints", step - 1)  # with the one of this step, if it was saved
@@ -313,14 +339,25 @@ class Run:
         self.report(f"step {step}: {split} {describe_score(result)}")
         return result
 
+    @property
+    def has_samples(self) -> bool:
+        return bool(self.args.sample_bytes or self.args.sample_pictures)
+
+    def draw(self, model, step: int | None = None) -> dict:
+        """A sample of text, or names of files with pictures, of a step or at the end, as the log has it."""
+        if not self.args.sample_pictures:
+            return {"text": sample_text(model, self.vocabulary, self.args)}
+        name = "samples" if step is None else f"samples-{step}"
+        return {"files": sample_pictures(model, self.data, self.args, self.folder, name)}
+
     def sample(self, step: int) -> None:
-        """Logs and prints a sample of text; a sharded model has none, because it cannot generate on one process."""
+        """Logs and shows a sample; a sharded model has none, because it cannot generate on one process."""
         if self.accelerator.is_main_process and self.accelerator.distributed_type != DistributedType.FSDP:
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             with self.averaged():
-                text = sample_text(model, self.vocabulary, self.args)
-            self.log.write("sample", step=step, text=text)
-            self.report(f"--- sample at step {step}\n{text}\n---")
+                sample = self.draw(model, step)
+            self.log.write("sample", step=step, **sample)
+            self.report(describe_sample(sample, f"sample at step {step}"))
 
     def is_due(self, name: str, step: int) -> bool:
         """Whether what happens each `--{name}_every` steps, and after the last one, happens after this step."""
@@ -330,8 +367,9 @@ class Run:
     def measure(self, step: int) -> None:
         """Evaluates and samples if it is time, after the checkpoint of the step: whatever fails here loses none."""
         if self.is_due("eval", step):
-            self.scores.append((step, self.evaluate("valid", step, self.args.eval_bytes)["bits_per_byte"]))
-        if self.args.sample_bytes and step < self.args.max_steps and self.is_due("sample", step):
+            most = self.args.eval_bytes or self.args.eval_pictures * self.windows.length
+            self.scores.append((step, self.evaluate("valid", step, most)["bits_per_byte"]))
+        if self.has_samples and step < self.args.max_steps and self.is_due("sample", step):
             self.sample(step)  # the last sample is made of the saved model
 
     @torch.no_grad()
@@ -400,9 +438,8 @@ class Run:
                 rates = {"learning_rate": learning_rate(step, args), "tokens_per_second": tokens / seconds}
                 seconds = state["training_seconds"]
                 self.log.write("train", step=done, bits_per_byte=bits_per_byte, **rates, seconds=seconds)
-                progress.set_postfix_str(
-                    f"{bits_per_byte:.3f} bits per byte, {rates['tokens_per_second']:,.0f} tokens/s"
-                )
+                unit, _ = unit_of(args.eval_protocol)
+                progress.set_postfix_str(f"{bits_per_byte:.3f} {unit}, {rates['tokens_per_second']:,.0f} tokens/s")
                 if self.is_due("save", done):
                     self.save(done)
                     self.measure(done)
@@ -419,7 +456,7 @@ class Run:
             if self.args.load_best_model_at_end and best != step:
                 load_checkpoint(self.accelerator, self.folder / "checkpoints" / f"step-{best}")
                 step = best
-        test = self.evaluate("test", step)
+        test = self.evaluate("test", step, self.args.test_pictures * self.windows.length)
         with self.averaged():
             save_model(self.model, self.accelerator, self.folder, self.vocabulary)
         self.prune()
@@ -427,28 +464,38 @@ class Run:
         final = {"step": step, "test_bits_per_byte": test["bits_per_byte"]}
         final |= {"model_name": readable(path.name), "training_seconds": self.state["training_seconds"], "sample": ""}
         if self.accelerator.is_main_process:
-            if self.args.sample_bytes:  # from the folder, which shows that it loads
-                model = LANGUAGE_MODELS["causal"].from_pretrained(self.folder)
-                final["sample"] = sample_text(model, self.vocabulary, self.args)
+            sample = {}
+            if self.has_samples:  # from the folder, which shows that it loads
+                sample = self.draw(LANGUAGE_MODELS["causal"].from_pretrained(self.folder))
+                pictures = zip(sample.get("files", []), CAPTIONS, strict=False)
+                final["sample"] = sample.get("text", "")
+                final["pictures"] = [{"file": file, "caption": caption} for file, caption in pictures]
             self.log.write("final", **final, model_path=readable(public_path(self.args.output_dir)))
             self.log.sync()
             events = read_log(self.log.path)
             plot_training_curve(events, self.folder / "training_curve.png")
             write_whole(self.folder / "README.md", fill_model_card(events))
-            if final["sample"]:
-                print(f"--- sample\n{final['sample']}\n---")
+            if sample:
+                print(describe_sample(sample, "sample"))
             print(f"test: {describe_score(test)}\nmodel: {path}")
             print(next_commands(self.args))
         self.accelerator.wait_for_everyone()
         return {**final, "model_path": str(path)}
 
 
+def describe_sample(sample: dict, title: str) -> str:
+    """A sample of `Run.draw` as it is shown."""
+    return f"{title}: {', '.join(sample['files'])}" if "files" in sample else f"--- {title}\n{sample['text']}\n---"
+
+
 def next_commands(args: argparse.Namespace) -> str:
     """What to type when a run has ended: three commands for its model."""
     aft, folder = program(), shlex.quote(args.output_dir)
-    evaluation = f"{aft} evaluate {folder} {shlex.join(text_flags(args))}".rstrip()
+    evaluation = f"{aft} evaluate {folder} {shlex.join(source_flags(args))}".rstrip()
     tuning = f"{aft} finetune --model {folder} --{{}} FILE --output_dir {folder}-tuned"
-    if args.objective == "masked":
+    if args.pictures is not None:
+        commands = [f"{aft} paint {folder} --output {folder}/painted.png", evaluation, f"{aft} push --help"]
+    elif args.objective == "masked":
         commands = [evaluation, tuning.format("labelled_file"), f"{aft} push --help"]
     else:
         commands = [f'{aft} generate --model {folder} --prompt "The "', evaluation, tuning.format("text_file")]
@@ -546,9 +593,9 @@ def set_up(args, argv: list[str], config) -> Run:
     transformers.utils.logging.disable_progress_bar()
     with accelerator.local_main_process_first():
         load_metric()  # before the training, in which nothing may keep it from loading
-        text = load_text(args)
+        text = load_source(args)
         vocabulary = make_vocabulary(args, text)
-        data = token_data(text, vocabulary, args.cache_dir)
+        data = PictureTokens(text) if args.pictures is not None else token_data(text, vocabulary, args.cache_dir)
     masking = None
     if args.objective == "masked":
         complete_masking(args, vocabulary.is_bytes)
@@ -577,7 +624,9 @@ def set_up(args, argv: list[str], config) -> Run:
         model, new = load_model(auto_class, args.init_from, "--init_from", **options)
         if new:
             accelerator.print(f"not in {args.init_from}, so new: {first_of(new)}")
-    if args.objective == "causal":
+    if args.pictures is not None:
+        model.generation_config = vocabulary.processor().generation_config()
+    elif args.objective == "causal":
         model.generation_config.update(do_sample=True, temperature=0.8, top_k=40)
         if has_length_limit(config):  # else pipelines ask for 256 tokens, whatever there is room for
             model.generation_config.max_new_tokens = max(1, config.max_position_embeddings // 2)

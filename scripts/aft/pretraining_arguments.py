@@ -17,10 +17,11 @@ from pathlib import Path
 from aft.atomic_files import check_file
 from aft.flags import IMPORT_HELP, FlagParser, check_model_name, find_preset, flag, import_files
 from aft.masking_arguments import MaskingArguments, masking_problems, masking_settings
+from aft.picture_arguments import PictureArguments, complete_source, source_problems
 from aft.protocols import CAUSAL, Protocol
 from aft.redaction import public_address, public_path, readable
 from aft.settings_files import read_yaml
-from aft.text_arguments import TextArguments, complete_text_arguments, text_problems
+from aft.text_arguments import TextArguments
 
 
 CHOICES = {
@@ -31,20 +32,20 @@ CHOICES = {
 }
 # Flags that hold a path: in a preset, a relative one starts at the preset's folder.
 PATHS = ("model_preset", "dataset_path", "cache_dir", "output_dir")
-MAYBE_PATHS = ("dataset", "tokenizer", "init_from")  # which may be names too: a path if something is there
+MAYBE_PATHS = ("dataset", "pictures", "tokenizer", "init_from")  # which may be names too: a path if something is there
 # Flags that change neither the weights nor the scores: where the model and the data come from, of which the content
 # counts, and what a run writes. An unfinished comparison may go on with others.
 MAY_DIFFER_WHEN_CONTINUED = {
     *("training_preset", "model_preset", "model_override", "imports"),
     *("dataset", "dataset_path", "dataset_config", "dataset_url", "text_column", "cache_dir"),
-    *("validation_split", "test_split", "test_size"),
+    *("validation_split", "test_split", "test_size", "pictures", "image_column", "image_size", "num_channels"),
     *("output_dir", "resume", "overwrite", "report_to", "save_every", "keep_checkpoints"),
-    *("sample_every", "sample_bytes", "sample_prompt"),
+    *("sample_every", "sample_bytes", "sample_prompt", "sample_pictures"),
 }
 # With those that change scores alone, what a resumed run may change.
 MAY_DIFFER_ON_RESUME = MAY_DIFFER_WHEN_CONTINUED | {
     *("eval_protocol", "eval_stride", "eval_stream_length", "eval_refresh_every", "eval_refresh_overlap"),
-    *("eval_every", "eval_bytes", "eval_batch_size", "log_every", "init_from"),
+    *("eval_every", "eval_bytes", "eval_pictures", "test_pictures", "eval_batch_size", "log_every", "init_from"),
     *("early_stopping_patience", "load_best_model_at_end"),
 }
 
@@ -55,8 +56,8 @@ class ModelArguments:
 
     training_preset: str | None = flag(
         None,
-        "YAML file whose keys are flags of this program, or the name of one in the package: tiny, small, enwik8. "
-        "Explicit flags win.",
+        "YAML file whose keys are flags of this program, or the name of one in the package: tiny, small, enwik8, "
+        "pictures, cifar10. Explicit flags win.",
         "--preset",
     )
     model_preset: str | None = flag(
@@ -104,6 +105,12 @@ class DataArguments:
     stream_length: int | None = flag(
         None, "Tokens that a row reads so before it begins elsewhere with an empty state; None is 4 sequence_length."
     )
+    horizontal_flip: bool = flag(
+        False, "Of --pictures: mirror every second one of train; wrong for digits and letters."
+    )
+    color_shift: int = flag(
+        0, "Of --pictures: add a whole number from [-N, N] to all sub-pixels of one of train, clipped to 0 to 255."
+    )
 
 
 @dataclass
@@ -149,8 +156,8 @@ class OutputArguments:
     output_dir: str = flag("runs/pretraining", "Folder of the run: log, checkpoints and the final model.")
     eval_protocol: str | None = flag(
         None,
-        "segments (default), sliding, carried or refreshed; masked, and nothing else, with --objective masked (see "
-        "aft evaluate --help).",
+        "segments (default), sliding, carried or refreshed; masked, and nothing else, with --objective masked, and "
+        "pictures with --pictures (see aft evaluate --help).",
     )
     eval_stride: int | None = flag(None, "Stride of sliding; None is half of sequence_length.")
     eval_stream_length: int | None = flag(None, "Tokens of a stream of carried; None is the whole split.")
@@ -158,15 +165,20 @@ class OutputArguments:
     eval_refresh_overlap: int | None = flag(None, "How many of them refreshed had read before.")
     eval_every: int = flag(200, "Steps between evaluations on valid; 0 = only at the end.")
     eval_bytes: int = flag(0, "Score only the first so many bytes of valid; 0 = all. The test split is always whole.")
+    eval_pictures: int = flag(0, "Score only the first so many pictures of valid; 0 = all.")
+    test_pictures: int = flag(0, "Score only the first so many pictures of test; 0 = all.")
     eval_batch_size: int | None = flag(None, "Windows per process in one evaluation; None is micro_batch_size.")
     log_every: int = flag(10, "Steps between lines of the log.")
     report_to: list[str] = field(
         default_factory=list,
         metadata={"help": "Trackers of accelerate that also get the log: tensorboard, wandb, ...; none for none."},
     )
-    sample_every: int = flag(250, "Steps between samples of text; 0 = only at the end.")
+    sample_every: int = flag(250, "Steps between samples; 0 = only at the end.")
     sample_bytes: int | None = flag(
         None, "Tokens per sample; 0 = no samples. None is 300, and 0 with --objective masked, which cannot continue."
+    )
+    sample_pictures: int | None = flag(
+        None, "With --pictures: how many are sampled, and held-out ones completed; 0 = none. None is 8."
     )
     sample_prompt: str = flag("The ", "What samples begin with.")
     save_every: int = flag(250, "Steps between checkpoints; 0 = only at the end.")
@@ -175,7 +187,16 @@ class OutputArguments:
     overwrite: bool = flag(False, "Replace the run that is in output_dir.")
 
 
-GROUPS = (ModelArguments, MaskingArguments, TextArguments, DataArguments, TrainingArguments, OutputArguments)
+GROUPS = (
+    *(ModelArguments, MaskingArguments, TextArguments, PictureArguments, DataArguments),
+    *(TrainingArguments, OutputArguments),
+)
+NOT_OF_PICTURES = {  # flags that mean nothing for pictures
+    *("tokenizer", "vocab_size", "shuffle_buffer", "carry_state", "stream_length", "sample_bytes", "sample_prompt"),
+    *("eval_stride", "eval_stream_length", "eval_refresh_every", "eval_refresh_overlap", "eval_bytes"),
+}
+# And those that mean something for nothing else.
+OF_PICTURES = {"horizontal_flip", "color_shift", "eval_pictures", "test_pictures", "sample_pictures"}
 
 
 def parse_arguments(argv: list[str], description: str = "") -> argparse.Namespace:
@@ -193,11 +214,15 @@ def parse_arguments(argv: list[str], description: str = "") -> argparse.Namespac
     if args.init_from is None:
         args.model_preset = "aft-conv-tiny" if args.model_preset is None else args.model_preset
         args.model_preset = find_preset(args.model_preset, "models", "--model_preset")
-    args.tokenizer = (args.init_from or "bytes") if args.tokenizer is None else args.tokenizer
+    complete_source(args)
     masked = args.objective == "masked"
-    args.eval_protocol = args.eval_protocol or ("masked" if masked else "segments")
-    args.sample_bytes = (0 if masked else 300) if args.sample_bytes is None else args.sample_bytes
-    complete_text_arguments(args)
+    if args.pictures is None:
+        args.tokenizer = (args.init_from or "bytes") if args.tokenizer is None else args.tokenizer
+        args.eval_protocol = args.eval_protocol or ("masked" if masked else "segments")
+        args.sample_bytes = (0 if masked else 300) if args.sample_bytes is None else args.sample_bytes
+    else:
+        args.eval_protocol = args.eval_protocol or "pictures"
+        args.sample_pictures = 8 if args.sample_pictures is None else args.sample_pictures
     return args
 
 
@@ -322,10 +347,10 @@ def flag_problems(args: argparse.Namespace) -> list[str]:
         "eval_batch_size",
     ):
         check(getattr(args, name) is None or getattr(args, name) >= 1, name, "at least 1")
-    for name in ("warmup_steps", "weight_decay", "max_grad_norm", "seed", "eval_every", "eval_bytes"):
+    for name in ("warmup_steps", "weight_decay", "max_grad_norm", "seed", "eval_every", "eval_bytes", "color_shift"):
         check(getattr(args, name) >= 0, name, "at least 0")
-    for name in ("sample_every", "sample_bytes", "save_every"):
-        check(getattr(args, name) >= 0, name, "at least 0")
+    for name in ("sample_every", "sample_bytes", "sample_pictures", "eval_pictures", "test_pictures", "save_every"):
+        check(getattr(args, name) is None or getattr(args, name) >= 0, name, "at least 0")
     for name in ("adam_beta1", "adam_beta2"):
         check(0 <= getattr(args, name) < 1, name, "in [0, 1)")
     for name in ("learning_rate", "position_lr_scale"):
@@ -336,14 +361,21 @@ def flag_problems(args: argparse.Namespace) -> list[str]:
     check(args.num_epochs is None or args.max_steps is None, "num_epochs", "left out when --max_steps is given")
     check(args.lr_decay != "inverse_sqrt" or args.warmup_steps >= 1, "warmup_steps", "at least 1 with inverse_sqrt")
     check(args.optimizer != "muon" or args.mixed_precision != "fp16", "optimizer", "adamw with fp16")
-    problems += text_problems(args)
+    problems += source_problems(args)
+    has_pictures, defaults = args.pictures is not None, {e.name: e.default for group in GROUPS for e in fields(group)}
+    for name in sorted(NOT_OF_PICTURES if has_pictures else OF_PICTURES):
+        left_out = f"left out {'with' if has_pictures else 'without'} --pictures"
+        check(getattr(args, name) == defaults[name], name, left_out)
+    check(args.color_shift <= 255, "color_shift", "at most 255")
+    check(not has_pictures or args.objective != "masked", "objective", "causal with --pictures")
     is_bpe, masked = args.tokenizer == "bpe", args.objective == "masked"
     check(is_bpe or args.vocab_size is None, "vocab_size", "left out without --tokenizer bpe")
     least = 258 if masked else 257
     check(not is_bpe or (args.vocab_size or 0) >= least, "vocab_size", f"at least {least} with --tokenizer bpe")
     problems += masking_problems(args, masked, "--objective masked")
-    allowed = ("masked",) if masked else CAUSAL
-    check(args.eval_protocol in allowed, "eval_protocol", f"{' or '.join(allowed)} with --objective {args.objective}")
+    allowed = ("pictures",) if has_pictures else ("masked",) if masked else CAUSAL
+    needed = "--pictures" if has_pictures else f"--objective {args.objective}"
+    check(args.eval_protocol in allowed, "eval_protocol", f"{' or '.join(allowed)} with {needed}")
     check(not masked or not args.sample_bytes, "sample_bytes", "0 with --objective masked, which continues no text")
     check(not masked or not args.carry_state, "carry_state", "left out with --objective masked, which has no state")
     check(args.init_from is None or args.model_preset is None, "model_preset", "left out with --init_from")
@@ -362,7 +394,7 @@ def flag_problems(args: argparse.Namespace) -> list[str]:
     check(args.shuffle_buffer is None or args.shuffle_buffer >= 0, "shuffle_buffer", "at least 0")
     check(not args.streaming or args.num_epochs is None, "num_epochs", "left out with --streaming, give --max_steps")
     check(not args.streaming or not args.carry_state, "carry_state", "left out with --streaming")
-    check(args.sample_bytes == 0 or args.sample_prompt, "sample_prompt", "at least one character")
+    check(not args.sample_bytes or args.sample_prompt, "sample_prompt", "at least one character")
     try:
         prompt_bytes(args.sample_prompt)
     except UnicodeEncodeError:
@@ -419,13 +451,34 @@ def check_arguments(args: argparse.Namespace, num_processes: int):
         check(not has_length_limit(config), "carry_state", "left out: this model's position tables end")
         twice = "left out with --carry_state: it would read the state twice"
         check(not args.gradient_checkpointing, "gradient_checkpointing", twice)
+    args.picture_shape, picture_length = None, None
+    if args.pictures is not None and not problems:
+        from aft.picture_data import picture_shape
+
+        try:
+            args.picture_shape = list(picture_shape(args))
+        except ValueError as error:
+            problems.append(str(error))
+        else:
+            picture_length = math.prod(args.picture_shape)
+            size = " x ".join(map(str, args.picture_shape))
+            whole = args.sequence_length in (None, picture_length)
+            check(whole, "sequence_length", f"left out, or {picture_length}, the sub-pixels of {size}")
+            check(picture_length >= 2, "image_size", "at least 2 for one channel")
     if config is not None:
         length = getattr(config, "max_position_embeddings", None)
-        args.sequence_length = args.sequence_length or length
+        args.sequence_length = args.sequence_length or picture_length or length
         check(args.sequence_length is not None, "sequence_length", "given: the model has no max_position_embeddings")
         if args.sequence_length and has_length_limit(config):
-            check(args.sequence_length <= length, "sequence_length", f"at most max_position_embeddings ({length})")
-            check(len(prompt_bytes(args.sample_prompt)) < length, "sample_prompt", f"shorter than {length} bytes")
+            if picture_length is not None and args.sequence_length > length:
+                problems.append(
+                    f"max_position_embeddings must be {picture_length} or more, one for each of the "
+                    f"{' x '.join(map(str, args.picture_shape))} sub-pixels of a picture, got {length}"
+                )
+            elif picture_length is None:
+                check(args.sequence_length <= length, "sequence_length", f"at most max_position_embeddings ({length})")
+                prompt = len(prompt_bytes(args.sample_prompt))
+                check(prompt < length, "sample_prompt", f"shorter than {length} bytes")
         if args.sequence_length and args.carry_state:
             args.stream_length = 4 * args.sequence_length if args.stream_length is None else args.stream_length
             whole = args.stream_length % args.sequence_length == 0 and args.stream_length > args.sequence_length

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 
 CAUSAL = ("segments", "sliding", "carried", "refreshed")  # of a model that predicts the next token
-PROTOCOLS = (*CAUSAL, "masked")
+PROTOCOLS = (*CAUSAL, "masked", "pictures")
 # Of the file for the scores by position, a row for each range from `first` to `last`.
 POSITION_COLUMNS = ("model", "split", "protocol", "first", "last", "bits_per_byte", "bytes_scored")
 FIELDS_OF = {  # what belongs to one protocol alone
@@ -22,7 +22,14 @@ FIELDS_OF = {  # what belongs to one protocol alone
     "stream_length": "carried",
     "refresh_every": "refreshed",
     "refresh_overlap": "refreshed",
+    "first_bits": "pictures",
 }
+OPTIONAL = ("stream_length", "first_bits")  # those that their protocol may leave out
+
+
+def unit_of(protocol: str) -> tuple[str, str]:
+    """What the scores of a protocol are called, and what they are of."""
+    return ("bits per dimension", "sub-pixels") if protocol == "pictures" else ("bits per byte", "bytes")
 
 
 class Window(NamedTuple):
@@ -49,12 +56,14 @@ class Protocol:
 
     Attributes:
         protocol (`str`): one of PROTOCOLS.
-        length (`int`): T, tokens of a window of `segments`, `sliding` and `masked`. Of the others, how many are read
-            at once, which changes no score.
+        length (`int`): T, tokens of a window of `segments`, `sliding` and `masked`, and sub-pixels of a picture of
+            `pictures`. Of the others, how many are read at once, which changes no score.
         stride (`int`, *optional*): S of `sliding`, in tokens.
         stream_length (`int`, *optional*): L of `carried`, tokens of a stream; None for the whole range.
         refresh_every, refresh_overlap (`int`, *optional*): R and O of `refreshed`: how many are read between one
             start and the next, and how many of them had been read before.
+        first_bits (`float`, *optional*): of `pictures`: what is charged for the first sub-pixel of a picture, where no
+            start token stands before it from which it could be predicted.
         mlm_probability, mask_unit, mean_span_length (*optional*): of `masked`, as `Masking` has them.
     """
 
@@ -64,6 +73,7 @@ class Protocol:
     stream_length: int | None = None
     refresh_every: int | None = None
     refresh_overlap: int | None = None
+    first_bits: float | None = None
     mlm_probability: float | None = None
     mask_unit: str | None = None
     mean_span_length: float | None = None
@@ -86,7 +96,7 @@ class Protocol:
             value = getattr(self, name)
             if protocol != self.protocol:
                 check(value is None, name, f"left out without {prefix}protocol {protocol}")
-            elif protocol != "carried":
+            elif name not in OPTIONAL:
                 check(value is not None, name, f"given with {prefix}protocol {protocol}")
             check(value is None or value >= 1, name, "at least 1")
         if found:
@@ -102,7 +112,15 @@ class Protocol:
         return found
 
     def windows(self, start: int, stop: int) -> Iterator[Window]:
-        """The windows over the labels [start, stop), in order; each label is scored in one of them."""
+        """
+        The windows over the labels [start, stop), in order; each label is scored in one of them. Between two pictures
+        stands a token that is none: the start token, or a first sub-pixel without one.
+        """
+        if self.protocol == "pictures":
+            size, first_position = (self.length, 0) if self.first_bits is None else (self.length - 1, 1)
+            for first in range(start, stop, size + 1):
+                yield Window(first, first, first + size, first - first_position)
+            return
         whole = stop - start
         size = {"carried": self.stream_length or whole, "refreshed": self.refresh_every}.get(
             self.protocol, self.length

@@ -19,6 +19,7 @@ import transformers
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from transformers import AutoConfig, AutoTokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # at the top, 5.17 wants torchvision
 
@@ -68,7 +69,7 @@ def check_files(folder: Path) -> dict:
         raise ValueError(f"{folder}: no config.json; allowed: a folder that save_pretrained wrote")
     check_inside(folder, [path for part in (*PARTS, *READ_ONLY) for path in folder.glob(part)])
     config = read_json(folder / "config.json", f"{folder}:")
-    reader = PROCESSOR if is_of_images(config) else TOKENIZER
+    reader = reader_file(folder, config)
     needed = {reader, *code_files(config, folder / "config.json")}
     if (folder / reader).is_file():
         needed |= code_files(read_json(folder / reader, f"{folder}:"), folder / reader)
@@ -95,6 +96,12 @@ def is_of_images(config: dict) -> bool:
     """Whether a model reads images, and not text."""
     names = config.get("architectures") or ()
     return config.get("model_type") == "aft_vision" or any("ForImageClassification" in str(name) for name in names)
+
+
+def reader_file(folder: Path, config: dict) -> str:
+    """The file of what reads the inputs of a model: a language model has an image processor if it is of pictures."""
+    is_of_pictures = (folder / PROCESSOR).is_file() and not (folder / TOKENIZER).is_file()
+    return PROCESSOR if is_of_images(config) or is_of_pictures else TOKENIZER
 
 
 def is_of_library(config: dict) -> bool:
@@ -237,10 +244,13 @@ def check_model(folder: Path, name: Path) -> dict:
     except Exception as error:
         raise ValueError(f"{name} does not load: {type(error).__name__}: {error}") from error
     problems = [f"{kind.replace('_', ' ')}: {', '.join(map(str, found))}" for kind, found in report.items() if found]
+    makes_pictures = isinstance(reader, BaseImageProcessor) and not is_of_images(config)
     if is_of_images(config):
         found, channels = reader.image_mean, getattr(model.config, "num_channels", 3)
         if reader.do_normalize and isinstance(found, (list, tuple)) and len(found) != channels:
             problems.append(f"{len(found)} channels of the image processor, but num_channels {channels}")
+    elif makes_pictures:
+        problems += pixel_problems(reader, model.config)
     elif (needed := rows_needed(reader, model.config)) > model.config.vocab_size:
         problems.append(f"{needed} tokens of the tokenizer, but vocab_size {model.config.vocab_size}")
     if problems:
@@ -250,14 +260,31 @@ def check_model(folder: Path, name: Path) -> dict:
         "model_class": model_class,
         "auto_class": auto_class,
         "images": is_of_images(config),
+        "picture": " x ".join(map(str, reader.shape)) if makes_pictures else None,
         "parameters": model.num_parameters(),
     }
+
+
+def pixel_problems(processor: BaseImageProcessor, config) -> list[str]:
+    """What is wrong with the image processor of a language model of pictures, and the configuration of the model."""
+    if not hasattr(processor, "num_subpixels"):
+        return [f"a language model of pictures needs AFTImageProcessor, got {type(processor).__name__}"]
+    problems = []
+    if processor.bos_token_id >= config.vocab_size:
+        problems.append(
+            f"bos_token_id {processor.bos_token_id} of the image processor, vocab_size {config.vocab_size}"
+        )
+    if config.has_position_table and processor.num_subpixels > config.max_position_embeddings:
+        found = f"max_position_embeddings {config.max_position_embeddings}"
+        problems.append(f"{processor.num_subpixels} sub-pixels of the image processor, but {found}")
+    return problems
 
 
 def find_reader(folder: Path, config: dict):
     """The class of the tokenizer or image processor in `folder`: that of the code there, if any, also where the
     package is imported."""
-    file, default = (PROCESSOR, AutoImageProcessor) if is_of_images(config) else (TOKENIZER, AutoTokenizer)
+    file = reader_file(folder, config)
+    default = AutoImageProcessor if file == PROCESSOR else AutoTokenizer
     auto_map = read_json(folder / file, f"{folder}:").get("auto_map") or {}
     names = auto_map.get(default.__name__) or [None]
     found = [name for name in (names if isinstance(names, list) else [names]) if name is not None]

@@ -35,7 +35,7 @@ from aft.protocols import Protocol
 from aft.redaction import public_path, readable
 from aft.run_log import MEANINGLESS_ELSEWHERE, describe_score, fill_model_card, plot_training_curve, read_log, today
 from aft.saved_models import LANGUAGE_MODELS, load_model
-from aft.text_arguments import text_flags
+from aft.text_arguments import TextArguments, flag_words
 from aft.text_sources import SPLITS, load_text
 from aft.token_data import TokenData, tokens_at_hand
 from aft.vocabulary import vocabulary_of_model
@@ -191,7 +191,7 @@ def release(args: argparse.Namespace, argv: list[str]) -> Path:
 
         scores = score(stored, data, ("test", "valid"), protocols, masking)
         program = ["aft", "evaluate", str(args.folder)]
-        program += text_flags(args)
+        program += flag_words(args, TextArguments)
         for event in scores:
             event |= {"step": final["step"], "command": f"{shlex.join(program)} {event['command']}"}
         [before] = score(trained, data, ("valid",), protocols[:1], masking)

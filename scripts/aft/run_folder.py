@@ -51,7 +51,8 @@ def clear_output(args, checkpoint: Path | None, step: int) -> None:
     for part in folder.glob(f"{MODEL_PART}*"):
         shutil.rmtree(part)
     if args.overwrite:
-        for name in ("config.json", "README.md"):  # first: no finished model is here until this run has finished
+        # First: no finished model is here until this run has finished.
+        for name in ("config.json", "README.md", *(path.name for path in folder.glob("samples*.png"))):
             (folder / name).unlink(missing_ok=True)
         for name in ("checkpoints", "tensorboard"):
             if (folder / name).exists():

@@ -19,6 +19,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from aft.atomic_files import naming, replacing, sync, write_whole
 from aft.pretraining_arguments import PATHS, public_flags, public_value
+from aft.protocols import unit_of
 from aft.redaction import public_path
 
 
@@ -28,6 +29,7 @@ HUB_DATASETS = {"enwik8": "LTCB/enwik8"}  # names on the Hub of the known files 
 LETTERS = {
     **{"length": "T", "stride": "S", "stream_length": "L", "refresh_every": "R", "refresh_overlap": "O"},
     **{"mlm_probability": "P", "mask_unit": "unit", "mean_span_length": "mean span"},
+    **{"first_bits": "bits of the first sub-pixel"},
 }
 PAPERS = {
     "aft": "an [Attention Free Transformer](https://arxiv.org/abs/2105.14103)",
@@ -118,11 +120,12 @@ def public_event(event: dict) -> dict:
 
 
 def plot_training_curve(events: list[dict], path: Path) -> None:
-    """Bits per byte over steps, train and valid, as a PNG."""
+    """Bits per byte, or per dimension, over steps, train and valid, as a PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="bits per byte")
+    unit, _ = unit_of(next((event["protocol"] for event in events if event["event"] == "evaluation"), "segments"))
+    axes = figure.add_subplot(xlabel="step", ylabel=unit)
     for name, style, chosen in (
         ("train", "-", [event for event in events if event["event"] == "train"]),
         ("valid", "o-", [event for event in events if event["event"] == "evaluation" and event["split"] == "valid"]),
@@ -138,7 +141,8 @@ def plot_training_curve(events: list[dict], path: Path) -> None:
 def describe_score(evaluation: dict) -> str:
     """The score of an evaluation in words, with the perplexity of a token where tokens are no bytes."""
     perplexity = f", perplexity {evaluation['perplexity']:.2f}" if "perplexity" in evaluation else ""
-    return f"{evaluation['bits_per_byte']:.4f} bits per byte{perplexity}"
+    unit, _ = unit_of(evaluation["protocol"])
+    return f"{evaluation['bits_per_byte']:.4f} {unit}{perplexity}"
 
 
 def describe_protocol(evaluation: dict) -> str:
@@ -146,7 +150,8 @@ def describe_protocol(evaluation: dict) -> str:
     parts = [evaluation["protocol"]]
     parts += [f"{letter} = {evaluation[name]}" for name, letter in LETTERS.items() if name in evaluation]
     parts += [f"{evaluation['tokens_scored']} tokens"] if "tokens_scored" in evaluation else []
-    return ", ".join([*parts, f"{evaluation['bytes_scored']} bytes", evaluation["dtype"]])
+    _, scored = unit_of(evaluation["protocol"])
+    return ", ".join([*parts, f"{evaluation['bytes_scored']} {scored}", evaluation["dtype"]])
 
 
 def final_scores(events: list[dict]) -> list[dict]:
@@ -162,6 +167,12 @@ def final_scores(events: list[dict]) -> list[dict]:
 def number(value: int | None) -> str | None:
     """A whole number with commas, None for none."""
     return None if value is None else f"{value:,}"
+
+
+def curve_part(arguments: dict) -> str | None:
+    """How much of valid the curve of a run is of; None if all."""
+    most = {"bytes": arguments["eval_bytes"], "pictures": arguments.get("eval_pictures")}
+    return next((f"{count:,} {unit}" for unit, count in most.items() if count), None)
 
 
 def card_values(events: list[dict]) -> dict:
@@ -200,6 +211,9 @@ def card_values(events: list[dict]) -> dict:
         ),
         "dataset_sha256": config["data_sha256"],
         **{f"{split}_bytes": number(config[f"{split}_bytes"]) for split in ("train", "valid", "test")},
+        "picture": config.get("picture"),
+        **{f"{split}_pictures": number(config.get(f"{split}_pictures")) for split in ("train", "valid", "test")},
+        "unit": unit_of(final_scores(events)[0]["protocol"])[0],
         "tokenizer": config.get("tokenizer"),
         "init_from": config.get("init_from"),
         "vocab_size": number(config.get("vocab_size")),
@@ -216,12 +230,13 @@ def card_values(events: list[dict]) -> dict:
         ],
         "release": one.get("release"),
         "has_code": "release" not in one,
-        "curve_bytes": number(config["arguments"]["eval_bytes"] or None),
+        "curve_bytes": curve_part(config["arguments"]),
         "steps": f"{final['step']:,}",
         "tokens": f"{final['step'] * config['tokens_per_step']:,}",
         "minutes": f"{final['training_seconds'] / 60:,.1f}",
         **{name: config[name] for name in ("hardware", "num_processes", "precision", "date", "command")},
         "versions": ", ".join(f"{name} {version}" for name, version in config["versions"].items()),
+        "pictures": final.get("pictures", []),
         "sample": "\n".join("    " + line for line in final["sample"].splitlines()),
         "arguments": arguments,
         "model_fields": fields,
@@ -234,25 +249,28 @@ def card_metadata(values: dict) -> ModelCardData:
 
     family = AFTVisionPreTrainedModel if values["images"] else AFTPreTrainedModel
     task = family.heads[values["auto_class"]].pipeline_tag
+    if values["picture"]:
+        task = "unconditional-image-generation"
     data = ModelCardData(
         license="apache-2.0", library_name="transformers", pipeline_tag=task, tags=[values["model_type"]]
     )
     if values["run"]:
         dataset = values["hub_dataset"]
-        data.tags += [] if values["tokenizer"] else ["byte-level"]
+        kind = "images" if values["picture"] else "text" if values["tokenizer"] else "bytes"
+        data.tags += [] if values["tokenizer"] or values["picture"] else ["byte-level"]
         data.tags += ["masked-lm" if values["masked"] else "causal-lm"]
         data.language = (values["release"] or {}).get("language")
         data.datasets = [dataset] if dataset else None
-        data.metrics = ["bits_per_byte"]
+        data.metrics = [values["unit"].replace(" ", "_")]
         data.model_name = values["name"]
         data.eval_results = [
             EvalResult(
                 task_type=task,
-                dataset_type=dataset or ("text" if values["tokenizer"] else "bytes"),
+                dataset_type=dataset or kind,
                 dataset_name=values["dataset"],
                 dataset_split="test",
-                metric_type="bits_per_byte",
-                metric_name=f"bits per byte ({score['protocol']})",
+                metric_type=data.metrics[0],
+                metric_name=f"{values['unit']} ({score['protocol']})",
                 metric_value=float(score["bpb"]),
             )
             for score in values["scores"]
@@ -269,12 +287,20 @@ def fill_model_card(events: list[dict], **values) -> str:
         events (`list[dict]`): the log of a finished run, empty if there is none.
         values: `name`, `path` (what `from_pretrained` gets), `has_code` (whether the code is beside the weights),
             `model_type`, `model_class`, `auto_class` and `parameters` (an int) of the model, needed if there is no
-            log; `images`, whether it reads images; and `metrics`, a dict of what else it was evaluated by.
+            log; `images`, whether it reads images; `picture`, height x width x channels of what it makes, None if that
+            is text; and `metrics`, a dict of what else it was evaluated by.
 
     Raises:
         jinja2.UndefinedError: the template asks for a value that there is not.
     """
-    values = {"metrics": {}, "images": False, **(card_values(events) if events else {}), **values, "run": bool(events)}
+    values = {
+        "metrics": {},
+        "images": False,
+        "picture": None,
+        **(card_values(events) if events else {}),
+        **values,
+        "run": bool(events),
+    }
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     template = environment.from_string(CARD_TEMPLATE.read_text(encoding="utf-8"))
     paper = PAPERS.get(values["model_type"])

@@ -6,7 +6,7 @@
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
-"""Bits per byte of a saved model: what `aft evaluate` does."""
+"""Bits per byte, or per dimension, of a saved model: what `aft evaluate` does."""
 
 import argparse
 
@@ -15,15 +15,22 @@ from accelerate import Accelerator
 
 from aft.atomic_files import write_rows
 from aft.bits_per_byte import evaluate_split
-from aft.masking import make_masking
+from aft.masking import Masking, make_masking
 from aft.masking_arguments import complete_masking, masking_problems, masking_settings
 from aft.model_configs import has_length_limit
+from aft.picture_data import (
+    PictureTokens,
+    check_picture_model,
+    load_pictures,
+    picture_shape,
+    shape_of_model,
+)
 from aft.protocols import CAUSAL, POSITION_COLUMNS, Protocol
 from aft.run_log import describe_protocol, describe_score
 from aft.saved_models import LANGUAGE_MODELS, load_config, load_model, objective_of
 from aft.text_sources import load_text
-from aft.token_data import tokens_at_hand
-from aft.vocabulary import vocabulary_of_model
+from aft.token_data import TokenData, tokens_at_hand
+from aft.vocabulary import START_OF_PICTURE, vocabulary_of_model
 
 
 def choose_protocol(config, args: argparse.Namespace) -> Protocol:
@@ -56,6 +63,35 @@ def choose_protocol(config, args: argparse.Namespace) -> Protocol:
     return protocol
 
 
+def read_text(args: argparse.Namespace, config) -> tuple[TokenData, Protocol, Masking | None]:
+    """The tokens of the text of the flags, how they are scored, and what is hidden from a masked model."""
+    protocol = choose_protocol(config, args)
+    vocabulary = vocabulary_of_model(args.model, config, trust_remote_code=args.trust_remote_code)
+    text = load_text(args)
+    data = tokens_at_hand(text, vocabulary, args.cache_dir)
+    if objective_of(config) != "masked":
+        return data, protocol, None
+    complete_masking(args, vocabulary.is_bytes)
+    protocol = choose_protocol(config, args)
+    return data, protocol, make_masking(protocol, vocabulary, text.are_documents)
+
+
+def read_pictures(args: argparse.Namespace, config) -> tuple[TokenData, Protocol, None]:
+    """
+    The same for pictures: of the size that the model has, if its folder says it.
+
+    Raises:
+        ValueError: the model is none of pictures of this size, or they cannot be read.
+    """
+    shape = shape_of_model(args.model)
+    if shape is None:
+        shape = picture_shape(args)
+    check_picture_model(config, shape, f"--model {args.model}", starts=False)
+    start = START_OF_PICTURE if config.vocab_size > START_OF_PICTURE else None
+    data = PictureTokens(load_pictures(args, shape), start)
+    return data, Protocol("pictures", data.length, first_bits=8.0 if start is None else None), None
+
+
 def evaluate(args: argparse.Namespace) -> dict:
     """
     The score of a model, with the flags of `aft evaluate`.
@@ -67,18 +103,14 @@ def evaluate(args: argparse.Namespace) -> dict:
     transformers.utils.logging.disable_progress_bar()
     trust = {"trust_remote_code": args.trust_remote_code}
     config = load_config(args.model, **trust)
-    protocol = choose_protocol(config, args)
-    vocabulary, objective, masking = vocabulary_of_model(args.model, config, **trust), objective_of(config), None
     accelerator = Accelerator()
     with accelerator.local_main_process_first():
-        text = load_text(args)
-        data = tokens_at_hand(text, vocabulary, args.cache_dir)
-    if objective == "masked":
-        complete_masking(args, vocabulary.is_bytes)
-        protocol = choose_protocol(config, args)
-        masking = make_masking(protocol, vocabulary, text.are_documents)
-    model, _ = load_model(LANGUAGE_MODELS[objective], args.model, dtype=args.dtype, **trust)
+        read = read_text if args.pictures is None else read_pictures
+        data, protocol, masking = read(args, config)
+    model, _ = load_model(LANGUAGE_MODELS[objective_of(config)], args.model, dtype=args.dtype, **trust)
     model, options = accelerator.prepare(model), {"masking": masking}
+    if args.max_pictures is not None:
+        options["max_bytes"] = args.max_pictures * protocol.length
     result = evaluate_split(model, data, args.split, accelerator, protocol, args.batch_size, **options)
     accelerator.print(f"{args.split}: {describe_score(result)} ({describe_protocol(result)})")
     if args.by_position is not None and accelerator.is_main_process:

@@ -9,6 +9,7 @@
 """The flags that say which text a program reads, and the checks on them. Nothing here loads torch or `datasets`."""
 
 import argparse
+import itertools
 import math
 import re
 from dataclasses import dataclass, fields
@@ -65,10 +66,13 @@ class TextArguments:
     cache_dir: str = flag(str(CACHE), "Folder for downloads and for the memory-mapped tokens of the text.")
 
 
-def text_flags(args: argparse.Namespace) -> list[str]:
-    """The flags that name the same text again, as words of a command line, without where this machine caches it."""
+def flag_words(args: argparse.Namespace, *groups: type) -> list[str]:
+    """
+    The flags of dataclasses that name the same data again, as words of a command line, without where this machine
+    caches them.
+    """
     words = []
-    for entry in fields(TextArguments):
+    for entry in itertools.chain.from_iterable(map(fields, groups)):
         value = getattr(args, entry.name)
         if entry.name == "cache_dir" or value == entry.default or (entry.name == "dataset" and value in NAMED[::2]):
             continue

@@ -358,6 +358,29 @@ def choose_splits(found: dict, args: argparse.Namespace) -> dict:
     return chosen
 
 
+def draw_rows(count: int, missing: list[str], size: float, of: str) -> dict[str, np.ndarray]:
+    """
+    The rows of train that remain train, and those that become the splits that are `missing`, by a fixed seed: for each
+    the sorted numbers, int64.
+
+    Args:
+        count: rows of train.
+        size: a share of them for each missing split, or from 1 on their number.
+        of: what errors call them.
+
+    Raises:
+        ValueError: none are left for train.
+    """
+    taken = int(size) if size >= 1 else max(1, round(size * count))
+    if count <= taken * len(missing):
+        raise ValueError(
+            f"--test_size must leave {of} for train: it has {count}, got {size:g} for {', '.join(missing)}"
+        )
+    order = np.random.default_rng(DRAWN).permutation(count)
+    rows = {split: order[index * taken : (index + 1) * taken] for index, split in enumerate(missing)}
+    return {split: np.sort(drawn) for split, drawn in {"train": order[len(missing) * taken :], **rows}.items()}
+
+
 def share_out(chosen: dict, size: float) -> dict[str, Dataset]:
     """
     The three splits, of which those that `chosen` lacks are drawn from train.
@@ -365,19 +388,11 @@ def share_out(chosen: dict, size: float) -> dict[str, Dataset]:
     Raises:
         ValueError: train has too few documents.
     """
-    train, missing = chosen["train"], [split for split in ("valid", "test") if split not in chosen]
-    count = int(size) if size >= 1 else max(1, round(size * len(train)))
-    if len(train) <= count * len(missing):
-        raise ValueError(
-            f"--test_size must leave documents for train: it has {len(train)}, got {size:g} for {', '.join(missing)}"
-        )
-    order = np.random.default_rng(DRAWN).permutation(len(train)) if missing else None
-    splits = dict(chosen)
-    for index, split in enumerate(missing):
-        splits[split] = train.select(np.sort(order[index * count : (index + 1) * count]))
+    missing = [split for split in ("valid", "test") if split not in chosen]
+    rows = draw_rows(len(chosen["train"]), missing, size, "documents")
     if missing:
-        splits["train"] = train.select(np.sort(order[len(missing) * count :]))
-    return {split: splits[split] for split in SPLITS}
+        chosen = chosen | {split: chosen["train"].select(drawn) for split, drawn in rows.items()}
+    return {split: chosen[split] for split in SPLITS}
 
 
 def take_out(chosen: dict, column: str, size: int) -> tuple[dict[str, Dataset], IterableDataset]:

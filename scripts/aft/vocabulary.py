@@ -27,6 +27,7 @@ from aft.saved_models import load
 
 END_OF_TEXT = "<|endoftext|>"
 MASK_TOKEN = "[MASK]"
+START_OF_PICTURE = 256  # the id of the token before the sub-pixels of a picture, whose ids are their values
 BYTE_END = 255  # the id of the end of a text in a model of bytes: no text in UTF-8 has this byte
 WHITESPACE = b" \t\n\r\f\v"
 SPACE_MARKS = "\u2581\u0120\u010a\u0109\u010d \n\t\r"  # what SentencePiece and byte-level BPE write for whitespace
@@ -106,6 +107,31 @@ class ByteVocabulary:
     def save(self, folder: Path, config) -> None:
         """Writes the tokenizer of a model to its folder, after the model, of which it takes the limit of length."""
         byte_tokenizer(config, self.mask).save_pretrained(folder)
+
+
+class PixelVocabulary:
+    """
+    The values of sub-pixels as tokens, and one that stands before each picture.
+
+    Args:
+        shape (`tuple`): height, width and channels of the pictures.
+    """
+
+    name, start, end, mask, size, is_bytes = "sub-pixels", START_OF_PICTURE, None, None, 257, True
+
+    def __init__(self, shape: tuple[int, int, int]):
+        self.shape = tuple(shape)
+
+    def processor(self):
+        """The image processor of a model of these pictures."""
+        from modeling_aft import AFTImageProcessor  # what else is here runs without the package
+
+        height, width, channels = self.shape
+        return AFTImageProcessor(size={"height": height, "width": width}, num_channels=channels)
+
+    def save(self, folder: Path, config) -> None:
+        """Writes the image processor of a model to its folder."""
+        self.processor().save_pretrained(folder)
 
 
 class TokenizerVocabulary:
@@ -324,7 +350,9 @@ def trained_vocabulary(text, size: int, cache_dir: str | Path, masks: bool = Fal
 
 
 def make_vocabulary(args, text):
-    """The vocabulary that `--tokenizer` names, for a text and an objective."""
+    """The vocabulary that `--tokenizer` names, for a text and an objective; of pictures that of their sub-pixels."""
+    if args.pictures is not None:
+        return PixelVocabulary(text.shape)
     masks = args.objective == "masked"
     if args.tokenizer == "bytes":
         return ByteVocabulary(masks)
@@ -335,11 +363,13 @@ def make_vocabulary(args, text):
 
 def asked_size(args) -> int:
     """
-    How many ids the tokens of `--tokenizer` have, before there is a text.
+    How many ids the tokens of `--tokenizer` or `--pictures` have, before those are read.
 
     Raises:
         ValueError: it does not load, or has no mask token where one is needed.
     """
+    if args.pictures is not None:
+        return PixelVocabulary.size
     masks = args.objective == "masked"
     if args.tokenizer in ("bytes", "bpe"):
         return args.vocab_size if args.tokenizer == "bpe" else ByteVocabulary(masks).size

@@ -7,11 +7,13 @@
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
 """
-Bits per byte of a language model on a split of a text, by a named protocol. Every byte is scored once, by the token
-that ends with it or after it; lengths are counted in tokens, which of many models are bytes.
+Bits per byte of a language model on a split of a text, or bits per dimension on pictures, by a named protocol. Every
+byte is scored once, by the token that ends with it or after it; lengths are counted in tokens, which of many models
+are bytes.
 
     aft evaluate runs/tiny --split test --protocol segments --length 256
     aft evaluate runs/tiny --dataset_path FILE --protocol sliding --length 256 --stride 64
+    aft evaluate runs/pictures --pictures FOLDER --max_pictures 1000
 
 - `segments`: independent windows of T tokens, side by side. The first token of a window is predicted from the one
   before it, the last from T tokens.
@@ -24,6 +26,10 @@ that ends with it or after it; lengths are counted in tokens, which of many mode
 - `masked`, of a masked language model: independent windows of T tokens, of which a share of P is replaced by the mask
   token. Only what is hidden is scored, each token from all that is not. What is hidden depends on the place of the
   window alone, so that models with the same tokens are asked the same.
+- `pictures`, of a model of pictures, with --pictures in place of a text: bits per dimension, which are the summed nats
+  of all T sub-pixels of a picture / (T ln 2), averaged over pictures. The first sub-pixel counts: it is predicted from
+  the start token; of a model without one (256 tokens) it is charged with 8 bits. What a model of 257 tokens gives to
+  the start token within a picture is lost, so its score is an upper bound of that of the 256 values.
 
 No score depends on --batch_size or the number of processes, which say how many windows or streams are read at once;
 nor do those of `carried` and `refreshed` on T, how many tokens of each. --by_position tells the same by the position
@@ -38,8 +44,9 @@ from pathlib import Path
 from aft.console import any_text
 from aft.flags import DTYPES, FlagParser, check_model_name, import_files
 from aft.masking_arguments import MaskingArguments, masking_problems
+from aft.picture_arguments import PictureArguments, complete_source, source_problems
 from aft.protocols import PROTOCOLS
-from aft.text_arguments import TextArguments, complete_text_arguments, text_problems
+from aft.text_arguments import TextArguments
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -51,17 +58,21 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """
     parser = FlagParser("evaluate", __doc__)
     parser.add_fields(TextArguments)
+    parser.add_fields(PictureArguments)
     parser.add_fields(MaskingArguments)
     parser.add_argument("model", help="folder of a saved model, or a name on the Hub")
     parser.add_argument("--split", default="test", help="train, valid or test (default)")
     parser.add_argument(
-        "--protocol", help="segments (default), sliding, carried or refreshed; masked (default) of a masked model"
+        "--protocol",
+        help="segments (default), sliding, carried or refreshed; masked (default) of a masked model; pictures "
+        "(default) with --pictures",
     )
     parser.add_argument("--length", type=int, help="T in tokens (default: max_position_embeddings)")
     parser.add_argument("--stride", type=int, help="S of sliding, in tokens (default: half of T)")
     parser.add_argument("--stream_length", type=int, help="L of carried, in tokens (default: the whole range)")
     parser.add_argument("--refresh_every", type=int, help="R of refreshed, in tokens")
     parser.add_argument("--refresh_overlap", type=int, help="O of refreshed, in tokens")
+    parser.add_argument("--max_pictures", type=int, help="score only the first so many pictures (default: all)")
     parser.add_argument("--batch_size", type=int, default=16, help="windows at once (default: %(default)s)")
     parser.add_argument("--by_position", type=Path, help="csv file for the bits per byte of each range of positions")
     parser.add_argument("--dtype", default="auto", help="auto (what config.json says; default) or one like float32")
@@ -69,7 +80,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     problems = [
         f"--{name} must be at least 1, got {getattr(args, name)}"
-        for name in ("length", "batch_size")
+        for name in ("length", "batch_size", "max_pictures")
         if getattr(args, name) is not None and getattr(args, name) < 1
     ]
     problems += [
@@ -83,8 +94,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     ]
     is_masked = None if args.protocol is None else args.protocol == "masked"
     problems += masking_problems(args, is_masked, "--protocol masked")
-    complete_text_arguments(args)
-    problems += text_problems(args)
+    complete_source(args)
+    problems += source_problems(args)
+    has_pictures = args.pictures is not None
+    if has_pictures and args.protocol not in ("pictures", None):
+        problems.append(f"--protocol must be pictures with --pictures, got {args.protocol!r}")
+    of_text = ("length", "stride", "stream_length", "refresh_every", "refresh_overlap")
+    problems += [
+        f"--{name} must be left out {'with' if has_pictures else 'without'} --pictures, got {getattr(args, name)}"
+        for name in (of_text if has_pictures else ("max_pictures",))
+        if getattr(args, name) is not None
+    ]
     if args.streaming and args.split == "train":
         problems.append("--split must be valid or test with --streaming, got 'train'")
     if problems:

@@ -25,7 +25,7 @@ import argparse
 from pathlib import Path
 
 from aft.console import any_text
-from aft.flags import DTYPES, FlagParser, check_model_name, import_files
+from aft.flags import FlagParser, check_model_name, import_files, sampling_checks
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -46,22 +46,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--output_file", help="file for the bytes of the prompt and what continues it; of --batch_file .jsonl"
     )
     parser.add_loading()
-    sampling = parser.add_argument_group("sampling")
+    sampling = parser.add_sampling(temperature=0.8)
     sampling.add_argument(
         "--max_new_tokens",
         type=int,
         help="tokens to add; 500, or what a model with a length limit has room for",
     )
     sampling.add_argument("--greedy", action="store_true", help="always take the likeliest token")
-    sampling.add_argument("--temperature", type=float, default=0.8, help="divides the logits (default: %(default)s)")
-    sampling.add_argument("--top_k", type=int, default=0, help="sample among the k likeliest; 0 = all (default)")
-    sampling.add_argument(
-        "--top_p", type=float, default=1.0, help="sample among the likeliest of this mass (default 1)"
-    )
     sampling.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 = fewer repeats (default: 1)")
-    sampling.add_argument("--seed", type=int, default=0, help="seed of the samples (default: %(default)s)")
-    parser.add_argument("--device", help="where the model runs (default: cuda if it is there, else cpu)")
-    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default: %(default)s)")
     args = parser.parse_args(argv)
     source, target, batch = (
         None if name is None else Path(name) for name in (args.prompt_file, args.output_file, args.batch_file)
@@ -79,12 +71,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             ("prompt_file", source is None or (source.exists() and not source.is_dir()), "a file or a pipe"),
             ("output_file", target is None or target.is_file() or not target.exists(), "a new file or a regular one"),
             ("max_new_tokens", args.max_new_tokens is None or args.max_new_tokens >= 1, "at least 1"),
-            ("temperature", 1e-6 <= args.temperature <= 1e6, "in [1e-6, 1e6] (--greedy for the limit 0)"),
-            ("top_k", args.top_k >= 0, "at least 0"),
-            ("top_p", 0 < args.top_p <= 1, "in (0, 1]"),
             ("repetition_penalty", 1e-6 <= args.repetition_penalty <= 1e6, "in [1e-6, 1e6]"),
-            ("seed", 0 <= args.seed < 2**32, "in [0, 2**32)"),
-            ("dtype", args.dtype in DTYPES, "float32, bfloat16 or float16"),
+            *sampling_checks(args),
         )
         if not ok
     ]

@@ -7,7 +7,7 @@
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
 """
-Trains a language model of bytes, and scores it in bits per byte.
+Trains a language model of bytes, and scores it in bits per byte; or one of pictures, in bits per dimension.
 
     aft pretrain --preset tiny                               # tiny model, text at hand, minutes on a CPU
     aft pretrain --preset small --model_preset aft-conv-small --dataset_path FILE
@@ -18,6 +18,7 @@ each of them. batch_size counts windows over all processes and accumulated micro
 pure function of seed and step, so processes and micro-batches change only the rounding. Dropout is seeded by seed,
 step and process, so a resumed run continues exactly. With --carry_state a row of the batch reads stream_length bytes
 in order, and goes on with the state that the step before has left; checkpoints hold these states.
+With --pictures a window is a picture: a start token, and its sub-pixels as labels.
 With --objective masked the model is bidirectional, and the labels are the tokens that are hidden from it.
 
 output_dir gets run.jsonl, checkpoints/ and training_curve.png, and at the end everything that from_pretrained needs:

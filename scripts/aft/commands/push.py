@@ -12,7 +12,8 @@ Pushes a saved model to the Hub, in one commit: weights, configurations, code, t
     aft push runs/tiny me/aft-tiny --dry_run
     aft push runs/tiny me/aft-tiny --private
 
-The folder is one that `aft pretrain`, `aft release` or `save_pretrained` of model and tokenizer wrote. If it holds no
+The folder is one that `aft pretrain`, `aft release` or `save_pretrained` of model and tokenizer, or image processor,
+wrote. If it holds no
 code, as those of release.py, that of the installed package is pushed with it. Before anything is sent, the code beside
 the weights loads them; code that is not that of this repository runs only with --trust_remote_code. The card is made
 from the log of the run, run.jsonl; without one, or with --keep_card, README.md, if there is one, is pushed with the

@@ -34,6 +34,19 @@ Examples:
 """
 
 
+def bits_each(nats: list[float], counts: list[int], name: str) -> tuple[float, int]:
+    """
+    The bits of each of what was scored, and how many those are, in float64.
+
+    Raises:
+        ValueError: a count is negative or nothing was scored; begins with `name`, that of the counts.
+    """
+    total = sum(counts)
+    if total == 0 or min(counts) < 0:
+        raise ValueError(f"{name} must be counts with a positive sum, got a sum of {total}")
+    return math.fsum(nats) / (math.log(2) * total), total
+
+
 class BitsPerByte(evaluate.Metric):
     """Sums of nats and counts of bytes per segment, divided once at the end, in float64."""
 
@@ -46,7 +59,5 @@ class BitsPerByte(evaluate.Metric):
         )
 
     def _compute(self, nats, byte_counts):
-        total = sum(byte_counts)
-        if total == 0 or min(byte_counts) < 0:
-            raise ValueError(f"byte_counts must be counts with a positive sum, got a sum of {total}")
-        return {"bits_per_byte": math.fsum(nats) / (math.log(2) * total), "bytes_scored": total}
+        bits, total = bits_each(nats, byte_counts, "byte_counts")
+        return {"bits_per_byte": bits, "bytes_scored": total}
