@@ -72,9 +72,9 @@ def write_idx(path: Path, array: np.ndarray) -> None:
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
 
 
-def save_idx(folder: Path, suffix: str = ".gz") -> Path:
+def save_idx(folder: Path, suffix: str = ".gz", num_train: int = 30) -> Path:
     folder.mkdir()
-    for part, count in (("train", 30), ("t10k", 6)):
+    for part, count in (("train", num_train), ("t10k", 6)):
         labels = np.arange(count) % 3
         write_idx(folder / f"{part}-labels-idx1-ubyte{suffix}", labels)
         pictures = np.stack([draw(label, number, (12, 12)) for number, label in enumerate(labels)])

@@ -104,7 +104,8 @@ def flags_of_command(command: str) -> set[str]:
     with contextlib.redirect_stdout(printed), pytest.raises(SystemExit, match="^0$"):
         aft([command, "--help"])
     found = set(re.findall(r"--[\w-]+", printed.getvalue()))
-    return found | flags_of_command("pretrain") if command == "compare" else found  # which gives them to its runs
+    runs = ("pretrain", "classify") if command == "compare" else ()  # which gives them their flags
+    return found.union(*map(flags_of_command, runs))
 
 
 def assert_flags_exist(words: list[str], program: int, known: set[str]):

@@ -106,28 +106,45 @@ def size_of_all(data: ImageData) -> tuple[int, int] | None:
     return pictures.array.shape[1:3] if isinstance(pictures, ArrayPictures) else None
 
 
+def identify_data(data: ImageData) -> dict:
+    """What pictures, and a recipe whose flags are known, are for the identity of a run."""
+    parts = {part: pictures.sha256() for part, pictures in data.parts.items()}
+    return {"data": parts, "classes": list(data.names), "recipe": None}
+
+
 def named_labels(names: list[str]) -> dict:
     """The fields of a configuration that name the classes."""
     labels = dict(enumerate(names))
     return {"id2label": labels, "label2id": {name: index for index, name in labels.items()}}
 
 
-def new_model(inputs: argparse.Namespace, data: ImageData) -> tuple[torch.nn.Module, set[str]]:
+def preset_values(inputs: argparse.Namespace) -> dict:
     """
-    The model of a configuration, and the names of its tensors, all of which are new.
+    The fields of the configuration that `--model` names, without those that the data say.
+
+    Raises:
+        ValueError: the file is no configuration, or `--model_override` changes what the data say.
+    """
+    values = read_json(find_model(inputs.model), "--model")
+    if "model_type" not in values:
+        raise ValueError(f"--model {inputs.model}: must be a JSON object with a model_type")
+    changed = {item.partition("=")[0] for item in inputs.model_override}
+    if fixed := sorted(changed & {"num_labels", "id2label", "label2id", "problem_type"}):
+        raise ValueError(f"--model_override {fixed[0]}: must be left out, --data says it")
+    values.pop("num_labels", None)
+    return values
+
+
+def new_config(inputs: argparse.Namespace, data: ImageData) -> PreTrainedConfig:
+    """
+    The configuration of a model that begins from nothing.
 
     Raises:
         ValueError: the file is none of a classifier of pictures, or a field does not go with the pictures.
     """
-    path, name = find_model(inputs.model), f"--model {inputs.model}"
-    values = read_json(path, "--model")
-    if "model_type" not in values:
-        raise ValueError(f"{name}: must be a JSON object with a model_type")
-    values.pop("num_labels", None)
+    name, values = f"--model {inputs.model}", preset_values(inputs)
     values |= {**named_labels(data.names), "problem_type": "single_label_classification"}
     changed = {item.partition("=")[0] for item in inputs.model_override}
-    if fixed := sorted(changed & {"num_labels", "id2label", "label2id", "problem_type"}):
-        raise ValueError(f"--model_override {fixed[0]}: must be left out, --data says it")
     if inputs.image_size and "image_size" in changed:
         raise ValueError(f"--image_size must be left out with --model_override image_size, got {inputs.image_size}")
     found = None if "image_size" in {*values, *changed} else size_of_all(data)
@@ -145,7 +162,12 @@ def new_model(inputs: argparse.Namespace, data: ImageData) -> tuple[torch.nn.Mod
     if type(config) not in AutoModelForImageClassification._model_mapping:
         allowed = "one that has a AutoModelForImageClassification"
         raise ValueError(f"{name}: model_type must be {allowed}, got {config.model_type!r}")
-    model = AutoModelForImageClassification.from_config(config, dtype=torch.float32)
+    return config
+
+
+def new_model(inputs: argparse.Namespace, data: ImageData) -> tuple[torch.nn.Module, set[str]]:
+    """The model of a configuration, with random weights, and the names of its tensors, all of which are new."""
+    model = AutoModelForImageClassification.from_config(new_config(inputs, data), dtype=torch.float32)
     return model, set(model.state_dict())
 
 
@@ -311,11 +333,7 @@ def make_task(inputs: argparse.Namespace, args: ClassifyingArguments) -> tuple[I
     if inputs.model is None:
         pixels = math.prod(both_sides(inputs.image_size or size_of_all(data) or 224))
         inputs.model = FOR_SMALL if pixels <= MOST_PIXELS else FOR_LARGE
-    identity = {
-        "data": {part: pictures.sha256() for part, pictures in data.parts.items()},
-        "classes": list(data.names),
-        "recipe": None,
-    }
+    identity = identify_data(data)
     compute_metrics = accuracy_of_classes(inputs, args)
     set_seed(args.seed)  # the initial weights, or those of a new head
     model, new = (new_model if is_preset(inputs.model) else saved_model)(inputs, data)
@@ -377,7 +395,7 @@ def classify(argv: list[str]) -> dict[str, float]:
     with locked(Path(args.output_dir), active=args.process_index == 0):
         trainer, metrics = train_and_evaluate(task, inputs, args, processor)
         if task.test is not None:
-            report(trainer, metrics, "test", trainer.predict(task.test, metric_key_prefix="test").metrics)
+            report(trainer, metrics, "test", trainer.predict(task.test, metric_key_prefix="test").metrics, task.test)
         if args.process_index == 0:
             if task.test is not None:
                 print(f"test: {metrics['test_accuracy']:.4f} accuracy, {len(task.test):,} pictures")

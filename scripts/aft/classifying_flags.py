@@ -168,6 +168,12 @@ def find_model(model: str) -> str:
     return model
 
 
+def from_folder(folder: Path, name: str, value: str) -> str:
+    """The value of a flag in a file of `folder`, where a relative path begins there."""
+    may_be_path = name in ("data", "recipe") and (folder / value).exists()
+    return str(folder / value) if value and (name == "cache_dir" or may_be_path) else value
+
+
 def picture_problems(inputs: argparse.Namespace) -> list[str]:
     """What is wrong with the flags of the model, the data and the recipe by themselves."""
     problems = []

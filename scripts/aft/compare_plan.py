@@ -9,22 +9,82 @@
 """The plan of `aft compare`: a YAML file of models to train alike."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from aft import classifying_flags, picture_arguments, pretraining_arguments
 from aft.atomic_files import check_file
+from aft.finetuning_flags import names_of_training_arguments
 from aft.flags import find_preset
-from aft.picture_arguments import PictureArguments
-from aft.pretraining_arguments import GROUPS, from_folder
 from aft.settings_files import read_yaml
 from aft.text_arguments import TextArguments
 
 
-# Flags that this program sets itself for each run, which neither the plan's training nor the command line may set.
-SET_BY_COMPARE = {"training_preset", "model_preset", "model_override", "seed", "output_dir", "resume", "overwrite"}
-PRESETS = {"training_preset": "training", "model_preset": "models"}  # kinds of files, which have names as well
-# No run of a plan has data of its own.
-SAME_IN_ALL_RUNS = {entry.name for group in (TextArguments, PictureArguments) for entry in fields(group)}
+def names_of(*groups: type) -> set[str]:
+    """The flags of dataclasses."""
+    return {entry.name for group in groups for entry in fields(group)}
+
+
+@dataclass(frozen=True)
+class Rules:
+    """
+    What a plan may say of runs of a command.
+
+    Attributes:
+        program (`str`): the class that trains and reads them, as `pkgutil.resolve_name` takes it.
+        groups: dataclasses of the flags of the command.
+        more_flags: the names of those that no dataclass of ours has.
+        model (`str`): the flag that names the file of a model, and key of a run.
+        resume (`str`): the flag by which a run goes on.
+        presets: keys of the plan and of a run that name a file, and the kind of presets, which have names as well.
+        set_by_compare: flags that this program sets itself for each run, which neither the plan's training nor the
+            command line may set.
+        same_in_all_runs: those of the data, which are the same for all runs of a plan.
+        from_folder: from the folder of the plan, a flag and its value, to the value from anywhere.
+    """
+
+    program: str
+    groups: tuple[type, ...]
+    model: str
+    resume: str
+    presets: dict[str, str]
+    set_by_compare: set[str]
+    same_in_all_runs: set[str]
+    from_folder: Callable[[Path, str, str], str]
+    more_flags: Callable[[], list[str]] = list
+
+    @property
+    def training(self) -> set[str]:
+        """The flags that the training of a plan may set."""
+        return (names_of(*self.groups) | {*self.more_flags()}) - self.set_by_compare
+
+
+COMMANDS = {
+    "pretrain": Rules(
+        program="aft.compare_pretrained:Pretrained",
+        groups=pretraining_arguments.GROUPS,
+        model="model_preset",
+        resume="resume",
+        presets={"training_preset": "training", "model_preset": "models"},
+        set_by_compare={
+            *("training_preset", "model_preset", "model_override", "seed", "output_dir", "resume", "overwrite")
+        },
+        same_in_all_runs=names_of(TextArguments, picture_arguments.PictureArguments),
+        from_folder=pretraining_arguments.from_folder,
+    ),
+    "classify": Rules(
+        program="aft.compare_classified:Classified",
+        groups=classifying_flags.GROUPS,
+        model="model",
+        resume="resume_from_checkpoint",
+        presets={"model": "images"},
+        set_by_compare={"model", "model_override", "seed", "output_dir", "resume_from_checkpoint"},
+        same_in_all_runs=names_of(classifying_flags.PictureArguments) - {"image_size", "crop_ratio", "search_steps"},
+        from_folder=classifying_flags.from_folder,
+        more_flags=names_of_training_arguments,
+    ),
+}
 
 
 @dataclass
@@ -34,16 +94,22 @@ class Plan:
 
     Attributes:
         name: of the file, without its suffix.
-        runs: for each name, a mapping with `model_preset` and maybe `model_override` and `training`.
+        command: that of `aft` which trains the runs, one of COMMANDS.
+        runs: for each name, a mapping with the model and maybe `model_override` and `training`.
     """
 
     name: str
+    command: str
     runs: dict[str, dict]
     training_preset: str | None
     training: dict
     seeds: list[int]
     reference: str | None
     seconds: float | None
+
+    @property
+    def rules(self) -> Rules:
+        return COMMANDS[self.command]
 
 
 def are_seeds(value) -> bool:
@@ -68,7 +134,10 @@ def read_plan(path: Path) -> Plan:
         ValueError: one error that lists everything that is wrong with its keys.
     """
     content = read_yaml(path, "plan")
-    problems = []
+    command = content.get("command", "pretrain")
+    if command not in (*COMMANDS,):
+        raise ValueError(f"{path}: command must be one of {', '.join(COMMANDS)}, got {command!r}")
+    rules, problems = COMMANDS[command], []
 
     def check_keys(found, allowed: set[str], where: str) -> dict:
         if not isinstance(found, dict):
@@ -80,24 +149,25 @@ def read_plan(path: Path) -> Plan:
 
     def with_paths(key: str, value):
         folder = path.resolve().parent
-        if key in PRESETS:
+        if key in rules.presets:
             return preset(folder, key, str(value))
         if isinstance(value, list):
             return [with_paths(key, item) for item in value]
-        return from_folder(folder, key, value) if isinstance(value, str) else value
+        return rules.from_folder(folder, key, value) if isinstance(value, str) else value
 
     def preset(folder: Path, key: str, value: str) -> str:
         """A file that is named from the folder of the plan, or a preset by its name."""
         try:
-            found = value if (folder / value).exists() else find_preset(value, PRESETS[key], key)
+            found = value if (folder / value).exists() else find_preset(value, rules.presets[key], key)
             check_file(folder / found, key)
         except ValueError as error:
             problems.append(str(error))
             return value
         return str(folder / found)
 
-    of_training = {entry.name for group in GROUPS for entry in fields(group)} - SET_BY_COMPARE
-    content = check_keys(content, {entry.name for entry in fields(Plan)} - {"name"}, "the plan")
+    foreign = {"training_preset"} - rules.presets.keys()
+    content = check_keys(content, {entry.name for entry in fields(Plan)} - {"name"} - foreign, "the plan")
+    of_training = rules.training
     training = check_keys(content.get("training", {}), of_training, "training")
     runs = {}
     given = content.get("runs")
@@ -105,12 +175,12 @@ def read_plan(path: Path) -> Plan:
         problems.append(f"runs must map names to runs, at least one, got {given!r}")
         given = {}
     for name, run in given.items():
-        run = check_keys(run, {"model_preset", "model_override", "training"}, f"run {name}")
-        if "model_preset" not in run:
-            problems.append(f"run {name} must have a model_preset")
+        run = check_keys(run, {rules.model, "model_override", "training"}, f"run {name}")
+        if rules.model not in run:
+            problems.append(f"run {name} must have a {rules.model}")
         if not isinstance(override := run.setdefault("model_override", {}), dict):
             problems.append(f"run {name}: model_override must be a mapping, got {override!r}")
-        of_run = of_training - SAME_IN_ALL_RUNS
+        of_run = of_training - rules.same_in_all_runs
         run["training"] = check_keys(run.get("training", {}), of_run, f"run {name}: training")
         if not is_name(name) or str(name) in runs:
             problems.append(f"the name of a run must be that of a folder, and of one run, got {name!r}")
@@ -126,4 +196,4 @@ def read_plan(path: Path) -> Plan:
         problems.append(f"seconds must be a positive number, got {seconds!r}")
     if problems:
         raise ValueError(f"{path}: " + "; ".join(problems))
-    return Plan(path.stem, runs, content.get("training_preset"), training, seeds, reference, seconds)
+    return Plan(path.stem, command, runs, content.get("training_preset"), training, seeds, reference, seconds)

@@ -27,20 +27,14 @@ from accelerate.utils import parse_flag_from_env
 
 import modeling_aft
 from aft.atomic_files import write_whole
-from aft.checkpointing import EARLIER
-from aft.compare_plan import SET_BY_COMPARE, Plan
-from aft.compare_table import RESULT, write_table
+from aft.compare_plan import Plan
+from aft.compare_program import ENTRY, RESULT, Program, find_program
+from aft.compare_table import write_table
 from aft.console import run_elsewhere
 from aft.machine import peak_bytes, processor_name
-from aft.model_configs import build_config
-from aft.picture_data import load_source
-from aft.pretraining import pretrain
-from aft.pretraining_arguments import MAY_DIFFER_WHEN_CONTINUED, check_arguments, named_flags, parse_arguments
-from aft.run_log import read_log
-from aft.settings_files import read_json
+from aft.pretraining_arguments import named_flags
 
 
-ENTRY = "entry.json"
 OUTPUT = "output.txt"  # of a run beside others
 STARTING = Lock()  # of a process, which takes over the environment
 
@@ -51,12 +45,13 @@ class FailedRuns(RuntimeError, ChildProcessError):
 
 @dataclass
 class PlannedRun:
-    """One model and seed: its folder, and the flags of `aft pretrain` that train it there."""
+    """One model and seed: its folder, and the flags of a command of `aft` that train it there."""
 
     name: str
     seed: int
     folder: Path
     flags: list[str]
+    program: str  # the command
 
     @property
     def finished(self) -> bool:
@@ -68,14 +63,15 @@ def plan_runs(plan: Plan, runs_dir: Path, seeds: list[int], more_flags: list[str
     Every run of a plan, seed by seed.
 
     Args:
-        more_flags: flags of `aft pretrain` for all runs, which win over those of the plan.
+        more_flags: flags of the plan's command for all runs, which win over those of the plan.
 
     Raises:
         ValueError: `more_flags` has a flag that the plan sets for a single run, or that this program sets itself.
     """
-    explicit = named_flags(more_flags)
+    rules = plan.rules
+    explicit = named_flags(more_flags, rules.groups)
     for name, run in plan.runs.items():
-        if clash := sorted(explicit & {*run["training"], *SET_BY_COMPARE}):
+        if clash := sorted(explicit & {*run["training"], *rules.set_by_compare}):
             raise ValueError(f"--{clash[0]} must be left out: run {name} of {plan.name} has its own")
     training = {key: value for key, value in plan.training.items() if key not in explicit}
     preset = [] if plan.training_preset is None else ["--training_preset", plan.training_preset]
@@ -83,48 +79,38 @@ def plan_runs(plan: Plan, runs_dir: Path, seeds: list[int], more_flags: list[str
     for seed in seeds:
         for name, run in plan.runs.items():
             folder = runs_dir / plan.name / f"{name}-seed{seed}"
-            values = {**training, **run["training"], "model_preset": run["model_preset"], "seed": seed}
-            values |= {"output_dir": folder, "resume": "auto"}
+            values = {**training, **run["training"], rules.model: run[rules.model], "seed": seed}
+            values |= {"output_dir": folder, rules.resume: "auto"}
             flags = list(preset)
             for key, value in values.items():
                 flags += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
             if override := [f"{key}={json.dumps(value)}" for key, value in run["model_override"].items()]:
                 flags += ["--model_override", *override]
-            planned.append(PlannedRun(name, seed, folder, [*flags, *more_flags]))
+            planned.append(PlannedRun(name, seed, folder, [*flags, *more_flags], plan.command))
     return planned
 
 
-def describe_entries(planned: list[PlannedRun], whole: bool = True) -> list[dict]:
+def describe_entries(program: Program, planned: list[PlannedRun], whole: bool = True) -> list[dict]:
     """
     What decides the result of each run: model configuration and, if `whole`, arguments and checksum of the data.
 
     Raises:
         ValueError: one error that lists every run whose flags or model are not allowed.
     """
-    entries, problems, data = [], [], None
+    entries, problems = [], []
     for run in planned:
         try:
-            args = parse_arguments(run.flags)
-            config = check_arguments(args, num_processes=1) if whole else build_config(args)
+            entry = program.describe(run.flags, whole)
         except ValueError as error:
             problems.append(f"run {run.name}: {error}")
             continue
-        model = config.to_diff_dict()
-        model.pop("transformers_version", None)
-        entry = {"model_config": model}
-        if whole:
-            data = data or load_source(args).sha256  # no run of a plan has data of its own
-            entry |= {
-                "data": data,
-                **{key: value for key, value in vars(args).items() if key not in MAY_DIFFER_WHEN_CONTINUED},
-            }
         entries.append(json.loads(json.dumps(entry)))  # as it will be read again: tuples become lists
     if problems:
         raise ValueError("\n".join(problems))
     return entries
 
 
-def check_folders(planned: list[PlannedRun], entries: list[dict]) -> None:
+def check_folders(program: Program, planned: list[PlannedRun], entries: list[dict]) -> None:
     """
     Checks that what is in the folders was made of these entries.
 
@@ -133,19 +119,19 @@ def check_folders(planned: list[PlannedRun], entries: list[dict]) -> None:
     """
     problems = []
     for run, entry in zip(planned, entries, strict=True):
-        path = run.folder / ENTRY
-        saved = {**EARLIER, **read_json(path, "run")} if path.is_file() else entry
+        saved = program.read_entry(run.folder) if (run.folder / ENTRY).is_file() else entry
+        known = program.known_keys([entry, saved])
         problems += [
             f"{run.folder}: {key} is {value!r} but was {saved.get(key)!r}"
             for key, value in entry.items()
-            if value != saved.get(key)
+            if key in known and value != saved.get(key)
         ]
     if problems:
         advice = "remove these folders, choose another --runs_dir, or go back to the earlier values"
         raise ValueError(f"these runs were made of other entries; {advice}:\n" + "\n".join(problems))
 
 
-def check_seeds(folders: dict[str, list[Path]]) -> None:
+def check_seeds(program: Program, folders: dict[str, list[Path]]) -> None:
     """
     Checks that the seeds of each run were trained alike.
 
@@ -154,8 +140,8 @@ def check_seeds(folders: dict[str, list[Path]]) -> None:
     """
     problems = []
     for name, each in folders.items():
-        entries = [{**EARLIER, **read_json(folder / ENTRY, "run")} for folder in each]
-        for key in set().union(*entries) - {"seed"}:
+        entries = [program.read_entry(folder) for folder in each]
+        for key in program.known_keys(entries) - {"seed"} if entries else ():
             if len(found := dict.fromkeys(repr(entry.get(key)) for entry in entries)) > 1:
                 problems.append(f"{name}: {key} is {' and '.join(found)}")
     if problems:
@@ -164,14 +150,12 @@ def check_seeds(folders: dict[str, list[Path]]) -> None:
 
 def train(run: PlannedRun, command: str) -> None:
     """Trains one run in this process, and leaves its result file, whose presence means that the run is complete."""
+    program = find_program(run.program)
     device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device.type
-    peak = peak_bytes(lambda: pretrain(run.flags), device)
-    events = read_log(run.folder / "run.jsonl")
-    resumed = [event["step"] for event in events if event["event"] == "resume"]
-    if resumed and resumed[-1] == events[-1]["step"]:
-        peak = None  # this process has only scored
-    result = {"name": run.name, "seed": run.seed, "peak_bytes": peak, "processor": processor_name(device)}
-    result |= {"modeling_aft": modeling_aft.__version__, "command": command}
+    peak = peak_bytes(lambda: program.train(run.flags), device)
+    result = {"name": run.name, "seed": run.seed, "peak_bytes": peak if program.has_trained(run.folder) else None}
+    result |= {"processor": processor_name(device), "modeling_aft": modeling_aft.__version__, "command": command}
+    result |= program.facts(run.flags)
     write_whole(run.folder / RESULT, json.dumps(result, indent=2) + "\n")
 
 
@@ -268,10 +252,10 @@ def compare(args: argparse.Namespace, more_flags: list[str], argv: list[str]) ->
         ValueError: the plan or a run's arguments are wrong, or a finished run does not belong to the plan.
         FailedRuns: runs failed; the table of the others is written all the same.
     """
-    plan = args.plan
+    plan, program = args.plan, find_program(args.plan.command)
     planned = plan_runs(plan, args.runs_dir, args.seeds or plan.seeds, more_flags)
-    entries = describe_entries(planned, whole=not args.table_only)
-    check_folders(planned, entries)
+    entries = describe_entries(program, planned, whole=not args.table_only)
+    check_folders(program, planned, entries)
     failed = []
     if not args.table_only:
         chosen = [index for index, run in enumerate(planned) if run.name in (args.only or plan.runs)]
@@ -279,11 +263,11 @@ def compare(args: argparse.Namespace, more_flags: list[str], argv: list[str]) ->
         jobs = min(args.jobs or max(torch.cuda.device_count(), 1), max(len(chosen), 1))
         failed = train_all([planned[i] for i in chosen], [entries[i] for i in chosen], command, args.max_hours, jobs)
     folders = {name: [run.folder for run in planned if run.name == name and run.finished] for name in plan.runs}
-    check_seeds(folders)
+    check_seeds(program, folders)
     written = []
     if any(folders.values()):
         stem = (args.output_dir or args.runs_dir / plan.name) / f"compare-{plan.name}"
-        written = write_table(stem, folders, plan.reference, args.seconds or plan.seconds)
+        written = write_table(program, stem, folders, plan.reference, args.seconds or plan.seconds)
     elif args.table_only:
         raise ValueError(f"--table_only needs finished runs of the plan, and {args.runs_dir / plan.name} has none")
     for path in written:

@@ -333,7 +333,7 @@ def run(inputs: InputArguments, args: FinetuningArguments, tokenizer, task: Task
         output = trainer.predict(task.prediction, metric_key_prefix="predict")
         if not np.isfinite(output.predictions).all():
             raise FloatingPointError(f"--predict_file {inputs.predict_file}: the model computes no numbers for it")
-        report(trainer, metrics, "predict", output.metrics)
+        report(trainer, metrics, "predict", output.metrics, task.prediction)
         if trainer.is_world_process_zero():
             path = Path(args.output_dir) / "predictions.jsonl"
             write_predictions(path, task.prediction.texts, output.predictions, task.model.config.id2label)

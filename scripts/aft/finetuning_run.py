@@ -96,8 +96,11 @@ def accuracy_of_classes(inputs, args: FinetuningArguments) -> Callable:
     return compute_metrics
 
 
-def report(trainer: FinetuningTrainer, metrics: dict[str, float], part: str, values: dict[str, float]) -> None:
-    """Prints and writes the metrics of a part of the run, and adds them to all others."""
+def report(
+    trainer: FinetuningTrainer, metrics: dict[str, float], part: str, values: dict[str, float], rows: Dataset
+) -> None:
+    """Prints and writes the metrics of a part of the run, with the number of its rows, and adds them to all others."""
+    values = {**values, f"{part}_samples": len(rows)}
     trainer.log_metrics(part, values)
     trainer.save_metrics(part, values)
     metrics.update(values)
@@ -145,8 +148,9 @@ def train_and_evaluate(
             task.model.config.use_cache = use_cache  # which Trainer turned off
         trainer.save_result()
         trainer.save_state()
-        report(trainer, metrics, "train", result.metrics)
-    report(trainer, metrics, "eval", trainer.evaluate())
+        parameters = {"num_parameters": task.model.num_parameters()}
+        report(trainer, metrics, "train", {**result.metrics, **parameters}, task.train)
+    report(trainer, metrics, "eval", trainer.evaluate(), task.validation)
     if args.process_index == 0:
         print(describe_gain(before, metrics), flush=True)
     return trainer, metrics

@@ -14,12 +14,14 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from time import perf_counter
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from aft.atomic_files import move_model, replacing
 from aft.console import is_out_of_memory
@@ -53,11 +55,40 @@ class PendingEvaluation(TrainerCallback):
             self.trainer.evaluate_again()
 
 
+class Stopwatch(TrainerCallback):
+    """The time that steps take with their data, without evaluations and checkpoints, and the epochs that they are."""
+
+    def __init__(self):
+        self.seconds = self.seconds_read = self.before = 0.0
+        self.epoch = self.epoch_read = None  # as Trainer counts them
+
+    def restart(self, args, state, control, **kwargs) -> None:
+        self.before = perf_counter()
+        if self.epoch is None:
+            self.epoch = self.epoch_read = state.epoch
+
+    on_epoch_begin = on_evaluate = on_save = restart
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        now = perf_counter()
+        self.seconds += now - self.before
+        self.before, self.epoch = now, state.epoch
+
+    def speed(self) -> float | None:
+        """Epochs per second since the last time that this was asked; None if there was no step."""
+        if self.seconds == self.seconds_read:
+            return None
+        speed = (self.epoch - self.epoch_read) / (self.seconds - self.seconds_read)
+        self.seconds_read, self.epoch_read = self.seconds, self.epoch
+        return speed
+
+
 class FinetuningTrainer(Trainer):
     """
     `Trainer` in which an evaluation costs nothing of what was trained, however it ends: where a checkpoint is due, it
     is written before the evaluation, and gets its result afterwards. Evaluations leave the random state alone, so that
-    a run that continues from such a checkpoint is the same as one that was never stopped.
+    a run that continues from such a checkpoint is the same as one that was never stopped. Each line of the log says
+    how many rows a second were trained on since the line before, and the last one how many seconds that took.
 
     Raises:
         FloatingPointError: a loss, a weight that is to be saved, or a score is NaN or infinite.
@@ -66,6 +97,8 @@ class FinetuningTrainer(Trainer):
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         self.add_callback(PendingEvaluation(self))
+        self.stopwatch = Stopwatch()
+        self.add_callback(self.stopwatch)
         self.saved_step = None  # of the checkpoint that is waiting for its evaluation
 
     @property
@@ -97,6 +130,13 @@ class FinetuningTrainer(Trainer):
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss.item()} at step {self.state.global_step + 1}: {ADVICE}")
         return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.is_in_train and (speed := self.stopwatch.speed()) is not None:
+            logs["samples_per_second"] = round(speed * len(self.train_dataset), 3)
+        if "train_runtime" in logs:
+            logs["train_seconds"] = round(self.stopwatch.seconds, 4)
+        super().log(logs, start_time)
 
     def evaluate(self, *args, **options) -> dict[str, float]:
         due = self.control.should_save or (self.saves_the_best and self.control.should_evaluate)
@@ -130,7 +170,30 @@ class FinetuningTrainer(Trainer):
     def _load_best_model(self) -> None:
         if damage := find_damage(Path(self.state.best_model_checkpoint)):
             raise ValueError(f"the best checkpoint cannot be loaded: {damage}")
-        super()._load_best_model()
+        if not self.load_renamed(Path(self.state.best_model_checkpoint)):
+            super()._load_best_model()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if not self.load_renamed(Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def load_renamed(self, checkpoint: Path) -> bool:
+        """
+        Loads the weights of a checkpoint whose model, such as a ViT, is saved under names of earlier versions: Trainer
+        would leave out those that have other names now.
+
+        Returns:
+            Whether it is such a checkpoint.
+        """
+        path = checkpoint / SAFE_WEIGHTS_NAME
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not path.is_file():
+            return False
+        with safe_open(path, framework="pt") as file:
+            if set(file.keys()) <= self.model.state_dict().keys():
+                return False
+        saved = type(self.model).from_pretrained(checkpoint, config=self.model.config, dtype=self.model.dtype)
+        self.model.load_state_dict(saved.state_dict())
+        return True
 
     def save_result(self) -> None:
         """Writes the model to the output folder."""

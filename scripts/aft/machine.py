@@ -44,6 +44,13 @@ def resident_kib(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
+def hardware_name(device: torch.device) -> str:
+    """What computes: the name of a GPU, or the kind of processor, and its threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} {device.type}, {torch.get_num_threads()} threads"
+
+
 def processor_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()

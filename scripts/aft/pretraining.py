@@ -52,6 +52,7 @@ from aft.checkpointing import (
 from aft.console import program
 from aft.estimates import estimate
 from aft.folder_lock import locked
+from aft.machine import hardware_name
 from aft.masking import MaskedWindows, Masking, make_masking
 from aft.masking_arguments import complete_masking
 from aft.model_configs import has_length_limit
@@ -209,11 +210,10 @@ def sample_pictures(model, data: PictureTokens, args, folder: Path, name: str) -
 
 def describe_run(args, accelerator: Accelerator, model, text, data: TokenData, vocabulary, windows) -> dict:
     """Every quantity that follows from the arguments, for the log and the terminal."""
-    device, per_epoch = accelerator.device, windows.windows_per_epoch
+    per_epoch = windows.windows_per_epoch
     num_bytes = dict(data.num_bytes)
     if text.stream is not None:
         num_bytes["train"] = None  # nobody knows
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {device.type}"
     return {
         "model": f"{model.config.model_type}, {type(model).__name__}",
         "init_from": None if args.init_from is None else public_value("init_from", args.init_from),
@@ -231,7 +231,7 @@ def describe_run(args, accelerator: Accelerator, model, text, data: TokenData, v
         **describe_needs(args, model.config),
         "micro_batches_per_step": args.batch_size // (args.micro_batch_size * accelerator.num_processes),
         "num_processes": accelerator.num_processes,
-        "hardware": hardware if device.type == "cuda" else f"{hardware}, {torch.get_num_threads()} threads",
+        "hardware": hardware_name(accelerator.device),
         "precision": accelerator.mixed_precision if accelerator.mixed_precision != "no" else "float32",
     }
 

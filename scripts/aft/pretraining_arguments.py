@@ -226,19 +226,19 @@ def parse_arguments(argv: list[str], description: str = "") -> argparse.Namespac
     return args
 
 
-def flag_name(flag: str) -> str:
+def flag_name(flag: str, groups: tuple[type, ...] = GROUPS) -> str:
     """The name of a flag, however it is written: `--model-preset`, `--model_preset=a.json` or its alias `--model`."""
     name = flag.partition("=")[0]
-    for group in GROUPS:
+    for group in groups:
         for entry in fields(group):
             if name in entry.metadata.get("aliases", ()):
                 return entry.name
     return name[2:].replace("-", "_")
 
 
-def named_flags(argv: list[str]) -> set[str]:
-    """The names of the flags that a command line has."""
-    return {flag_name(item) for item in argv if item.startswith("--")}
+def named_flags(argv: list[str], groups: tuple[type, ...] = GROUPS) -> set[str]:
+    """The names of the flags that a command line has; those of `groups` may be written by an alias."""
+    return {flag_name(item, groups) for item in argv if item.startswith("--")}
 
 
 def read_preset(path: str, argv: list[str]) -> list[str]:

@@ -15,17 +15,19 @@ Trains the models of a plan on the same data, and writes one table and one pictu
     aft compare configuration/compare/variants.yaml --dataset_path FILE --only aft-simple transformer \\
         --max_hours 2
     aft compare configuration/compare/variants.yaml --table_only --output_dir benchmarks
+    aft compare configuration/compare/images.yaml --data FOLDER
 
-Each run is `aft pretrain` in a process of its own, with the folder <runs_dir>/<plan>/<run>-seed<k>. Flags that are
-not listed below go to every run, and win over the plan. A finished run is skipped and an interrupted one continues
-from its last checkpoint; a run of which the plan, the flags or the data have changed since is an error (--table_only,
-which knows neither flags nor data, notices a changed model).
+Each run is `aft pretrain`, or what the plan says, in a process of its own, with the folder
+<runs_dir>/<plan>/<run>-seed<k>. Flags that are not listed below go to every run, and win over the plan. A finished
+run is skipped and an interrupted one continues from its last checkpoint; a run of which the plan, the flags or the
+data have changed since is an error (--table_only, which knows neither flags nor data, notices a changed model).
 
 With --jobs several runs train at once, each on a GPU of its own, or on its share of the cores; what a run prints is in
 its folder then, in output.txt. The times of runs can be compared if all had as many neighbours.
 
 A plan is a YAML file:
 
+    command: pretrain                            # the default; or classify, see below
     training_preset: ../training/small.yaml      # optional; paths start at the plan's folder
     training: {batch_size: 16, max_steps: 300}   # flags of `aft pretrain`
     seeds: [0]
@@ -35,7 +37,10 @@ A plan is a YAML file:
       name: {model_preset: ../models/a.json}
       other: {model_preset: ../models/a.json, model_override: {window_size: 8}, training: {batch_size: 8}}
 
-Whatever is chosen is chosen on valid; `aft pretrain` scores test once, when a run ends.
+With `command: classify` the runs are classifiers of pictures that begin from nothing: `training` has flags of
+`aft classify`, its recipe among them, and a run has `model` in place of model_preset.
+
+Whatever is chosen is chosen on valid, or on held-out pictures; test is scored once, when a run ends.
 """
 
 import argparse
@@ -51,7 +56,7 @@ from aft.flags import FlagParser, find_preset
 
 def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """
-    The flags of this program, and those that are for `aft pretrain`.
+    The flags of this program, and those that are for the runs.
 
     Raises:
         ValueError: one error that lists every value that is not allowed.
