@@ -16,6 +16,7 @@ from aft import comparison
 from aft.commands.compare import main
 from aft.compare_classified import Classified
 from aft.compare_plan import read_plan
+from aft.compare_pretrained import Pretrained
 from aft.compare_table import columns_of
 from aft.comparison import describe_entries, plan_runs
 from aft.finetuning_trainer import FinetuningTrainer, Stopwatch
@@ -120,6 +121,21 @@ def test_shipped_plan(tmp_path):
     sizes = {name: entry["model_config"].get("hidden_size") for name, entry in entries.items()}
     assert sizes == {"aft-conv": 64, "vit": 64, "resnet": None, "aft-full": 64, "aft-simple": 64}
     assert entries["resnet"]["model_config"]["hidden_sizes"] == [32, 48, 64]
+
+
+def test_shipped_plan_of_sub_pixels(tmp_path):
+    plan = read_plan(CONFIGURATION / "compare" / "pictures.yaml")
+    save_idx(tmp_path / "pictures")
+    planned = plan_runs(plan, tmp_path, [0], ["--pictures", str(tmp_path / "pictures"), "--test_size", "4"])
+    entries = dict(zip(plan.runs, describe_entries(Pretrained(), planned), strict=True))
+    assert plan.reference in entries and len({json.dumps(entry) for entry in entries.values()}) == len(entries)
+    models = {name: entry["model_config"] for name, entry in entries.items()}
+    for name, model in models.items():
+        assert (entries[name]["max_steps"], entries[name]["batch_size"]) == (1500, 8)
+        sizes = [model[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings")]
+        assert sizes == [257, 128, 4, 784]
+    windows = [models[f"aft-local-{size}"]["window_size"] for size in ("28", "112", "112-table")]
+    assert windows == [28, 112, 112] and models["aft-local-112-table"]["position_bias_rank"] is None
 
 
 @pytest.mark.parametrize(
