@@ -12,7 +12,7 @@ import small_runs
 import torch
 from accelerate import Accelerator
 from datasets import Dataset, DatasetDict
-from PIL import Image
+from PIL import ExifTags, Image
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -134,6 +134,21 @@ def test_pictures_of_other_sizes_are_what_the_image_processor_makes_of_them(inpu
     made = processor(list(make_pictures(40, COLOUR))).input_ids[:, 1:].tolist()
     assert data.shape == (size, size, channels)
     assert all(row.reshape(-1).tolist() in made for row in data.splits["train"])
+
+
+def test_pictures_are_turned_as_their_cameras_say(tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # the camera was turned to the left
+    pictures = make_pictures(20, COLOUR)
+    tmp_path.joinpath("all").mkdir()
+    for number, picture in enumerate(pictures):
+        Image.fromarray(np.rot90(picture)).save(tmp_path / "all" / f"{number}.png", exif=exif)
+    data = load_pictures(source(tmp_path / "all"))
+    rows = np.concatenate([data.splits[split] for split in COUNTS]).reshape(20, -1).tolist()
+    assert data.shape == COLOUR and sorted(rows) == sorted(pictures.reshape(20, -1).tolist())
+    Image.fromarray(np.rot90(pictures[0])).save(tmp_path / "all" / "0.png")
+    with pytest.raises(ValueError, match="--image_size must be given: .* several sizes, such as 2 x 3 and 3 x 2"):
+        load_pictures(source(tmp_path / "all", test_size=2))
 
 
 # Windows
