@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import struct
 from argparse import Namespace
 from pathlib import Path
@@ -18,9 +19,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from aft.bits_per_byte import evaluate_split
+from aft.commands.draw import main as draw
 from aft.commands.evaluate import main as evaluate
+from aft.commands.finetune import main as finetune
+from aft.commands.generate import main as generate
 from aft.commands.paint import main as paint
 from aft.commands.pretrain import main as pretrain
+from aft.commands.stream import main as stream
 from aft.painting import GAP, TRIES, draw_completions, draw_pictures
 from aft.picture_data import PictureData, PictureTokens, PictureWindows, load_pictures
 from aft.protocols import Protocol
@@ -383,3 +388,31 @@ def test_programs_name_models_of_something_else(run, inputs, tmp_path):
         paint([str(tmp_path / "other"), "--output", str(tmp_path / "a.png")])
     with pytest.raises(ValueError, match=r"--rows must be in \[1, 3\] for pictures of 4 rows, got 4"):
         paint([str(run), "--output", str(tmp_path / "a.png"), "--pictures", str(inputs / "grey"), "--rows", "4"])
+
+
+@pytest.mark.parametrize("program", [evaluate, finetune, generate, stream], ids=lambda main: main.__module__)
+@pytest.mark.parametrize("vocab_size", [257, 256], ids=["start", "no-start"])
+def test_programs_of_text_say_what_a_model_of_pictures_is_for(program, vocab_size, run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    make_model(16, vocab_size).save_pretrained(folder)
+    (tmp_path / "text").write_text("a text")
+    words = {
+        evaluate: [str(folder)],
+        finetune: [
+            "--model",
+            str(folder),
+            "--text_file",
+            str(tmp_path / "text"),
+            "--output_dir",
+            str(tmp_path / "out"),
+        ],
+        generate: ["--model", str(folder), "--prompt", "A"],
+        stream: [str(folder), str(tmp_path / "text")],
+    }
+    with pytest.raises(ValueError, match="must be a model of text, got one of pictures: aft paint draws with it"):
+        program(words[program])
+
+
+def test_biases_of_a_model_of_pictures_are_drawn_without_a_text(run, tmp_path):
+    files = draw([str(run), "--output_dir", str(tmp_path)])
+    assert [path.name for path in files] == ["run-bias-map.png", "run-bias-curve.svg"]
