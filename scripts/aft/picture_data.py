@@ -59,6 +59,10 @@ class PictureData:
             digest.update(len(splits[split]).to_bytes(8, "little") + np.ascontiguousarray(splits[split]).data)
         self.sha256 = digest.hexdigest()
 
+    def split_bytes(self, split: str) -> bytes:
+        """The sub-pixels of a split, picture after picture."""
+        return self.splits[split].tobytes()
+
     def describe(self) -> dict:
         """Facts for the log."""
         counts = {f"{split}_pictures": len(pictures) for split, pictures in self.splits.items()}
