@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from accelerate.state import AcceleratorState
-from PIL import Image
+from PIL import ExifTags, Image
 from safetensors.torch import load_file
 from torch.utils.data import BatchSampler
 from transformers import (
@@ -33,7 +33,7 @@ from aft.augmentation import RAND_AUGMENT, erase, mix, padded_crop, rand_augment
 from aft.classifying_flags import add_recipe
 from aft.classifying_trainer import TRAINED
 from aft.commands.classify import main
-from aft.image_data import ArrayPictures, TablePictures, read_images
+from aft.image_data import ArrayPictures, FilePictures, TablePictures, in_memory, read_images
 from aft.image_training import PictureCollator, RepeatedSampler, TrainingPictures, kept_share, make_processor
 from modeling_aft import AFTForImageClassification, AFTVisionConfig
 
@@ -480,6 +480,27 @@ def test_a_look_at_the_head_of_a_row_does_not_decode_it():
     assert found.size(0) == (40, 30)
     with pytest.raises(ValueError, match="table, row 0: no whole picture"):
         found.decode(0)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tiff", "late.png"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_a_picture_is_turned_before_its_size_is_compared(suffix, orientation, tmp_path):
+    """As `ImageOps.exif_transpose` turns it; of a late.png, the orientation stands behind the pixels."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    paths = [tmp_path / f"turned.{suffix}", tmp_path / "plain.png"]
+    for path, options in zip(paths, ({"exif": exif, "quality": 100}, {}), strict=True):
+        Image.fromarray(draw(0, seed=0, shape=(6, 4, 3))).save(path, **options)
+    if suffix == "late.png":
+        content = paths[0].read_bytes()
+        start, end = content.index(b"eXIf") - 4, content.index(b"IDAT") - 4
+        paths[0].write_bytes(content[:start] + content[end:-12] + content[start:end] + content[-12:])
+    pictures, turns = FilePictures(paths, [0, 1]), orientation in (6, 8)
+    decoded = [pictures.decode(index).size for index in range(2)]
+    assert decoded == [(6, 4) if turns else (4, 6), (4, 6)]
+    assert suffix == "late.png" or [pictures.size(index) for index in range(2)] == decoded
+    assert (in_memory(pictures) is pictures) == turns
+    assert in_memory(FilePictures(paths[:1], [0])).array.shape[1:3] == decoded[0][::-1]
 
 
 # Recipes

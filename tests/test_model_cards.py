@@ -9,26 +9,36 @@ import torch
 from safetensors import safe_open
 from test_remote_code import run_without_package
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from aft.commands.push import main as push
 from aft.pushing import copy_with_code
 from aft.run_log import fill_model_card, final_scores, read_log
-from modeling_aft import ByteTokenizer
+from modeling_aft import AFTImageProcessor, ByteTokenizer
 
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = sorted(path.parent for path in (ROOT / "model_cards").glob("*/config.json"))
+OF_PICTURES = [folder for folder in FOLDERS if (folder / "preprocessor_config.json").is_file()]
 BY_NAME = {"argvalues": FOLDERS, "ids": lambda folder: folder.name}
+OF_TEXT = {**BY_NAME, "argvalues": [folder for folder in FOLDERS if folder not in OF_PICTURES]}
+
+
+def reader(folder: Path) -> tuple[type, type, str]:
+    """What reads the inputs of the model in a folder, the Auto class that loads it, and its file of code."""
+    if folder in OF_PICTURES:
+        return AFTImageProcessor, AutoImageProcessor, "image_processing_aft.py"
+    return ByteTokenizer, AutoTokenizer, "tokenization_bytes.py"
 
 
 def test_each_family_is_there_and_all_are_small():
     types = sorted(AutoModelForCausalLM.from_pretrained(folder).config.model_type for folder in FOLDERS)
-    assert types == ["aft", "synthesizer"]
+    assert set(types) == {"aft", "synthesizer"}
     sizes = [path.stat().st_size for folder in FOLDERS for path in folder.iterdir() if path.is_file()]
     assert sum(sizes) < 25e6
 
 
-@pytest.mark.parametrize("folder", **BY_NAME)
+@pytest.mark.parametrize("folder", **OF_TEXT)
 def test_it_has_learned_english(folder):
     """Text that no data set of these models holds, the license: bytes at random take 8 bits, `xz -9e` 3.1."""
     content = (ROOT / "LICENSE").read_bytes()[:4096]
@@ -42,22 +52,24 @@ def test_it_has_learned_english(folder):
 def test_it_holds_no_code_and_names_none(folder):
     assert not list(folder.glob("*.py"))
     assert not [path.name for path in folder.glob("*config.json") if "auto_map" in path.read_text()]
-    assert type(AutoTokenizer.from_pretrained(folder)) is ByteTokenizer
+    kind, loader, _ = reader(folder)
+    assert type(loader.from_pretrained(folder)) is kind
 
 
 @pytest.mark.parametrize("folder", **BY_NAME)
 def test_what_is_pushed_loads_without_the_package(folder, tmp_path):
-    copy = copy_with_code(folder, tmp_path)
-    script = """
-from transformers import AutoModelForCausalLM, AutoTokenizer
-for loader in (AutoModelForCausalLM, AutoTokenizer):
+    copy, (kind, loader, _) = copy_with_code(folder, tmp_path), reader(folder)
+    script = f"""
+from transformers import AutoModelForCausalLM
+from {loader.__module__} import {loader.__name__}
+for loader in (AutoModelForCausalLM, {loader.__name__}):
     loaded = loader.from_pretrained(sys.argv[1], trust_remote_code=True)
     assert "transformers_modules" in type(loaded).__module__
     print(type(loaded).__name__)
 """
     result = run_without_package(copy, tmp_path, script)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split()[1:] == ["ByteTokenizer"]
+    assert result.stdout.split()[1:] == [kind.__name__]
     assert (copy / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
@@ -69,14 +81,16 @@ def test_card_is_what_the_log_makes(folder):
     release = next(event for event in events if event["event"] == "release")
     assert abs(release["storage_cost"]) < 0.005
     assert hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() == release["weights_sha256"]
-    assert {picture["file"] for picture in release["pictures"]} <= {path.name for path in folder.iterdir()}
+    pictures = release["pictures"] + next(event for event in events if event["event"] == "final").get("pictures", [])
+    assert {picture["file"] for picture in pictures} <= {path.name for path in folder.iterdir()}
+    assert folder not in OF_PICTURES or {"samples.png", "samples-completed.png"} <= {p["file"] for p in pictures}
     with safe_open(folder / "model.safetensors", "pt") as weights:
         dtypes = {weights.get_tensor(name).dtype for name in weights.keys()}
     assert dtypes == {getattr(torch, release["dtype"])}
 
 
-def test_aft_is_ahead_of_the_compressor():
-    folder = next(folder for folder in FOLDERS if folder.name.startswith("aft"))
+@pytest.mark.parametrize("folder", [folder for folder in FOLDERS if folder.name.startswith("aft")], ids=BY_NAME["ids"])
+def test_aft_is_ahead_of_the_compressor(folder):
     events = read_log(folder / "run.jsonl")
     release = next(event for event in events if event["event"] == "release")
     scores = [
@@ -92,8 +106,9 @@ def test_it_is_ready_to_push(folder, capsys):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     push([str(folder), f"me/{folder.name}", "--dry_run"])
     printed = capsys.readouterr().out
-    code = ("modeling_stack.py", "tokenization_bytes.py")
-    for name in ("model.safetensors", "config.json", "tokenizer_config.json", *code, "README.md", "run.jsonl"):
+    settings = "preprocessor_config.json" if folder in OF_PICTURES else "tokenizer_config.json"
+    code = ("modeling_stack.py", reader(folder)[2])
+    for name in ("model.safetensors", "config.json", settings, *code, "README.md", "run.jsonl"):
         assert f" {name}\n" in printed
     assert f'name = "me/{folder.name}"' in printed and "from_pretrained(name, trust_remote_code=True)" in printed
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import struct
 from argparse import Namespace
 from pathlib import Path
@@ -12,15 +13,19 @@ import small_runs
 import torch
 from accelerate import Accelerator
 from datasets import Dataset, DatasetDict
-from PIL import Image
+from PIL import ExifTags, Image
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from aft.bits_per_byte import evaluate_split
+from aft.commands.draw import main as draw
 from aft.commands.evaluate import main as evaluate
+from aft.commands.finetune import main as finetune
+from aft.commands.generate import main as generate
 from aft.commands.paint import main as paint
 from aft.commands.pretrain import main as pretrain
+from aft.commands.stream import main as stream
 from aft.painting import GAP, TRIES, draw_completions, draw_pictures
 from aft.picture_data import PictureData, PictureTokens, PictureWindows, load_pictures
 from aft.protocols import Protocol
@@ -134,6 +139,21 @@ def test_pictures_of_other_sizes_are_what_the_image_processor_makes_of_them(inpu
     made = processor(list(make_pictures(40, COLOUR))).input_ids[:, 1:].tolist()
     assert data.shape == (size, size, channels)
     assert all(row.reshape(-1).tolist() in made for row in data.splits["train"])
+
+
+def test_pictures_are_turned_as_their_cameras_say(tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # the camera was turned to the left
+    pictures = make_pictures(20, COLOUR)
+    tmp_path.joinpath("all").mkdir()
+    for number, picture in enumerate(pictures):
+        Image.fromarray(np.rot90(picture)).save(tmp_path / "all" / f"{number}.png", exif=exif)
+    data = load_pictures(source(tmp_path / "all"))
+    rows = np.concatenate([data.splits[split] for split in COUNTS]).reshape(20, -1).tolist()
+    assert data.shape == COLOUR and sorted(rows) == sorted(pictures.reshape(20, -1).tolist())
+    Image.fromarray(np.rot90(pictures[0])).save(tmp_path / "all" / "0.png")
+    with pytest.raises(ValueError, match="--image_size must be given: .* several sizes, such as 2 x 3 and 3 x 2"):
+        load_pictures(source(tmp_path / "all", test_size=2))
 
 
 # Windows
@@ -368,3 +388,31 @@ def test_programs_name_models_of_something_else(run, inputs, tmp_path):
         paint([str(tmp_path / "other"), "--output", str(tmp_path / "a.png")])
     with pytest.raises(ValueError, match=r"--rows must be in \[1, 3\] for pictures of 4 rows, got 4"):
         paint([str(run), "--output", str(tmp_path / "a.png"), "--pictures", str(inputs / "grey"), "--rows", "4"])
+
+
+@pytest.mark.parametrize("program", [evaluate, finetune, generate, stream], ids=lambda main: main.__module__)
+@pytest.mark.parametrize("vocab_size", [257, 256], ids=["start", "no-start"])
+def test_programs_of_text_say_what_a_model_of_pictures_is_for(program, vocab_size, run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    make_model(16, vocab_size).save_pretrained(folder)
+    (tmp_path / "text").write_text("a text")
+    words = {
+        evaluate: [str(folder)],
+        finetune: [
+            "--model",
+            str(folder),
+            "--text_file",
+            str(tmp_path / "text"),
+            "--output_dir",
+            str(tmp_path / "out"),
+        ],
+        generate: ["--model", str(folder), "--prompt", "A"],
+        stream: [str(folder), str(tmp_path / "text")],
+    }
+    with pytest.raises(ValueError, match="must be a model of text, got one of pictures: aft paint draws with it"):
+        program(words[program])
+
+
+def test_biases_of_a_model_of_pictures_are_drawn_without_a_text(run, tmp_path):
+    files = draw([str(run), "--output_dir", str(tmp_path)])
+    assert [path.name for path in files] == ["run-bias-map.png", "run-bias-curve.svg"]

@@ -11,26 +11,31 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from huggingface_hub import ModelCard
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from test_pictures import GREY, make_data, save_pngs
 from transformers import AutoModelForCausalLM
 
 from aft.commands.evaluate import main as evaluate
+from aft.commands.paint import main as paint
 from aft.commands.pretrain import main as pretrain
 from aft.commands.push import main as push
 from aft.commands.release import main
 from aft.releasing import public_argument, xz_bits_per_byte
-from aft.run_log import read_log
+from aft.run_log import fill_model_card, read_log
 
 
 MODELS = {
     "conv": {"aft_type": "conv", "num_attention_heads": 4, "position_embedding_type": "none"},
     "simple": {"aft_type": "simple"},
+    "pictures": {"aft_type": "local", "window_size": 4},
     "mixture": {"synthesizer_type": "mixture", "mixture_components": ["random", "dense"], "num_attention_heads": 2},
 }
+RELEASED = ("conv", "mixture", "pictures")
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "max_position_embeddings": 16, "initializer_range": 0.3}
 NOTE = ["--dataset_note", "the same bytes over and over", "--dataset_license", "none", "--language", "en", "de"]
-FLAGS = ["--max_steps", "3", "--warmup_steps", "1", "--batch_size", "2", "--sample_bytes", "5", "--save_every", "0"]
+FLAGS = ["--max_steps", "3", "--warmup_steps", "1", "--batch_size", "2", "--save_every", "0"]
 
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
@@ -44,7 +49,15 @@ def data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(data, tmp_path_factory) -> Path:
+def photos(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "photos"
+    for split, pictures in make_data(GREY).splits.items():
+        save_pngs(folder / split, pictures)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(data, photos, tmp_path_factory) -> Path:
     """A folder with a finished run of each of the models."""
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
@@ -53,39 +66,46 @@ def runs(data, tmp_path_factory) -> Path:
             preset = folder / f"{name}.json"
             model_type = "synthesizer" if name == "mixture" else "aft"
             preset.write_text(json.dumps({"model_type": model_type, **SIZES, **model}))
-            where = ["--model_preset", str(preset), "--dataset_path", str(data), "--output_dir", str(folder / name)]
+            of_text = ["--dataset_path", str(data), "--sample_bytes", "5"]
+            source = ["--pictures", str(photos), "--sample_pictures", "4"] if name == "pictures" else of_text
+            where = ["--model_preset", str(preset), *source, "--output_dir", str(folder / name)]
             pretrain([*FLAGS, *where, "--cache_dir", str(folder / "cache")])
             AcceleratorState._reset_state(reset_partial_state=True)
     return folder
 
 
 @pytest.fixture(scope="module")
-def released(runs, data, tmp_path_factory) -> Path:
+def released(runs, data, photos, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model_cards")
-    for name in ("conv", "mixture"):
+    for name in RELEASED:
         beside = ["--beside", str(runs / "simple")] if name == "conv" else []
-        main([str(runs / name), str(folder / f"my-{name}"), "--dataset_path", str(data), *beside, *NOTE])
+        source = ["--pictures", str(photos)] if name == "pictures" else ["--dataset_path", str(data)]
+        main([str(runs / name), str(folder / f"my-{name}"), *source, *beside, *NOTE])
         AcceleratorState._reset_state(reset_partial_state=True)
     return folder
 
 
-@pytest.mark.parametrize("name", ["conv", "mixture"])
+@pytest.mark.parametrize("name", RELEASED)
 def test_weights_are_the_rounded_ones_of_the_run(runs, released, name):
     before, after = (load_file(folder / "model.safetensors") for folder in (runs / name, released / f"my-{name}"))
     assert before.keys() == after.keys()
     assert all(torch.equal(after[key], tensor.to(torch.bfloat16)) for key, tensor in before.items())
     model = AutoModelForCausalLM.from_pretrained(released / f"my-{name}")
     assert model.dtype == torch.float32
-    assert {path.name for path in released.iterdir()} == {"my-conv", "my-mixture"}
+    assert {path.name for path in released.iterdir()} == {f"my-{each}" for each in RELEASED}
     assert not list(released.glob("*/*.py")) and "auto_map" not in (released / f"my-{name}/config.json").read_text()
 
 
-@pytest.mark.parametrize("name", ["conv", "mixture"])
+@pytest.mark.parametrize("name", RELEASED)
 def test_every_score_is_what_its_command_prints(released, name, monkeypatch):
     card = ModelCard.load(released / f"my-{name}" / "README.md")
     events = read_log(released / f"my-{name}" / "run.jsonl")
     scores = [event for event in events if event["event"] == "evaluation" and "command" in event]
-    protocols = ["segments", "sliding", *(["carried", "refreshed"] if name == "conv" else [])]
+    protocols = {
+        "conv": ["segments", "sliding", "carried", "refreshed"],
+        "mixture": ["segments", "sliding"],
+        "pictures": ["pictures"],
+    }[name]
     assert [(e["split"], e["protocol"]) for e in scores] == [(s, p) for s in ("test", "valid") for p in protocols]
     for event in scores:
         assert event["command"] in card.content
@@ -102,17 +122,19 @@ def test_every_score_is_what_its_command_prints(released, name, monkeypatch):
     [
         ("conv", ["bias-map.png", "bias-curve.svg", "receptive-field.svg"]),
         ("mixture", ["bias-map.png", "bias-curve.svg", "mixture.svg"]),
+        ("pictures", ["bias-map.png", "bias-curve.svg"]),
     ],
 )
 def test_card_shows_the_pictures(released, name, kinds):
     folder = released / f"my-{name}"
     content = (folder / "README.md").read_text()
-    for kind in (*(f"my-{name}-{kind}" for kind in kinds), "training_curve.png"):
-        assert f"]({kind})" in content and (folder / kind).stat().st_size > 1000
-    assert {path.name for path in folder.iterdir() if path.suffix in (".png", ".svg")} == {
-        "training_curve.png",
-        *(f"my-{name}-{kind}" for kind in kinds),
-    }
+    assert content == fill_model_card(read_log(folder / "run.jsonl"))
+    expected = {"training_curve.png": 1000, **{f"my-{name}-{kind}": 1000 for kind in kinds}}
+    if name == "pictures":
+        expected |= {"samples.png": 100, "samples-completed.png": 100}
+    for file, least in expected.items():
+        assert f"]({file})" in content and (folder / file).stat().st_size > least
+    assert {path.name for path in folder.iterdir() if path.suffix in (".png", ".svg")} == {*expected}
     if name == "conv":  # both models stand in one picture
         text = (folder / "my-conv-receptive-field.svg").read_text()
         assert "my-conv<" in text and "simple<" in text
@@ -130,6 +152,31 @@ def test_card_names_the_compressor_and_no_path(released, data):
     assert "# my-conv" in card and "model_path" not in log
     assert "text, the same bytes over and over: 2,160 bytes of train" in card
     assert "| cache_dir |" not in card and "| learning_rate |" in card
+
+
+def test_card_of_pictures_draws_and_completes(released, photos, monkeypatch, capsys):
+    folder = released / "my-pictures"
+    content = (folder / "README.md").read_text()
+    assert (
+        "A picture is 4 x 4 x 1" in content and "photos, the same bytes over and over: 10 pictures of train" in content
+    )
+    assert "byte" not in content.partition("In the repository")[0].replace("all bytes before it", "")
+    python, shell = re.findall(r"```(?:python|bash)\n(.*?)```", content.partition("## Load it")[2], re.DOTALL)[:2]
+    monkeypatch.chdir(released)
+    exec(python, {})
+    for line in shell.splitlines():
+        program, command, *flags = shlex.split(line.replace("FOLDER", str(photos)))
+        assert (program, command) == ("aft", "paint")
+        paint(flags)
+    sizes = {"drawn.png": (4, 4), "completed.png": (4, 4), "samples.png": (22, 22), "completions.png": (34, 22)}
+    for file, size in sizes.items():
+        with Image.open(file) as picture:
+            assert picture.size == size
+        Path(file).unlink()
+    push([str(folder), "me/pictures", "--dry_run"])
+    printed = capsys.readouterr().out
+    for file in ("samples.png", "samples-completed.png", "preprocessor_config.json", "image_processing_aft.py"):
+        assert f" {file}\n" in printed
 
 
 def test_what_is_pushed_has_the_pictures(released, capsys):
@@ -156,6 +203,32 @@ def test_wrong_input_is_refused(runs, data, tmp_path, change, message):
     flags = [str(given.pop("run")), str(given.pop("folder"))]
     with pytest.raises(ValueError, match=message):
         main([*flags, *(str(text) for entry in given.items() for text in entry)])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "run, words, message",
+    [
+        ("pictures", ["--dataset_path", "text"], "--pictures must be the pictures of the run, got None"),
+        ("pictures", ["--pictures", "photos/test"], "--pictures must be the data of the run, of sha256"),
+        (
+            "pictures",
+            ["--pictures", "photos", "--beside", "simple"],
+            "--beside must be left out for a run on pictures",
+        ),
+        (
+            "pictures",
+            ["--pictures", "photos", "--num_channels", "3"],
+            "--num_channels must be left out, or what the mo",
+        ),
+        ("conv", ["--pictures", "photos"], "--pictures must be left out: the run was trained on a text, got"),
+    ],
+    ids=["text", "others", "beside", "channels", "run-of-text"],
+)
+def test_other_data_than_the_pictures_of_a_run_are_refused(runs, data, photos, tmp_path, run, words, message):
+    paths = {"text": data, "photos": photos, "photos/test": photos / "test", "simple": runs / "simple"}
+    with pytest.raises(ValueError, match=message):
+        main([str(runs / run), str(tmp_path / "out"), *(str(paths.get(word, word)) for word in words)])
     assert list(tmp_path.iterdir()) == []
 
 

@@ -55,7 +55,7 @@ from aft.folder_lock import locked
 from aft.labelled_tables import describe_labels, encode_table, read_table
 from aft.model_configs import has_length_limit
 from aft.raw_files import file_bytes
-from aft.saved_models import load, load_model
+from aft.saved_models import check_reads_text, load, load_model
 from aft.vocabulary import rows_needed
 from modeling_aft import ByteTokenizer
 
@@ -68,8 +68,9 @@ def load_config_and_tokenizer(inputs: InputArguments):
     What `--model` is, without its weights.
 
     Raises:
-        ValueError: it cannot be loaded, or `--max_length` is more than it can take.
+        ValueError: it cannot be loaded, is one of pictures, or `--max_length` is more than it can take.
     """
+    check_reads_text(inputs.model)
     config, tokenizer = (
         load(auto_class, inputs.model, trust_remote_code=inputs.trust_remote_code)
         for auto_class in (AutoConfig, AutoTokenizer)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from aft.console import one_line
 from aft.flags import did_you_mean, like_path
@@ -29,6 +29,7 @@ IDX = re.compile(r"(train|t10k|test)-(images|labels)[-.]idx[13]-ubyte(\.gz)?")
 FOLDERS = {"train": ("train", "training"), "validation": ("valid", "validation", "val", "dev"), "test": ("test",)}
 MOST_PIXELS = 64**2  # of pictures that are kept in memory
 MOST_BYTES = 1 << 30  # of all of them
+QUARTER_TURNS = (5, 6, 7, 8)  # orientations of EXIF in which width and height change places
 
 
 class Pictures:
@@ -67,9 +68,14 @@ class Pictures:
             raise ValueError(f"{self.name(index)}: no whole picture: {one_line(error)}") from error
 
     def size(self, index: int) -> tuple[int, int]:
-        """Width and height, by the head of the file."""
+        """Width and height of the picture that `decode` gives, by the head of the file."""
         try:
-            return self.open(index).size
+            picture = self.open(index)
+            if picture.format == "TIFF":  # some versions of PIL turn the size of one when they open it
+                return self.decode(index).size
+            # Not the method of PNG, which reads the whole file.
+            orientation = Image.Image.getexif(picture).get(ExifTags.Base.Orientation)
+            return picture.size[::-1] if orientation in QUARTER_TURNS else picture.size
         except Exception as error:
             raise ValueError(f"{self.name(index)}: no picture: {one_line(error)}") from error
 
@@ -189,6 +195,8 @@ def in_memory(pictures: Pictures) -> Pictures:
     if len(sizes) > 1 or width * height > MOST_PIXELS or 3 * width * height * len(pictures) > MOST_BYTES:
         return pictures
     decoded = [pictures.decode(index) for index in range(len(pictures))]
+    if len({picture.size for picture in decoded}) > 1:  # a PNG may have its orientation behind its pixels
+        return pictures
     mode = "L" if {picture.mode for picture in decoded} <= {"1", "L"} else "RGB"
     array = np.stack([np.asarray(picture.convert(mode)) for picture in decoded])
     return ArrayPictures(array, pictures.labels)

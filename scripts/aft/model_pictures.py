@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModel
 
 from aft.drawing import COLOURS, label, line_styles, save_figure, tidy
 from aft.flags import check_model_name
-from aft.saved_models import load, load_model
+from aft.saved_models import load, load_model, shape_of_model
 from aft.text_sources import load_text
 from aft.token_data import TokenData, tokens_at_hand
 from aft.vocabulary import vocabulary_of_model
@@ -386,7 +386,11 @@ def draw_models(args: argparse.Namespace) -> list[Path]:
     transformers.utils.logging.disable_progress_bar()
     models = load_models(args.models)
     figures = {}
-    afts = {name: model for name, model in models.items() if model.config.model_type == "aft"}
+    afts = {
+        name: model
+        for name, model in models.items()
+        if model.config.model_type == "aft" and shape_of_model(model.config.name_or_path) is None
+    }
     for name, model in models.items():
         drawn = draw_model(name, model)
         if not drawn and name not in afts:

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 
 from aft.atomic_files import replacing
 from aft.generation import find_device
-from aft.picture_data import check_picture_model, load_pictures, shape_of_model
-from aft.saved_models import load_config, load_model
+from aft.picture_data import check_picture_model, load_pictures
+from aft.saved_models import load_config, load_model, shape_of_model
 from aft.vocabulary import START_OF_PICTURE
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Image as ImageFeature
-from transformers.image_processing_utils import BaseImageProcessor
 
 from aft.image_data import (
     FOLDERS,
@@ -59,6 +58,10 @@ class PictureData:
         for split in SPLITS:
             digest.update(len(splits[split]).to_bytes(8, "little") + np.ascontiguousarray(splits[split]).data)
         self.sha256 = digest.hexdigest()
+
+    def split_bytes(self, split: str) -> bytes:
+        """The sub-pixels of a split, picture after picture."""
+        return self.splits[split].tobytes()
 
     def describe(self) -> dict:
         """Facts for the log."""
@@ -163,15 +166,6 @@ def load_source(args: argparse.Namespace) -> PictureData | FileText | DocumentTe
         OSError: a download failed.
     """
     return load_text(args) if args.pictures is None else load_pictures(args)
-
-
-def shape_of_model(name: str) -> tuple[int, int, int] | None:
-    """Height, width and channels of the pictures of a saved model, by its image processor; None if it has none."""
-    try:
-        values, _ = BaseImageProcessor.get_image_processor_dict(name)
-        return values["size"]["height"], values["size"]["width"], values["num_channels"]
-    except (OSError, KeyError, TypeError):
-        return None
 
 
 def check_picture_model(config, shape: tuple[int, int, int], name: str, starts: bool = True) -> None:

@@ -208,6 +208,22 @@ def sample_pictures(model, data: PictureTokens, args, folder: Path, name: str) -
     return list(files)
 
 
+def draw_sample(model, vocabulary, data: TokenData, args, folder: Path, name: str = "samples") -> dict:
+    """A sample of text, or the names of the files with pictures that are written to a folder, as the log has it."""
+    if isinstance(data, PictureTokens):
+        return {"files": sample_pictures(model, data, args, folder, name)}
+    return {"text": sample_text(model, vocabulary, args)}
+
+
+def final_sample(sample: dict) -> dict:
+    """What the final event of the log has of a sample, of which the card is made; of none an empty dict."""
+    pictures = zip(sample.get("files", []), CAPTIONS, strict=False)
+    return {
+        "sample": sample.get("text", ""),
+        "pictures": [{"file": file, "caption": caption} for file, caption in pictures],
+    }
+
+
 def describe_run(args, accelerator: Accelerator, model, text, data: TokenData, vocabulary, windows) -> dict:
     """Every quantity that follows from the arguments, for the log and the terminal."""
     per_epoch = windows.windows_per_epoch
@@ -343,19 +359,13 @@ class Run:
     def has_samples(self) -> bool:
         return bool(self.args.sample_bytes or self.args.sample_pictures)
 
-    def draw(self, model, step: int | None = None) -> dict:
-        """A sample of text, or names of files with pictures, of a step or at the end, as the log has it."""
-        if not self.args.sample_pictures:
-            return {"text": sample_text(model, self.vocabulary, self.args)}
-        name = "samples" if step is None else f"samples-{step}"
-        return {"files": sample_pictures(model, self.data, self.args, self.folder, name)}
-
     def sample(self, step: int) -> None:
         """Logs and shows a sample; a sharded model has none, because it cannot generate on one process."""
         if self.accelerator.is_main_process and self.accelerator.distributed_type != DistributedType.FSDP:
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             with self.averaged():
-                sample = self.draw(model, step)
+                name = f"samples-{step}"
+                sample = draw_sample(model, self.vocabulary, self.data, self.args, self.folder, name)
             self.log.write("sample", step=step, **sample)
             self.report(describe_sample(sample, f"sample at step {step}"))
 
@@ -462,14 +472,13 @@ class Run:
         self.prune()
         path = self.folder.resolve()
         final = {"step": step, "test_bits_per_byte": test["bits_per_byte"]}
-        final |= {"model_name": readable(path.name), "training_seconds": self.state["training_seconds"], "sample": ""}
+        final |= {"model_name": readable(path.name), "training_seconds": self.state["training_seconds"]}
         if self.accelerator.is_main_process:
             sample = {}
             if self.has_samples:  # from the folder, which shows that it loads
-                sample = self.draw(LANGUAGE_MODELS["causal"].from_pretrained(self.folder))
-                pictures = zip(sample.get("files", []), CAPTIONS, strict=False)
-                final["sample"] = sample.get("text", "")
-                final["pictures"] = [{"file": file, "caption": caption} for file, caption in pictures]
+                model = LANGUAGE_MODELS["causal"].from_pretrained(self.folder)
+                sample = draw_sample(model, self.vocabulary, self.data, self.args, self.folder)
+            final |= final_sample(sample)
             self.log.write("final", **final, model_path=readable(public_path(self.args.output_dir)))
             self.log.sync()
             events = read_log(self.log.path)

@@ -412,6 +412,54 @@ def flag_problems(args: argparse.Namespace) -> list[str]:
     return problems
 
 
+def picture_problems(args: argparse.Namespace, config) -> list[str]:
+    """
+    What is wrong with the pictures, or with the model for them. Their shape decides `sequence_length`, and both are
+    filled in.
+    """
+    from aft.picture_data import check_picture_model, picture_shape
+
+    name = f"--model_preset {args.model_preset}" if args.init_from is None else f"--init_from {args.init_from}"
+    try:
+        shape = picture_shape(args)
+        check_picture_model(config, shape, name)
+    except ValueError as error:
+        return [str(error)]
+    length, size = math.prod(shape), " x ".join(map(str, shape))
+    if length < 2:
+        return [f"--image_size must be at least 2 for one channel, got {args.image_size}"]
+    if args.sequence_length not in (None, length):
+        allowed = f"left out, or {length}, the sub-pixels of {size}"
+        return [f"--sequence_length must be {allowed}, got {args.sequence_length}"]
+    args.picture_shape, args.sequence_length = list(shape), length
+    return []
+
+
+def length_problems(args: argparse.Namespace, config) -> list[str]:
+    """What is wrong with `sequence_length`, or with what follows from it, for a model; both are filled in."""
+    from aft.model_configs import has_length_limit
+
+    problems = []
+
+    def check(ok: bool, name: str, allowed: str):
+        if not ok:
+            problems.append(f"--{name} must be {allowed}, got {getattr(args, name)!r}")
+
+    length = getattr(config, "max_position_embeddings", None)
+    args.sequence_length = args.sequence_length or length
+    if args.sequence_length is None:
+        return ["--sequence_length must be given: the model has no max_position_embeddings, got None"]
+    if has_length_limit(config) and args.pictures is None:
+        check(args.sequence_length <= length, "sequence_length", f"at most max_position_embeddings ({length})")
+        check(len(prompt_bytes(args.sample_prompt)) < length, "sample_prompt", f"shorter than {length} bytes")
+    if args.carry_state:
+        args.stream_length = 4 * args.sequence_length if args.stream_length is None else args.stream_length
+        whole = args.stream_length % args.sequence_length == 0 and args.stream_length > args.sequence_length
+        check(whole, "stream_length", f"2 sequence_length or more, a multiple of it ({args.sequence_length})")
+    args.eval_stride = args.eval_stride or max(args.sequence_length // 2, 1)
+    return problems + evaluation_protocol(args).problems(length if has_length_limit(config) else None, "--eval_")
+
+
 def check_arguments(args: argparse.Namespace, num_processes: int):
     """
     Fills in the values that follow from others, and returns the model's `PreTrainedConfig`.
@@ -451,41 +499,11 @@ def check_arguments(args: argparse.Namespace, num_processes: int):
         check(not has_length_limit(config), "carry_state", "left out: this model's position tables end")
         twice = "left out with --carry_state: it would read the state twice"
         check(not args.gradient_checkpointing, "gradient_checkpointing", twice)
-    args.picture_shape, picture_length = None, None
+    args.picture_shape = None
     if args.pictures is not None and not problems:
-        from aft.picture_data import picture_shape
-
-        try:
-            args.picture_shape = list(picture_shape(args))
-        except ValueError as error:
-            problems.append(str(error))
-        else:
-            picture_length = math.prod(args.picture_shape)
-            size = " x ".join(map(str, args.picture_shape))
-            whole = args.sequence_length in (None, picture_length)
-            check(whole, "sequence_length", f"left out, or {picture_length}, the sub-pixels of {size}")
-            check(picture_length >= 2, "image_size", "at least 2 for one channel")
+        problems += picture_problems(args, config)
     if config is not None:
-        length = getattr(config, "max_position_embeddings", None)
-        args.sequence_length = args.sequence_length or picture_length or length
-        check(args.sequence_length is not None, "sequence_length", "given: the model has no max_position_embeddings")
-        if args.sequence_length and has_length_limit(config):
-            if picture_length is not None and args.sequence_length > length:
-                problems.append(
-                    f"max_position_embeddings must be {picture_length} or more, one for each of the "
-                    f"{' x '.join(map(str, args.picture_shape))} sub-pixels of a picture, got {length}"
-                )
-            elif picture_length is None:
-                check(args.sequence_length <= length, "sequence_length", f"at most max_position_embeddings ({length})")
-                prompt = len(prompt_bytes(args.sample_prompt))
-                check(prompt < length, "sample_prompt", f"shorter than {length} bytes")
-        if args.sequence_length and args.carry_state:
-            args.stream_length = 4 * args.sequence_length if args.stream_length is None else args.stream_length
-            whole = args.stream_length % args.sequence_length == 0 and args.stream_length > args.sequence_length
-            check(whole, "stream_length", f"2 sequence_length or more, a multiple of it ({args.sequence_length})")
-        if args.sequence_length:
-            args.eval_stride = args.eval_stride or max(args.sequence_length // 2, 1)
-            problems += evaluation_protocol(args).problems(length if has_length_limit(config) else None, "--eval_")
+        problems += length_problems(args, config)
     args.eval_batch_size = args.eval_batch_size or args.micro_batch_size
     if args.objective == "masked" and not problems:
         check(args.sequence_length >= 2, "sequence_length", "at least 2 with --objective masked")

@@ -30,15 +30,16 @@ from aft.masking_arguments import masking_settings
 from aft.model_code import remove_code
 from aft.model_configs import has_fixed_state, has_length_limit
 from aft.model_pictures import data_of_model, draw_model, draw_receptive_fields, load_models
-from aft.pretraining import sample_text
+from aft.picture_arguments import source_flags
+from aft.picture_data import PictureData, PictureTokens, check_picture_model, load_pictures
+from aft.pretraining import draw_sample, final_sample
 from aft.protocols import Protocol
 from aft.redaction import public_path, readable
 from aft.run_log import MEANINGLESS_ELSEWHERE, describe_score, fill_model_card, plot_training_curve, read_log, today
-from aft.saved_models import LANGUAGE_MODELS, load_model
-from aft.text_arguments import TextArguments, flag_words
-from aft.text_sources import SPLITS, load_text
+from aft.saved_models import LANGUAGE_MODELS, load_model, shape_of_model
+from aft.text_sources import SPLITS, DocumentText, FileText, load_text
 from aft.token_data import TokenData, tokens_at_hand
-from aft.vocabulary import vocabulary_of_model
+from aft.vocabulary import PixelVocabulary, vocabulary_of_model
 
 
 BATCH_SIZE = 16  # windows at once in an evaluation
@@ -59,22 +60,43 @@ def xz_bits_per_byte(parts: list[bytes]) -> float:
     return 8 * (with_it - without) / (len(content) - start)
 
 
-def check_run(folder: Path, sha256: str) -> list[dict]:
+def check_run(folder: Path) -> list[dict]:
     """
     The log of a finished run.
 
     Raises:
-        ValueError: the run is not finished, or was trained on a text with another `sha256`.
+        ValueError: the run is not finished.
     """
     log = folder / "run.jsonl"
     events = read_log(log) if log.is_file() else []
     if not (folder / "config.json").is_file() or not events or events[-1]["event"] != "final":
         last = events[-1]["event"] if events else None
         raise ValueError(f"run: {folder} must be the folder of a finished run, got one whose log ends with {last!r}")
-    trained_on = events[0].get("data_sha256")
-    if trained_on != sha256:
-        raise ValueError(f"--dataset_path must be the data of the run, of sha256 {trained_on}, got {sha256}")
     return events
+
+
+def load_data(args: argparse.Namespace, config: dict) -> FileText | DocumentText | PictureData:
+    """
+    What the run was trained on, by the flags that name it.
+
+    Args:
+        config: the first event of the log.
+
+    Raises:
+        ValueError: they name something else.
+    """
+    of_pictures = config["arguments"].get("pictures") is not None
+    if of_pictures != (args.pictures is not None):
+        allowed = "the pictures of the run" if of_pictures else "left out: the run was trained on a text"
+        raise ValueError(f"--pictures must be {allowed}, got {args.pictures!r}")
+    if of_pictures and args.beside:
+        raise ValueError(f"--beside must be left out for a run on pictures, got {', '.join(map(str, args.beside))}")
+    data = load_pictures(args, shape_of_model(args.run)) if of_pictures else load_text(args)
+    trained_on = config.get("data_sha256")
+    if data.sha256 != trained_on:
+        flag = "--pictures" if of_pictures else "--dataset_path"
+        raise ValueError(f"{flag} must be the data of the run, of sha256 {trained_on}, got {data.sha256}")
+    return data
 
 
 def save_weights(model, vocabulary, folder: Path, dtype: torch.dtype) -> None:
@@ -97,11 +119,14 @@ def save_weights(model, vocabulary, folder: Path, dtype: torch.dtype) -> None:
 
 
 def draw(name: str, models: dict, folder: Path, data: dict[str, TokenData]) -> list[dict]:
-    """Draws the model `name` into `folder`, if of AFT with the fields of all `models`; returns files and captions."""
+    """
+    Draws the model `name` into `folder`, if it is of AFT with the fields of all `models`; returns files and captions.
+    The `data` are those of each model; without, there are no fields.
+    """
     if models[name].config.model_type not in ("aft", "synthesizer"):
         return []
     figures, captions = draw_model(name, models[name]), dict(CAPTIONS)
-    if models[name].config.model_type == "aft":
+    if data and models[name].config.model_type == "aft":
         figures[f"{name}-receptive-field.svg"] = draw_receptive_fields(models, data)
         captions["receptive-field"] += describe_company({key: models[key] for key in models if key != name})
     files = [save_figure(figure, folder / file) for file, figure in figures.items()]
@@ -122,6 +147,8 @@ def describe_company(models: dict) -> str:
 def choose_protocols(config, arguments: dict) -> list[Protocol]:
     """Those that a model trained with these flags is scored by."""
     length = arguments["sequence_length"]
+    if arguments.get("pictures") is not None:
+        return [Protocol("pictures", length)]
     if arguments.get("objective") == "masked":
         return [Protocol("masked", length, **masking_settings(argparse.Namespace(**arguments)))]
     protocols = [Protocol("segments", length), Protocol("sliding", length, stride=max(length // 4, 1))]
@@ -143,6 +170,8 @@ def score(
         for protocol in protocols:
             result = evaluate_split(model, data, split, accelerator, protocol, BATCH_SIZE, masking=masking)
             given = {"split": split, **{name: value for name, value in asdict(protocol).items() if value is not None}}
+            if protocol.protocol == "pictures":
+                del given["length"]  # which the model has, and no flag
             command = " ".join(f"--{name} {value}" for name, value in given.items())
             events.append({"event": "evaluation", "split": split, **result, "command": command})
             print(f"{split}: {describe_score(result)}, {protocol.protocol}", flush=True)
@@ -163,13 +192,17 @@ def release(args: argparse.Namespace, argv: list[str]) -> Path:
         ValueError: the run is not finished or of other data, or a model has the wrong type.
     """
     transformers.utils.logging.disable_progress_bar()
-    text = load_text(args)
-    events = check_run(args.run, text.sha256)
+    events = check_run(args.run)
     arguments = events[0]["arguments"]
+    text = load_data(args, events[0])
     auto_class = LANGUAGE_MODELS[arguments.get("objective", "causal")]
     trained, _ = load_model(auto_class, args.run, "run:", dtype=torch.float32, trust_remote_code=False)
-    vocabulary = vocabulary_of_model(args.run, trained.config, "run:", trust_remote_code=False)
-    data = tokens_at_hand(text, vocabulary, args.cache_dir)
+    if args.pictures is None:
+        vocabulary = vocabulary_of_model(args.run, trained.config, "run:", trust_remote_code=False)
+        data = tokens_at_hand(text, vocabulary, args.cache_dir)
+    else:
+        check_picture_model(trained.config, text.shape, f"run: {args.run}")
+        vocabulary, data = PixelVocabulary(text.shape), PictureTokens(text)
     beside = load_models(args.beside, "--beside")
     if wrong := [
         name for name, model in beside.items() if {model.config.model_type, trained.config.model_type} != {"aft"}
@@ -185,13 +218,15 @@ def release(args: argparse.Namespace, argv: list[str]) -> Path:
         folder = Path(temporary) / name
         save_weights(trained, vocabulary, folder, getattr(torch, args.dtype))
         stored, _ = load_model(auto_class, folder, f"--dtype {args.dtype}:", trust_remote_code=False)
-        texts = {name: data, **{key: data_of_model(beside[key], text, args.cache_dir) for key in beside}}
+        texts = {}
+        if args.pictures is None:
+            texts = {name: data, **{key: data_of_model(beside[key], text, args.cache_dir) for key in beside}}
         pictures = draw(name, {name: stored.base_model, **beside}, folder, texts)
         plot_training_curve(events, folder / "training_curve.png")
 
         scores = score(stored, data, ("test", "valid"), protocols, masking)
         program = ["aft", "evaluate", str(args.folder)]
-        program += flag_words(args, TextArguments)
+        program += source_flags(args)
         for event in scores:
             event |= {"step": final["step"], "command": f"{shlex.join(program)} {event['command']}"}
         [before] = score(trained, data, ("valid",), protocols[:1], masking)
@@ -199,8 +234,10 @@ def release(args: argparse.Namespace, argv: list[str]) -> Path:
 
         final = {**final, "model_name": name}
         if masking is None:
-            sampling = argparse.Namespace(**{**arguments, "sample_bytes": arguments["sample_bytes"] or 300})
-            final["sample"] = sample_text(stored, vocabulary, sampling)
+            sizes = {"sample_bytes": arguments["sample_bytes"] or 300}
+            sizes["sample_pictures"] = arguments.get("sample_pictures") or 8
+            sampling = argparse.Namespace(**{**arguments, **sizes})
+            final |= final_sample(draw_sample(stored, vocabulary, data, sampling, folder))
         del final["model_path"]
         config = {**config, "arguments": {k: v for k, v in arguments.items() if k not in MEANINGLESS_ELSEWHERE}}
         released = {

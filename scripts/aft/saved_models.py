@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig
+from transformers.image_processing_utils import BaseImageProcessor
 
 from aft.console import one_line
 from aft.flags import check_model_name, like_path
@@ -66,6 +67,29 @@ def load_config(name: str | Path, trust_remote_code: bool = False, flag: str = "
         ValueError: it does not load.
     """
     return load(AutoConfig, name, flag, trust_remote_code=trust_remote_code)
+
+
+def shape_of_model(name: str | Path) -> tuple[int, int, int] | None:
+    """Height, width and channels of the pictures of a saved model, by its image processor; None if it has none."""
+    try:
+        values, _ = BaseImageProcessor.get_image_processor_dict(name)
+        return values["size"]["height"], values["size"]["width"], values["num_channels"]
+    except (OSError, KeyError, TypeError):
+        return None
+
+
+def check_reads_text(name: str | Path, flag: str = "--model") -> None:
+    """
+    Checks that a saved model is none of pictures.
+
+    Raises:
+        ValueError: it is one; says what it is for.
+    """
+    if shape_of_model(name) is not None:
+        raise ValueError(
+            f"{flag} {name}: must be a model of text, got one of pictures: aft paint draws with it, aft evaluate "
+            "--pictures scores it, and aft pretrain --pictures --init_from trains it further"
+        )
 
 
 def load_model(

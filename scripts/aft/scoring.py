@@ -23,11 +23,10 @@ from aft.picture_data import (
     check_picture_model,
     load_pictures,
     picture_shape,
-    shape_of_model,
 )
 from aft.protocols import CAUSAL, POSITION_COLUMNS, Protocol
 from aft.run_log import describe_protocol, describe_score
-from aft.saved_models import LANGUAGE_MODELS, load_config, load_model, objective_of
+from aft.saved_models import LANGUAGE_MODELS, load_config, load_model, objective_of, shape_of_model
 from aft.text_sources import load_text
 from aft.token_data import TokenData, tokens_at_hand
 from aft.vocabulary import START_OF_PICTURE, vocabulary_of_model

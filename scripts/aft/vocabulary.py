@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from aft.atomic_files import new_folder
 from aft.console import one_line
-from aft.saved_models import load
+from aft.saved_models import check_reads_text, load
 
 
 END_OF_TEXT = "<|endoftext|>"
@@ -246,7 +246,7 @@ def load_vocabulary(name: str, flag: str = "--tokenizer", **options) -> Tokenize
         options: of `AutoTokenizer.from_pretrained`.
 
     Raises:
-        ValueError: it does not load, or has no offsets; begins with the flag and the name.
+        ValueError: it does not load, has no offsets, or is a model of pictures; begins with the flag and the name.
     """
     if Path(name).is_file():
         try:
@@ -254,6 +254,7 @@ def load_vocabulary(name: str, flag: str = "--tokenizer", **options) -> Tokenize
         except Exception as error:  # the library raises no other type
             raise ValueError(f"{flag} {name}: must be a tokenizer.json or a folder: {one_line(error)}") from error
         return TokenizerVocabulary(tokenizer, f"{flag} {name}")
+    check_reads_text(name, flag)
     tokenizer = load(AutoTokenizer, name, flag, what="tokenizer", file="tokenizer_config.json", **options)
     if is_byte_tokenizer(tokenizer):
         return ByteVocabulary(masks=tokenizer.mask_token_id == 256)
@@ -274,10 +275,10 @@ def vocabulary_of_model(name: str | Path, config, flag: str = "--model", **optio
         options: of `AutoTokenizer.from_pretrained`.
 
     Raises:
-        ValueError: there is no tokenizer, or it has ids that the model has not.
+        ValueError: there is no tokenizer, or it has ids that the model has not, or the model is one of pictures.
     """
     rows = getattr(config, "vocab_size", None)
-    files = ("tokenizer.json", "tokenizer_config.json")
+    files = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json")
     if rows == 256 and Path(name).is_dir() and not any((Path(name) / file).is_file() for file in files):
         return ByteVocabulary()
     vocabulary = load_vocabulary(str(name), flag, **options)

@@ -11,11 +11,13 @@ Makes of a finished run of `aft pretrain` a folder to hand out: small weights, s
 
     aft release runs/aft-conv model_cards/aft-conv-small --dataset_path FILE
     aft release runs/aft-conv model_cards/aft-conv-small --dataset_path FILE --beside runs/aft-simple
+    aft release runs/pictures model_cards/aft-pictures --pictures FOLDER
 
 The weights are stored in --dtype and computed with in float32, as config.json then says. Test and valid are scored
 with what was stored: by segments, sliding and, if the state of an AFT model does not grow, as one stream, carried and
-refreshed. A compressor, `xz -9e`, gets the same bytes: what the test split adds to the length of everything before it.
-The pictures are those of `aft draw`; --beside names runs for the picture of the receptive field. All of this goes
+refreshed; a model of pictures in bits per dimension, and it draws samples and completions. A compressor, `xz -9e`,
+gets the same bytes: what the test split adds to the length of everything before it. The other pictures are those of
+`aft draw`; --beside names runs for that of the receptive field, which is of texts alone. All of this goes
 into the folder's run.jsonl, from which the card is made. The folder holds no code: the model loads where the package
 is installed, and `aft push` adds the code that it needs elsewhere.
 """
@@ -27,9 +29,10 @@ from pathlib import Path
 
 from aft.console import any_text
 from aft.flags import DTYPES, FlagParser, check_model_name, import_files, like_path
+from aft.picture_arguments import PictureArguments, complete_source, source_problems
 from aft.redaction import readable
 from aft.run_log import read_log
-from aft.text_arguments import TextArguments, complete_text_arguments, text_problems
+from aft.text_arguments import TextArguments
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -43,6 +46,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("run", help="folder of a finished run")
     parser.add_argument("folder", help="the new folder, whose name is that of the model")
     parser.add_fields(TextArguments)
+    parser.add_fields(PictureArguments)
     parser.add_argument("--dataset_note", help="what the data are and where from, for the card")
     parser.add_argument("--dataset_license", help="under which license the data are, for the card")
     parser.add_argument(
@@ -67,8 +71,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         problems.append(f"folder must be new, or with --overwrite that of an earlier release, got {args.folder}")
     if args.folder.name in (names := [path.resolve().name for path in args.beside]):
         problems.append(f"--beside must have other names than {args.folder.name}, got {', '.join(names)}")
-    complete_text_arguments(args)
-    problems += text_problems(args)
+    complete_source(args)
+    problems += source_problems(args)
     if problems:
         raise ValueError("aft release: " + "; ".join(problems))
     if not args.run.is_dir():
