@@ -1,4 +1,4 @@
-"""Puts a deliberate fault in the place of a function of the package, and runs tests on it.
+"""Puts a deliberate fault in the place of a function of the package or of the programs, and runs tests on it.
 
 A fault is bound to a function by its name. The function keeps its identity and gets another body, so that every
 reference to it has the fault, be it imported by name, in a table of kernels, in a closure or in a class. That happens
@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 
 ROOT = Path(__file__).parents[1]
-PACKAGE = "modeling_aft"
+PACKAGE, PROGRAMS = "modeling_aft", "aft"
 # What importing the package takes its time for.
 LIBRARIES = ["pytest", "torch._dynamo", "transformers.generation", "transformers.modeling_layers"]
 REMOTE_CODE = "transformers_modules"  # the package of it
@@ -39,7 +39,8 @@ class Fault(NamedTuple):
     """
     Attributes:
         name: what is wrong.
-        where: the function that has it, `module.function`, `module.Class.method`, or a constant or table of that kind.
+        where: the function that has it, `module.function`, `module.Class.method`, or a constant or table of that kind;
+            of the programs with `aft.` before it.
         change: gives what is to stand in its place, from the original.
         tests: the file of tests that must catch it.
     """
@@ -70,14 +71,22 @@ class Outcome(NamedTuple):
 # The place of a fault
 
 
+def place(fault: Fault) -> tuple[str, str, list[str]]:
+    """The package and the module of a fault's function, and the names that lead to it there."""
+    of_programs = fault.where.startswith(f"{PROGRAMS}.")
+    module, *names = fault.where.removeprefix(f"{PROGRAMS}.").split(".")
+    return PROGRAMS if of_programs else PACKAGE, module, names
+
+
 def find(fault: Fault, module: ModuleType) -> tuple[Any, str, Any]:
     """The module or class that the fault's function stands in, its name there, and what it is: a function beneath all
     decorators, or a value."""
-    owner, (_, *classes, name) = module, fault.where.split(".")
+    package, _, (*classes, name) = place(fault)
+    owner = module
     for part in classes:
         owner = vars(owner).get(part)
     if not hasattr(owner, "__dict__") or name not in vars(owner):
-        raise BrokenFault(f"{fault.name!r}: there is no {fault.where} in {PACKAGE}.")
+        raise BrokenFault(f"{fault.name!r}: there is no {fault.where} in {package}.")
     found = vars(owner)[name]
     if isinstance(found, property):
         found = found.fget
@@ -136,12 +145,12 @@ def install(fault: Fault, module: ModuleType) -> None:
 
 def install_on_import(fault: Fault) -> None:
     """Puts a fault into its module once that has been executed, and into every copy that is loaded as remote code."""
-    wanted, execute = fault.where.partition(".")[0], SourceFileLoader.exec_module
+    (package, wanted, _), execute = place(fault), SourceFileLoader.exec_module
 
     def exec_module(loader, module):
         execute(loader, module)
         parts = module.__name__.split(".")
-        if parts[0] in (PACKAGE, REMOTE_CODE) and parts[-1] == wanted:
+        if parts == [package, wanted] or (package == PACKAGE and (parts[0], parts[-1]) == (REMOTE_CODE, wanted)):
             install(fault, module)
 
     SourceFileLoader.exec_module = exec_module
@@ -149,11 +158,11 @@ def install_on_import(fault: Fault) -> None:
 
 def check(fault: Fault) -> None:
     """Raises a BrokenFault if a fault does not fit the package, or its tests do not exist. Nothing is changed."""
-    name = fault.where.partition(".")[0]
+    package, name, _ = place(fault)
     try:
-        module = importlib.import_module(f"{PACKAGE}.{name}")
+        module = importlib.import_module(f"{package}.{name}")
     except ModuleNotFoundError:
-        raise BrokenFault(f"{fault.name!r}: there is no {name} in {PACKAGE}.") from None
+        raise BrokenFault(f"{fault.name!r}: there is no {name} in {package}.") from None
     changed(fault, find(fault, module)[2])
     if not (ROOT / "tests" / fault.tests).is_file():
         raise BrokenFault(f"{fault.name!r}: there is no {fault.tests}.")
@@ -201,8 +210,8 @@ def run_tests(tests: str, fault_name: str | None, without: list[str]) -> Failure
 
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
-    if any(name.partition(".")[0] == PACKAGE for name in sys.modules):
-        raise BrokenFault(f"{PACKAGE} has been imported before the fault.")
+    if found := {PACKAGE, PROGRAMS} & {name.partition(".")[0] for name in sys.modules}:
+        raise BrokenFault(f"{' and '.join(found)} has been imported before the fault.")
     if fault_name is not None:
         faults = importlib.import_module(LIST).FAULTS
         install_on_import(next(fault for fault in faults if fault.name == fault_name))

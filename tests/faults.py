@@ -1,4 +1,5 @@
-"""Deliberate faults, each put in the place of a function of the package, to show that the tests notice every one.
+"""Deliberate faults, each put in the place of a function of the package or of
+the programs, to show that the tests notice every one.
 
     python tests/faults.py              # all of them; exit status 1 if one survives
     python tests/faults.py crop static  # those whose name contains one of the words
@@ -14,6 +15,7 @@ import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from time import perf_counter
 
 import torch
@@ -28,6 +30,7 @@ GRID = "test_ops_grid.py"
 INPUTS, CACHE, COMPATIBILITY = "test_model_inputs.py", "test_cache.py", "test_compatibility.py"
 ECOSYSTEM, STREAMING = "test_ecosystem.py", "test_streaming.py"
 LINEAR, CONVERTER = "test_linear.py", "test_convert_z1t.py"
+PICTURES, PROCESSOR = "test_pictures.py", "test_image_processing.py"
 
 FAULTS: list[Fault] = []
 
@@ -889,6 +892,77 @@ def _(original):
     return sinusoids
 
 
+# Pictures, pixel by pixel
+
+
+@fault("the first sub-pixel of a picture is not scored", "aft.protocols.Protocol.windows", PICTURES)
+def _(original):
+    def windows(self, start, stop):
+        skipped = int(self.protocol == "pictures")
+        return (window._replace(scored=window.scored + skipped) for window in original(self, start, stop))
+
+    return windows
+
+
+@fault("without a start token the first sub-pixel is free", "aft.scoring.read_pictures", PICTURES)
+def _(original):
+    def read_pictures(args, config):
+        data, protocol, masking = original(args, config)
+        return data, replace(protocol, first_bits=protocol.first_bits and 0.0), masking
+
+    return read_pictures
+
+
+@fault("flipping mirrors sub-pixels, not pixels", "aft.picture_data.PictureWindows.picture", PICTURES)
+def _(original):
+    def picture(self, step, row):
+        height, width, channels = shape = self.shape
+        self.shape = (height, width * channels, 1)
+        made = original(self, step, row)
+        self.shape = shape
+        return made
+
+    return picture
+
+
+@fault("generate may draw the start token", "image_processing_aft.AFTImageProcessor.generation_config", PROCESSOR)
+def _(original):
+    return lambda self, **options: original(self, **{"suppress_tokens": None, **options})
+
+
+@fault("samples may have the start token", "aft.painting.draw_pictures", PICTURES)
+def _(original):
+    def draw_pictures(model, *arguments, **sampling):
+        generate = model.generate
+        model.generate = lambda ids, suppress_tokens, **options: generate(ids, **options)
+        made = original(model, *arguments, **sampling)
+        del model.generate
+        return made
+
+    return draw_pictures
+
+
+@fault("what is drawn below the given rows is lost", "aft.painting.draw_completions", PICTURES)
+def _(original):
+    def draw_completions(model, pictures, rows, *arguments, **sampling):
+        grid = original(model, pictures, rows, *arguments, **sampling)
+        height, width = pictures.shape[1:3]
+        grid[rows:height, width : grid.shape[1] - width] = 128
+        return grid
+
+    return draw_completions
+
+
+@fault("completions do not keep what is given", "aft.painting.draw_pictures", PICTURES)
+def _(original):
+    def draw_pictures(model, shape, prompts, *arguments, **sampling):
+        made = original(model, shape, prompts, *arguments, **sampling)
+        made.reshape(len(made), -1)[:, : prompts.shape[1]] = 0
+        return made
+
+    return draw_pictures
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("words", nargs="*", help="only faults whose name contains one of these")
@@ -901,7 +975,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     import conftest  # noqa: F401  (the settings of all tests, which the processes inherit)
 
-    sys.path.insert(0, str(ROOT))
+    sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     for fault in chosen:
         check(fault)

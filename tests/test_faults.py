@@ -20,6 +20,7 @@ def test_names_are_different():
         ("ops_states.merge", lambda original: original, "there is no ops_states"),
         ("ops_state.unite", lambda original: original, "there is no ops_state.unite"),
         ("cache_state.Layer.crop", lambda original: original, "there is no cache_state.Layer.crop"),
+        ("aft.painting.draw", lambda original: original, "there is no aft.painting.draw in aft"),
         ("cache_state.GrowingStateLayer.crop", lambda original: original, "there is no cache_state.Grow"),  # inherited
         ("ops_state.merge", lambda original: lambda first, last: first, "takes"),
         ("ops_cpu._LARGEST_SUM", lambda original: None, "is a NoneType"),

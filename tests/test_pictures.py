@@ -266,6 +266,14 @@ def test_the_score_of_a_run_is_that_of_its_model(run, inputs, capsys):
     assert less["bytes_scored"] == 32
 
 
+def test_a_model_without_a_start_token_is_charged_for_the_first_sub_pixel(inputs, tmp_path):
+    model = make_model(16, 256)
+    model.save_pretrained(tmp_path)
+    found = evaluate([str(tmp_path), "--pictures", str(inputs / "grey")])
+    expected = plain_bits(model, make_data(GREY).splits["test"], None)
+    assert found["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_resumed_run_is_the_whole_one(run, inputs, tmp_path):
     checkpoint = run / "checkpoints" / "step-4"
     pretrain(flags(inputs, tmp_path / "resumed", resume=checkpoint))
@@ -296,10 +304,16 @@ def test_completions_keep_what_is_given(shape):
     grid = draw_completions(model, pictures, 1, seed=0, batch_size=2)
     assert np.array_equal(grid[: shape[0], -shape[1] :], pictures[0])
     assert np.array_equal(grid[:1, : shape[1]], pictures[0, :1])
+    prompts = pictures[:, :1].reshape(3, -1).repeat(TRIES, axis=0)
+    made = draw_pictures(model, shape, prompts, seed=0, batch_size=2)
+    tries = [grid[: shape[0], start : start + shape[1]] for start in range(0, grid.shape[1], shape[1] + GAP)][1:-1]
+    assert np.array_equal(tries, made[:TRIES])
 
 
 def test_samples_are_drawn_from_the_whole_distribution():
-    model = make_model(2, window_size=2)
+    model = make_model(2, window_size=2, lm_head_bias=True)
+    with torch.no_grad():
+        model.lm_head.bias[START] += 50
     made = draw_pictures(model, (2, 1, 1), np.zeros((3000, 0), dtype=np.uint8), seed=0, batch_size=3000)
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([[START]])).logits[0, 0, :START]

@@ -6,6 +6,8 @@ from families import FIXED_STATE, VARIANTS, make_ids, make_model
 from transformers import DynamicCache, StaticCache
 from transformers.generation.configuration_utils import CompileConfig
 
+from modeling_aft import AFTImageProcessor
+
 
 variants = pytest.mark.parametrize("variant", VARIANTS)
 GROWING = [name for name in VARIANTS if name not in FIXED_STATE]
@@ -140,6 +142,24 @@ def test_generates_the_same_text_with_generated_code(variant):
     expected = model.generate(**inputs, **GREEDY)
     torch._dynamo.reset()
     assert torch.equal(model.generate(**inputs, **compiled("inductor"), **GREEDY), expected)
+
+
+@pytest.mark.parametrize("rows", [0, 2], ids=["draws", "completes"])
+def test_the_compiled_step_draws_the_same_pictures(rows):
+    processor = AFTImageProcessor(size={"height": 3, "width": 2}, num_channels=1)
+    fields = {"vocab_size": 257, "bos_token_id": 256, "max_position_embeddings": processor.num_subpixels}
+    model = make_model("local", dtype=torch.float32, num_hidden_layers=1, **fields)
+    model.generation_config = processor.generation_config()
+    ids = processor(torch.randint(256, (4, 1, 3, 2), dtype=torch.uint8), num_rows=rows).input_ids
+    torch._dynamo.reset()
+    compilations.clear()
+    drawn = []
+    for options in ({}, compiled(counting_backend)):
+        torch.manual_seed(0)
+        drawn.append(model.generate(ids, **options))
+    assert len(compilations) == 1
+    assert torch.equal(*drawn) and drawn[0].shape == (4, 1 + processor.num_subpixels)
+    assert torch.equal(drawn[0][:, : ids.shape[1]], ids) and drawn[0][:, 1:].max() < 256
 
 
 @pytest.mark.gpu
