@@ -216,7 +216,7 @@ def draw_sample(model, vocabulary, data: TokenData, args, folder: Path, name: st
 
 
 def final_sample(sample: dict) -> dict:
-    """What the final event of the log has of a sample, of which the card is made; of none an empty dict."""
+    """What the final event of the log has of a sample, {} for none: that of the card."""
     pictures = zip(sample.get("files", []), CAPTIONS, strict=False)
     return {
         "sample": sample.get("text", ""),
