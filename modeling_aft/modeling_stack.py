@@ -121,8 +121,13 @@ class MixerBlock(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: torch.Tensor, **mixer_inputs) -> torch.Tensor:
         """hidden_states [B, T, D]; `mixer_inputs`: tokens, cache, output_attentions, as mixers take them."""
+        return self._fed_forward(self._mixed(hidden_states, **mixer_inputs))
+
+    def _mixed(self, hidden_states: torch.Tensor, **mixer_inputs) -> torch.Tensor:
         mixed, _ = self.mixer(self.mixer_norm(hidden_states), **mixer_inputs)
-        hidden_states = hidden_states + self.dropout(mixed)
+        return hidden_states + self.dropout(mixed)
+
+    def _fed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states + self.dropout(self.feed_forward(self.feed_forward_norm(hidden_states)))
 
 
@@ -142,11 +147,10 @@ class MixerPreTrainedModel(PreTrainedModel):
     heads: dict[str, type] = {}
 
     def __init_subclass__(cls, **kwargs):
+        is_family = "config_class" in cls.__dict__
         super().__init_subclass__(**kwargs)
-        if MixerPreTrainedModel in cls.__bases__:
-            cls.heads = {}
-            if cls.config_class is not None:
-                cls.config_class.heads = cls.heads
+        if is_family:
+            cls.heads = cls.config_class.heads = {}
         elif cls.config_class is not None and cls.auto_class is not None:
             cls.heads.setdefault(cls.auto_class, cls)  # not what a user derives from one of them
 
@@ -177,10 +181,11 @@ class MixerStack(MixerPreTrainedModel):
 
     block_class: type[MixerBlock]
 
-    def add_blocks(self, causal: bool) -> None:
-        """Makes `layers` and `norm`; behind what is before them in the order of parameters."""
-        config = self.config
-        blocks = (self.block_class(config, i, causal, draw=False) for i in range(config.num_hidden_layers))
+    def add_blocks(self, causal: bool, **block_sizes) -> None:
+        """Makes `layers` and `norm`; behind what is before them in the order of parameters. `block_sizes` are what
+        the blocks need to know that `config` does not say."""
+        config, number = self.config, self.config.num_hidden_layers
+        blocks = (self.block_class(config, i, causal, draw=False, **block_sizes) for i in range(number))
         self.layers = nn.ModuleList(blocks)
         self.norm = make_norm(config)
         self.gradient_checkpointing = False
@@ -191,12 +196,16 @@ class MixerStack(MixerPreTrainedModel):
         tokens: Tokens | None = None,
         cache: Cache | None = None,
         output_attentions: bool = False,
+        *block_inputs,
     ) -> torch.Tensor:
-        """[B, T, D] through all blocks and the norm. The other arguments are those of the mixers."""
+        """[B, T, D] through all blocks and the norm. The other arguments are those of the mixers; `block_inputs` are
+        what the blocks take besides."""
         if cache is not None:
             cache.layers[0].unfinished = True
         for layer in self.layers:
-            hidden_states = layer(hidden_states, tokens=tokens, cache=cache, output_attentions=output_attentions)
+            hidden_states = layer(
+                hidden_states, *block_inputs, tokens=tokens, cache=cache, output_attentions=output_attentions
+            )
         if cache is not None:
             cache.layers[0].unfinished = False
         return self.norm(hidden_states)
