@@ -20,7 +20,8 @@ from transformers.dynamic_module_utils import custom_object_save
 
 
 POSITION_EMBEDDING_TYPES = ("learned", "sinusoidal", "none")
-NORM_TYPES = ("layer", "dyt")
+NORM_TYPES = ("layer", "dyt", "rms")
+SCALINGS = ("logits", "weights")
 ACTIVATIONS = ("none", "tanh")  # of linear layers and of keys
 
 
@@ -103,6 +104,7 @@ class MixerConfig(CheckedConfig):
     layer_norm_eps: float = 1e-5
     linear_fan_in: int | None = None
     linear_activation: str = "none"
+    linear_bias: bool = True
     qkv_bias: bool = False
     initializer_range: float = 0.02
 
@@ -145,6 +147,7 @@ class TextMixerConfig(MixerConfig):
     vocab_size: int = 256
     max_position_embeddings: int = 1024
     position_embedding_type: str = "learned"
+    scaling: str = "logits"
     lm_head_bias: bool = False
     tie_word_embeddings: bool = True
     use_cache: bool = True
@@ -171,6 +174,8 @@ class TextMixerConfig(MixerConfig):
         problems = super()._problems() + self._below_one("vocab_size", "max_position_embeddings")
         if self.position_embedding_type not in POSITION_EMBEDDING_TYPES:
             problems.append(self._problem("position_embedding_type", f"one of {', '.join(POSITION_EMBEDDING_TYPES)}"))
+        if self.scaling not in SCALINGS:
+            problems.append(self._problem("scaling", f"one of {', '.join(SCALINGS)}"))
         if self.position_embedding_type == "sinusoidal" and self.hidden_size % 2:
             problems.append(self._problem("hidden_size", "even with sinusoidal position embeddings"))
         return problems

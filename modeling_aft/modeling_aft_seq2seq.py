@@ -10,7 +10,7 @@
 
 from .compatibility import list_in_library
 from .configuration_aft_seq2seq import AFTSeq2SeqConfig
-from .modeling_attention_free import AFTMixer, AFTModel, AFTPreTrainedModel
+from .modeling_attention_free import AFTMixer, AFTModel
 from .modeling_seq2seq import (
     CrossAttention,
     CrossBlock,
@@ -27,7 +27,7 @@ class AFTCrossBlock(CrossBlock):
     mixer_class = AFTMixer
 
 
-class AFTDecoder(AFTPreTrainedModel, MixerDecoder):
+class AFTDecoder(AFTModel, MixerDecoder):
     """A causal Attention Free Transformer that attends to the states of an encoder."""
 
     block_class = AFTCrossBlock

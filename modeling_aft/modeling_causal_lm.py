@@ -31,7 +31,7 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .compatibility import CACHE_NAME, CausalLMOutputWithPast, one_cache
-from .modeling_text import MixerWithHead
+from .modeling_text import MixerWithHead, head_input
 from .refresh import check_refresh, window_start
 
 
@@ -102,7 +102,8 @@ class MixerForCausalLM(MixerWithHead):
             input_ids, attention_mask, position_ids, inputs_embeds, keywords, cache=cache, use_cache=use_cache
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        states = head_input(outputs.last_hidden_state[:, kept], self.config, self.config.tie_word_embeddings)
+        logits = self.lm_head(states)
         loss = None
         if labels is not None:
             if tokens.continues is not None:

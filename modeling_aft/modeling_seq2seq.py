@@ -30,8 +30,14 @@ from .compatibility import (
 )
 from .modeling_causal_lm import MixerGenerationMixin
 from .modeling_linear import activated, make_linear
-from .modeling_stack import MixerBlock, MixerPreTrainedModel, draw_weights, make_norm
-from .modeling_text import MixerModel
+from .modeling_stack import (
+    MixerBlock,
+    MixerPreTrainedModel,
+    draw_weights,
+    make_norm,
+    scale_queries,
+)
+from .modeling_text import MixerModel, head_input
 from .modeling_tokens import read_tokens
 from .ops_tokens import Tokens, refused
 
@@ -61,6 +67,7 @@ class CrossAttention(nn.Module):
         self.v_proj = make_linear(config, encoder_size, width, bias=config.qkv_bias)
         self.o_proj = make_linear(config, width, width)
         self.linear_activation = config.linear_activation
+        self.scaling = scale_queries(config, self.q_proj, width, width // heads)
 
     def forward(
         self,
@@ -89,7 +96,7 @@ class CrossAttention(nn.Module):
         visible = None if encoder_keep is None else encoder_keep[:, None, None]
         weights = None
         if output_attentions:
-            logits = query @ key.mT * query.shape[-1] ** -0.5
+            logits = self.scaling * query @ key.mT
             if visible is not None:
                 logits = logits.masked_fill(~visible, torch.finfo(logits.dtype).min)
             weights = logits.softmax(-1)
@@ -97,7 +104,7 @@ class CrossAttention(nn.Module):
             mixed = weights @ value
         else:
             mask = None if visible is None else visible.expand(-1, -1, query.shape[2], -1)
-            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scaling)
         mixed = mixed.transpose(1, 2).flatten(2)
         return activated(self.o_proj(mixed), self.linear_activation), weights
 
@@ -250,7 +257,7 @@ class MixerEncoderDecoder(MixerPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         """Of what is in neither stack."""
-        draw_weights(module, self.config.decoder.initializer_range)
+        draw_weights(module, self.config.decoder)
 
 
 class MixerSeq2SeqModel(MixerEncoderDecoder):
@@ -495,7 +502,8 @@ class MixerForConditionalGeneration(MixerEncoderDecoder):
             return_dict=True,
             **kwargs,
         )
-        logits = self.lm_head(outputs.last_hidden_state)
+        states = head_input(outputs.last_hidden_state, self.config.decoder, self.config.tie_word_embeddings)
+        logits = self.lm_head(states)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **of_loss)

@@ -17,14 +17,20 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .compatibility import CACHE_NAMES
-from .modeling_linear import activated, make_linear
+from .modeling_linear import activated, draw_rows, make_linear
 from .ops_tokens import Tokens
 
 
-def draw_weights(module: nn.Module, std: float) -> None:
+def draw_weights(module: nn.Module, config) -> None:
     """The weights that a module begins with, without those of its parts; its own `draw_weights(std)` if it has one."""
+    std = config.initializer_range
+    if getattr(config, "scaling", "logits") == "weights":
+        if isinstance(module, nn.Embedding):
+            std = 1.0
+        elif hasattr(module, "in_features"):
+            std = module.in_features**-0.5
     if isinstance(module, (nn.Linear, nn.Conv2d)):
-        initialization.normal_(module.weight, mean=0.0, std=std)
+        draw_rows(module, std)
         if module.bias is not None:
             initialization.zeros_(module.bias)
     elif isinstance(module, nn.Embedding):
@@ -32,8 +38,19 @@ def draw_weights(module: nn.Module, std: float) -> None:
     elif isinstance(module, nn.LayerNorm):
         initialization.ones_(module.weight)
         initialization.zeros_(module.bias)
+    elif isinstance(module, nn.RMSNorm):
+        initialization.ones_(module.weight)
     elif hasattr(module, "draw_weights"):
         module.draw_weights(std)
+
+
+def scale_queries(config, projection: nn.Module, rows: int, head_size: int) -> float:
+    """The factor of dot products of queries, which are the first `rows` outputs of a projection, and keys
+    [.., head_size]. Where there is none, the initial weights of these rows get it."""
+    if config.scaling == "logits":
+        return head_size**-0.5
+    projection.smaller_rows = rows, head_size**-0.5
+    return 1.0
 
 
 class DynamicTanh(nn.Module):
@@ -58,18 +75,20 @@ def make_norm(config) -> nn.Module:
     """What stands before mixers, feed-forward layers and heads."""
     if config.norm_type == "dyt":
         return DynamicTanh(config.hidden_size)
+    if config.norm_type == "rms":
+        return nn.RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
     return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
 
 class Mixer(nn.Module):
     """What stands where attention stood. Subclasses say how tokens are mixed."""
 
-    def draw_all(self, std: float) -> None:
+    def draw_all(self, config) -> None:
         """The weights that a mixer has in a model of one's own; other random numbers stay what they were."""
         devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
         with torch.no_grad(), torch.random.fork_rng(devices):
             for module in self.modules():
-                draw_weights(module, std)
+                draw_weights(module, config)
 
 
 class FeedForward(nn.Module):
@@ -156,7 +175,7 @@ class MixerPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        draw_weights(module, self.config.initializer_range)
+        draw_weights(module, self.config)
 
     def pooled_loss(self, logits: torch.Tensor, labels: torch.Tensor, num_items: int | None = None) -> torch.Tensor:
         """
@@ -190,6 +209,10 @@ class MixerStack(MixerPreTrainedModel):
         self.norm = make_norm(config)
         self.gradient_checkpointing = False
 
+    def shared_inputs(self) -> dict:
+        """What all mixers get besides, computed once. Subclasses say it."""
+        return {}
+
     def run_blocks(
         self,
         hidden_states: torch.Tensor,
@@ -202,9 +225,15 @@ class MixerStack(MixerPreTrainedModel):
         what the blocks take besides."""
         if cache is not None:
             cache.layers[0].unfinished = True
+        shared = self.shared_inputs()
         for layer in self.layers:
             hidden_states = layer(
-                hidden_states, *block_inputs, tokens=tokens, cache=cache, output_attentions=output_attentions
+                hidden_states,
+                *block_inputs,
+                tokens=tokens,
+                cache=cache,
+                output_attentions=output_attentions,
+                **shared,
             )
         if cache is not None:
             cache.layers[0].unfinished = False

@@ -20,14 +20,14 @@ from .modeling_seq2seq import (
     MixerSeq2SeqModel,
     Seq2SeqGenerationMixin,
 )
-from .modeling_synthesizer import SynthesizerMixer, SynthesizerModel, SynthesizerPreTrainedModel
+from .modeling_synthesizer import SynthesizerMixer, SynthesizerModel
 
 
 class SynthesizerCrossBlock(CrossBlock):
     mixer_class = SynthesizerMixer
 
 
-class SynthesizerDecoder(SynthesizerPreTrainedModel, MixerDecoder):
+class SynthesizerDecoder(SynthesizerModel, MixerDecoder):
     """A causal Synthesizer that attends to the states of an encoder."""
 
     block_class = SynthesizerCrossBlock

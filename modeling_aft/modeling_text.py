@@ -44,6 +44,12 @@ def sinusoids(positions: torch.Tensor, width: int) -> torch.Tensor:
     return torch.sin(positions[..., None] * frequency + math.pi / 2 * (channel % 2))
 
 
+def head_input(hidden_states: torch.Tensor, config, tied: bool) -> torch.Tensor:
+    """What a language-model head is applied to: less than what a model gives, where the head shares the weight of
+    embeddings that are large (`config.scaling`)."""
+    return hidden_states * config.hidden_size**-0.5 if tied and config.scaling == "weights" else hidden_states
+
+
 class MixerModel(MixerStack):
     """Token (and position) embeddings, blocks, final norm. Subclasses name their block."""
 

@@ -1,5 +1,6 @@
 """Encoder-decoders: the formula, losses, caches and `generate`, weights that are shared, and what is refused."""
 
+import functools
 import json
 import math
 
@@ -7,7 +8,15 @@ import pytest
 import torch
 from families import make_config, make_ids, make_seq2seq, make_seq2seq_config
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, DynamicCache, EncoderDecoderCache, StaticCache
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    DynamicCache,
+    EncoderDecoderCache,
+    StaticCache,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from modeling_aft import AFTConfig, SynthesizerConfig, SynthesizerEncoderModel, SynthesizerSeq2SeqConfig
 
@@ -92,6 +101,105 @@ def test_a_source_of_nothing_but_padding_adds_nothing():
     assert not explicit.cross_attentions[0][0].any()
     fused.logits.sum().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+T5_STYLE = {
+    "norm_type": "rms",
+    "linear_bias": False,
+    "scaling": "weights",
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 12,
+    "layer_norm_eps": 1e-6,
+    "hidden_act": "relu",
+    "position_embedding_type": "none",
+}
+
+
+def as_t5(model):
+    """T5 of the library with the weights of a model that mixes by dot products alone, in its style."""
+    config = model.config.decoder
+    width, heads = config.hidden_size, config.num_attention_heads
+    t5 = T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=config.vocab_size,
+            d_model=width,
+            d_kv=width // heads,
+            d_ff=4 * width,
+            num_layers=config.num_hidden_layers,
+            num_heads=heads,
+            relative_attention_num_buckets=config.relative_attention_num_buckets,
+            relative_attention_max_distance=config.relative_attention_max_distance,
+            dropout_rate=0.0,
+        )
+    )
+    weights = {"shared.weight": model.lm_head.weight}
+    for side in ("encoder", "decoder"):
+        stack = getattr(model.model, side)
+        weights[f"{side}.embed_tokens.weight"] = model.lm_head.weight
+        weights[f"{side}.final_layer_norm.weight"] = stack.norm.weight
+        first = f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        weights[first] = stack.relative_attention_bias.weight
+        for i, block in enumerate(stack.layers):
+            parts = [("SelfAttention", block.mixer_norm, block.mixer.qkv_proj.weight.chunk(3), block.mixer.o_proj)]
+            if side == "decoder":
+                cross = block.cross_attention
+                projections = [p.weight for p in (cross.q_proj, cross.k_proj, cross.v_proj)]
+                parts.append(("EncDecAttention", block.cross_attention_norm, projections, cross.o_proj))
+            for j, (name, norm, projections, out) in enumerate(parts):
+                prefix = f"{side}.block.{i}.layer.{j}."
+                weights[prefix + "layer_norm.weight"] = norm.weight
+                weights |= {f"{prefix}{name}.{n}.weight": p for n, p in zip("qkv", projections, strict=True)}
+                weights[f"{prefix}{name}.o.weight"] = out.weight
+            prefix = f"{side}.block.{i}.layer.{len(parts)}."
+            weights[prefix + "layer_norm.weight"] = block.feed_forward_norm.weight
+            weights[prefix + "DenseReluDense.wi.weight"] = block.feed_forward.up_proj.weight
+            weights[prefix + "DenseReluDense.wo.weight"] = block.feed_forward.down_proj.weight
+    weights["lm_head.weight"] = model.lm_head.weight
+    t5.load_state_dict(weights)
+    return t5.to(model.dtype).eval()
+
+
+def test_dot_products_in_the_style_of_t5_are_t5():
+    fields = {"of_encoder": T5_STYLE, "of_decoder": T5_STYLE, "num_cross_attention_heads": 4}
+    model = make_seq2seq("dot_product", dtype=torch.float32, **fields)  # in which norms of T5 are computed
+    t5, source, mask, ids = as_t5(model), make_ids(30), torch.ones(2, 30, dtype=torch.long), make_ids(21, 2, 2)
+    mask[1, 24:] = 0
+    expected = t5(source, mask, ids).logits
+    check = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+    check(model(source, mask, ids).logits, expected)
+    left = source.roll(6, 1), mask.roll(6, 1)
+    check(model(*left, ids, output_attentions=True).logits[1], expected[1])  # by the definition
+    out = model(source, mask, ids[:, :20], use_cache=True)
+    step = model(None, mask, ids[:, 20:], encoder_outputs=(out.encoder_last_hidden_state,), cache=out.cache)
+    check(step.logits, expected[:, 20:])
+
+
+def test_the_weights_of_the_style_of_t5_begin_as_those_of_t5():
+    fields = {**T5_STYLE, "hidden_size": 128}
+    config = make_seq2seq_config("dot_product", of_encoder=fields, of_decoder=fields, num_cross_attention_heads=4)
+    torch.manual_seed(0)
+    t5 = as_t5(model := AutoModelForSeq2SeqLM.from_config(config))
+    fresh = type(t5)(t5.config)
+    for (name, ours), theirs in zip(t5.named_parameters(), fresh.parameters(), strict=True):
+        if "relative" not in name:
+            torch.testing.assert_close(ours.std(), theirs.std(), rtol=0.1, atol=0, msg=name)
+    assert not [name for name, _ in model.named_parameters() if name.endswith("bias")]
+
+
+@pytest.mark.parametrize("variant", ["random", "dense+dot_product"])
+def test_synthesizers_in_the_style_of_t5(variant):
+    fields = {**T5_STYLE, "position_embedding_type": "learned"}
+    model, source = make_seq2seq(variant, of_encoder=fields, of_decoder=fields), make_source()
+    out = model(source, MASK, ids := make_ids(7, 4, 2))
+    torch.testing.assert_close(out.logits, model(source, MASK, ids, output_attentions=True).logits)
+    for row in range(3):
+        alone = model(source[row][MASK[row].bool()][None], decoder_input_ids=ids[row][None])
+        torch.testing.assert_close(out.logits[row], alone.logits[0])
+    assert all(
+        stack.relative_attention_bias.weight.grad is None for stack in (model.model.encoder, model.get_decoder())
+    )
+    out.logits.square().sum().backward()
+    assert all(stack.relative_attention_bias.weight.grad.any() for stack in (model.model.encoder, model.get_decoder()))
 
 
 @pytest.mark.parametrize("variant", ["random+dot_product", "conv"])
@@ -256,6 +364,12 @@ BAD_CONFIGS = {
         r"`encoder.pad_token_id` must be None or .*\(None\), got 2",
     ),
     "start": ({"decoder_start_token_id": 256}, r"`decoder_start_token_id` must be None or an id .*\(0 to 255\)"),
+    "buckets": ({"encoder": {**SMALL, "relative_attention_num_buckets": 5}}, "`encoder`: .* None or even .* got 5"),
+    "distance": (
+        {"encoder": {**SMALL, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 4}},
+        r"`relative_attention_max_distance` must be more than half of relative_attention_num_buckets \(8\), got 4",
+    ),
+    "scaling": ({"decoder": {**SMALL, "scaling": "x"}}, "`scaling` must be one of logits, weights, got 'x'"),
     "no-encoder-decoder": ({"is_encoder_decoder": False}, "`is_encoder_decoder` must be True, got False"),
 }
 
@@ -312,12 +426,13 @@ def test_labels_need_a_first_id_and_one_for_what_does_not_count():
         model(make_source(), labelz=1)
 
 
-def test_gradient_checkpointing_changes_nothing():
+@pytest.mark.parametrize("reentrant", [False, True], ids=["saved", "reentrant"])
+def test_gradient_checkpointing_changes_nothing(reentrant):
     model, source, labels = make_seq2seq("random+dot_product").train(), make_source(), make_ids(5, 4)
     gradients = []
     for on in (False, True):
         if on:
-            model.gradient_checkpointing_enable()
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
         model.zero_grad()
         model(source, MASK, labels=labels).loss.backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
