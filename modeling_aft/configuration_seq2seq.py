@@ -43,6 +43,13 @@ class Seq2SeqConfig(CheckedConfig):
             raise ValueError(f"{type(self).__name__}: " + "; ".join(problems) + ".")
         super().__post_init__(**kwargs)
 
+    def __setattr__(self, name: str, value):
+        super().__setattr__(name, value)
+        if name == "pad_token_id":  # which both stacks read
+            for stack in self.sub_configs:
+                if isinstance(config := getattr(self, stack, None), PreTrainedConfig):
+                    config.pad_token_id = value
+
     def _sub_config(self, given, config_class: type[PreTrainedConfig], is_decoder: bool) -> PreTrainedConfig:
         """A configuration of its own from that, or the fields, of one stack."""
         if isinstance(given, PreTrainedConfig):

@@ -343,6 +343,8 @@ def test_the_configuration_survives_json(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["encoder"]["synthesizer_type"] == "random"
     assert loaded.get_text_config(decoder=True) is loaded.decoder
     assert loaded.encoder.pad_token_id == 0
+    loaded.pad_token_id = 3
+    assert loaded.encoder.pad_token_id == loaded.decoder.pad_token_id == 3
 
 
 SMALL = {"hidden_size": 16, "max_position_embeddings": 8, "num_attention_heads": 2}
