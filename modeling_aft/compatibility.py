@@ -76,6 +76,9 @@ def _output_class(base: type) -> type:
 
 BaseModelOutputWithPast = _output_class(modeling_outputs.BaseModelOutputWithPast)
 CausalLMOutputWithPast = _output_class(modeling_outputs.CausalLMOutputWithPast)
+DecoderOutput = _output_class(modeling_outputs.BaseModelOutputWithPastAndCrossAttentions)
+Seq2SeqModelOutput = _output_class(modeling_outputs.Seq2SeqModelOutput)
+Seq2SeqLMOutput = _output_class(modeling_outputs.Seq2SeqLMOutput)
 
 
 def one_cache(cache, past_key_values):

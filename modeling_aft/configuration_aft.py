@@ -147,12 +147,20 @@ class AFTConfig(AFTMixerConfig, TextMixerConfig):
             Epsilon of the layer norms.
         norm_type (`str`, defaults to `"layer"`):
             What stands before mixers, feed-forward layers and head: `"layer"` norms, or `"dyt"`,
-            `weight * tanh(alpha * x) + bias` with one learned alpha, 0.5 at first (arXiv 2503.10622).
+            `weight * tanh(alpha * x) + bias` with one learned alpha, 0.5 at first (arXiv 2503.10622), or `"rms"`,
+            whose norms have no bias.
         linear_fan_in (`int`, *optional*):
             k, the number of inputs of each output of the linear layers inside of blocks. Which ones is drawn with the
             weights. `None`, or k not below the number of inputs, means all.
         linear_activation (`str`, defaults to `"none"`):
             `"tanh"` stands behind every linear layer inside of blocks, `"none"` is nothing.
+        linear_bias (`bool`, defaults to `True`):
+            Whether the other linear layers inside of blocks have a bias.
+        scaling (`str`, defaults to `"logits"`):
+            `"logits"` divides dot products of queries and keys by the root of the head size. `"weights"` leaves that
+            to the initial weights, as T5 does: their deviation is the inverse root of the number of inputs, and less
+            by that of the head size for queries; that of embeddings is 1, and a head that shares their weight divides
+            its input by the root of `hidden_size`.
         qkv_bias (`bool`, defaults to `False`):
             Whether the projection to queries, keys and values has a bias.
         lm_head_bias (`bool`, defaults to `False`):

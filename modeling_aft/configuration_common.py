@@ -20,7 +20,8 @@ from transformers.dynamic_module_utils import custom_object_save
 
 
 POSITION_EMBEDDING_TYPES = ("learned", "sinusoidal", "none")
-NORM_TYPES = ("layer", "dyt")
+NORM_TYPES = ("layer", "dyt", "rms")
+SCALINGS = ("logits", "weights")
 ACTIVATIONS = ("none", "tanh")  # of linear layers and of keys
 
 
@@ -47,21 +48,8 @@ def strict_config(config_class):
 
 
 @strict_config
-class MixerConfig(PreTrainedConfig):
-    """Fields of every model in the package, of whatever it is made: those of its blocks."""
-
-    hidden_size: int = 512
-    num_hidden_layers: int = 12
-    intermediate_size: int | None = None
-    hidden_act: str = "gelu"
-    num_attention_heads: int = 1
-    hidden_dropout_prob: float | int = 0.1
-    norm_type: str = "layer"
-    layer_norm_eps: float = 1e-5
-    linear_fan_in: int | None = None
-    linear_activation: str = "none"
-    qkv_bias: bool = False
-    initializer_range: float = 0.02
+class CheckedConfig(PreTrainedConfig):
+    """What every configuration in the package can do: check its fields, and be saved with the code of its models."""
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         """As the library's; with the code of the models, so that the folder serves every Auto class of the family,
@@ -91,6 +79,36 @@ class MixerConfig(PreTrainedConfig):
             raise ValueError(f"{type(self).__name__}: " + "; ".join(problems) + ".")
 
     def _problems(self) -> list[str]:
+        """What is wrong with the fields. Subclasses say it."""
+        return []
+
+    def _problem(self, name: str, allowed: str) -> str:
+        return f"`{name}` must be {allowed}, got {getattr(self, name)!r}"
+
+    def _below_one(self, *names: str) -> list[str]:
+        """What is wrong with numbers that have to be at least 1."""
+        return [self._problem(name, "at least 1") for name in names if getattr(self, name) < 1]
+
+
+@strict_config
+class MixerConfig(CheckedConfig):
+    """Fields of every model of one stack of blocks: those of its blocks."""
+
+    hidden_size: int = 512
+    num_hidden_layers: int = 12
+    intermediate_size: int | None = None
+    hidden_act: str = "gelu"
+    num_attention_heads: int = 1
+    hidden_dropout_prob: float | int = 0.1
+    norm_type: str = "layer"
+    layer_norm_eps: float = 1e-5
+    linear_fan_in: int | None = None
+    linear_activation: str = "none"
+    linear_bias: bool = True
+    qkv_bias: bool = False
+    initializer_range: float = 0.02
+
+    def _problems(self) -> list[str]:
         problems = self._below_one("hidden_size", "num_hidden_layers", "num_attention_heads")
         if self.intermediate_size is not None and self.intermediate_size < 1:
             problems.append(self._problem("intermediate_size", "None or at least 1"))
@@ -109,13 +127,6 @@ class MixerConfig(PreTrainedConfig):
         if not 0 <= self.initializer_range < math.inf:
             problems.append(self._problem("initializer_range", "at least 0 and finite"))
         return problems
-
-    def _problem(self, name: str, allowed: str) -> str:
-        return f"`{name}` must be {allowed}, got {getattr(self, name)!r}"
-
-    def _below_one(self, *names: str) -> list[str]:
-        """What is wrong with numbers that have to be at least 1."""
-        return [self._problem(name, "at least 1") for name in names if getattr(self, name) < 1]
 
     def _heads_problem(self) -> list[str]:
         """What is wrong where the heads share out the channels."""
@@ -136,6 +147,7 @@ class TextMixerConfig(MixerConfig):
     vocab_size: int = 256
     max_position_embeddings: int = 1024
     position_embedding_type: str = "learned"
+    scaling: str = "logits"
     lm_head_bias: bool = False
     tie_word_embeddings: bool = True
     use_cache: bool = True
@@ -162,6 +174,8 @@ class TextMixerConfig(MixerConfig):
         problems = super()._problems() + self._below_one("vocab_size", "max_position_embeddings")
         if self.position_embedding_type not in POSITION_EMBEDDING_TYPES:
             problems.append(self._problem("position_embedding_type", f"one of {', '.join(POSITION_EMBEDDING_TYPES)}"))
+        if self.scaling not in SCALINGS:
+            problems.append(self._problem("scaling", f"one of {', '.join(SCALINGS)}"))
         if self.position_embedding_type == "sinusoidal" and self.hidden_size % 2:
             problems.append(self._problem("hidden_size", "even with sinusoidal position embeddings"))
         return problems

@@ -48,7 +48,13 @@ class SynthesizerConfig(TextMixerConfig):
         position_embedding_type (`str`, defaults to `"learned"`): `"learned"`, `"sinusoidal"` or `"none"`.
         hidden_dropout_prob (`float`, defaults to 0.1): Dropout on embeddings and on each layer's output.
         layer_norm_eps (`float`, defaults to 1e-05): Epsilon of the layer norms.
-        norm_type, linear_fan_in, linear_activation, qkv_bias, lm_head_bias: As in [`AFTConfig`].
+        norm_type, linear_fan_in, linear_activation, linear_bias, scaling, qkv_bias, lm_head_bias:
+            As in [`AFTConfig`].
+        relative_attention_num_buckets (`int`, *optional*):
+            The number of intervals of distances, as in T5 (32), for each of which every head learns a number that all
+            layers add to their logits. `None` adds nothing.
+        relative_attention_max_distance (`int`, defaults to 128):
+            From this distance on, all are in the last interval. Unused without intervals.
         initializer_range (`float`, defaults to 0.02): Standard deviation of the initial weights.
         tie_word_embeddings (`bool`, defaults to `True`): Whether head and token embedding share their weight.
         use_cache (`bool`, defaults to `True`): Whether the model returns its cache when it is not training.
@@ -74,6 +80,8 @@ class SynthesizerConfig(TextMixerConfig):
     factorized_rank: int = 8
     factorized_dense_shape: list[int] | None = None
     num_attention_heads: int = 8
+    relative_attention_num_buckets: int | None = None
+    relative_attention_max_distance: int = 128
 
     @property
     def components(self) -> list[str]:
@@ -116,6 +124,12 @@ class SynthesizerConfig(TextMixerConfig):
             problems.append(self._problem("mixture_components", "None unless synthesizer_type is 'mixture'"))
         if self.factorized_rank < 1:
             problems.append(self._problem("factorized_rank", "at least 1"))
+        buckets, distance = self.relative_attention_num_buckets, self.relative_attention_max_distance
+        if buckets is not None and (buckets < 4 or buckets % 2):
+            problems.append(self._problem("relative_attention_num_buckets", "None or even and at least 4"))
+        elif buckets is not None and distance <= buckets // 2:
+            allowed = f"more than half of relative_attention_num_buckets ({buckets})"
+            problems.append(self._problem("relative_attention_max_distance", allowed))
         shape = self.factorized_dense_shape
         fits = shape is not None and len(shape) == 2 and min(shape) >= 1
         if shape is not None and not (fits and shape[0] * shape[1] == self.max_position_embeddings):

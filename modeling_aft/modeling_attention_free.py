@@ -267,7 +267,7 @@ class AFTMixer(Mixer):
         if isinstance(self.position_bias, TablePositionBias):
             self.limit = config.max_position_embeddings
         if draw:
-            self.draw_all(config.initializer_range)
+            self.draw_all(config)
 
     def make_position_bias(self, config: AFTConfig, left: int, right: int) -> PositionBias | None:
         """

@@ -31,7 +31,7 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .compatibility import CACHE_NAME, CausalLMOutputWithPast, one_cache
-from .modeling_text import MixerWithHead
+from .modeling_text import MixerWithHead, head_input
 from .refresh import check_refresh, window_start
 
 
@@ -102,7 +102,8 @@ class MixerForCausalLM(MixerWithHead):
             input_ids, attention_mask, position_ids, inputs_embeds, keywords, cache=cache, use_cache=use_cache
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        states = head_input(outputs.last_hidden_state[:, kept], self.config, self.config.tie_word_embeddings)
+        logits = self.lm_head(states)
         loss = None
         if labels is not None:
             if tokens.continues is not None:
@@ -157,8 +158,9 @@ class BeyondVocabulary(LogitsProcessor):
         return self.processor(input_ids, scores)[..., :vocab_size]
 
 
-class StateGenerationMixin(GenerationMixin):
-    """`generate` for models whose cache is a state, and whose tables of positions may end."""
+class MixerGenerationMixin(GenerationMixin):
+    """What `generate` has to know of every model whose cache is a state, and whose padding may be beyond the
+    vocabulary."""
 
     @staticmethod
     def create_masks_for_generate(
@@ -191,8 +193,10 @@ class StateGenerationMixin(GenerationMixin):
             "Use `generate` with a padded batch: the state of a row does not depend on its padding."
         )
 
-    @functools.wraps(GenerationMixin.generate)
-    def generate(self, inputs=None, generation_config=None, **kwargs):
+    @staticmethod
+    def _settle_arguments(kwargs: dict) -> Cache | None:
+        """Gives the cache among the arguments of `generate` its name in the installed release, and leaves one limit
+        of the length; returns the cache."""
         cache = one_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
         if cache is not None:
             kwargs[CACHE_NAME] = cache
@@ -201,6 +205,56 @@ class StateGenerationMixin(GenerationMixin):
             kwargs.setdefault("max_new_tokens", None)
         elif kwargs.get("max_new_tokens") is not None:
             kwargs["max_length"] = None
+        return cache
+
+    def _warn_of_end(self) -> None:
+        logger.warning(
+            f"A text has reached the end of the model's tables, max_position_embeddings="
+            f"{self.config.get_text_config(decoder=True).max_position_embeddings}, and ends there. Fewer "
+            "`max_new_tokens`, or a shorter prompt, would do."
+        )
+
+    def _get_candidate_generator(self, generation_config, *args, **kwargs):
+        """The library's, whose candidates, which are all read, may go beyond the end of the tables."""
+        generator = super()._get_candidate_generator(generation_config, *args, **kwargs)
+        get_candidates, longest = generator.get_candidates, generation_config.max_length
+
+        def get_candidates_within(input_ids, **kwargs):
+            candidates, logits = get_candidates(input_ids, **kwargs)
+            room = max(longest - 1 - input_ids.shape[1], 0)
+            candidates = candidates[:, : input_ids.shape[1] + room]
+            return candidates, None if logits is None else logits[:, :room]
+
+        generator.get_candidates = get_candidates_within
+        return generator
+
+    def _get_logits_processor(self, generation_config, *args, encoder_input_ids=None, **kwargs):
+        processors = super()._get_logits_processor(
+            generation_config, *args, encoder_input_ids=encoder_input_ids, **kwargs
+        )
+        last = -1 if generation_config.pad_token_id is None else generation_config.pad_token_id
+        if encoder_input_ids is not None and encoder_input_ids.dim() == 2:  # those of the prompt
+            last = max(last, int(encoder_input_ids.max()))
+        if last < self.config.vocab_size:
+            return processors
+        return LogitsProcessorList(
+            BeyondVocabulary(processor, last + 1) if isinstance(processor, LOOK_UP_IDS) else processor
+            for processor in processors
+        )
+
+    @functools.wraps(GenerationMixin.compute_transition_scores)
+    def compute_transition_scores(self, sequences, *args, **kwargs):
+        padding = sequences >= self.config.vocab_size
+        scores = super().compute_transition_scores(sequences.masked_fill(padding, 0), *args, **kwargs)
+        return scores.masked_fill(padding[:, padding.shape[1] - scores.shape[1] :], 0)
+
+
+class StateGenerationMixin(MixerGenerationMixin):
+    """`generate` for causal language models, whose tables of positions may end."""
+
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, inputs=None, generation_config=None, **kwargs):
+        cache = self._settle_arguments(kwargs)
         if kwargs.get("position_ids") is not None:
             kwargs["keeps_positions"] = True
         mask = kwargs.get("attention_mask")
@@ -247,11 +301,7 @@ class StateGenerationMixin(GenerationMixin):
             sequences.masked_fill_(sequences < 0, padding)
         written = getattr(result, "sequences", result).shape[1] - start
         if written >= int(room.min()) and asked > int(room.min()):
-            logger.warning(
-                f"A text has reached the end of the model's tables, max_position_embeddings="
-                f"{self.config.max_position_embeddings}, and ends there. Fewer `max_new_tokens`, or a shorter prompt, "
-                "would do."
-            )
+            self._warn_of_end()
         return result
 
     @torch.no_grad()
@@ -346,20 +396,6 @@ class StateGenerationMixin(GenerationMixin):
         value = next((value for value in values if value is not None), None)
         return value[0] if isinstance(value, list) else value
 
-    def _get_candidate_generator(self, generation_config, *args, **kwargs):
-        """The library's, whose candidates, which are all read, may go beyond the end of the tables."""
-        generator = super()._get_candidate_generator(generation_config, *args, **kwargs)
-        get_candidates, longest = generator.get_candidates, generation_config.max_length
-
-        def get_candidates_within(input_ids, **kwargs):
-            candidates, logits = get_candidates(input_ids, **kwargs)
-            room = max(longest - 1 - input_ids.shape[1], 0)
-            candidates = candidates[:, : input_ids.shape[1] + room]
-            return candidates, None if logits is None else logits[:, :room]
-
-        generator.get_candidates = get_candidates_within
-        return generator
-
     def _new_tokens_asked(self, generation_config, kwargs: dict, start: int) -> int:
         """How many tokens a call of `generate` may write, by its arguments, the given config, or the model's."""
         config = self.generation_config if generation_config is None else generation_config
@@ -451,23 +487,3 @@ class StateGenerationMixin(GenerationMixin):
         ids = input_ids[:, :-1]
         ids = ids.masked_fill(ids >= self.config.vocab_size, 0)  # padding behind the end of a row
         self._read_in_chunks(ids, attention_mask[:, :-1], None, cache, past=0, size=ids.shape[1])
-
-    def _get_logits_processor(self, generation_config, *args, encoder_input_ids=None, **kwargs):
-        processors = super()._get_logits_processor(
-            generation_config, *args, encoder_input_ids=encoder_input_ids, **kwargs
-        )
-        last = -1 if generation_config.pad_token_id is None else generation_config.pad_token_id
-        if encoder_input_ids is not None and encoder_input_ids.dim() == 2:  # those of the prompt
-            last = max(last, int(encoder_input_ids.max()))
-        if last < self.config.vocab_size:
-            return processors
-        return LogitsProcessorList(
-            BeyondVocabulary(processor, last + 1) if isinstance(processor, LOOK_UP_IDS) else processor
-            for processor in processors
-        )
-
-    @functools.wraps(GenerationMixin.compute_transition_scores)
-    def compute_transition_scores(self, sequences, *args, **kwargs):
-        padding = sequences >= self.config.vocab_size
-        scores = super().compute_transition_scores(sequences.masked_fill(padding, 0), *args, **kwargs)
-        return scores.masked_fill(padding[:, padding.shape[1] - scores.shape[1] :], 0)

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutput, TokenClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
-from .modeling_text import MixerWithHead
+from .modeling_text import MixerWithHead, head_input
 from .ops_tokens import mean_kept
 
 
@@ -53,7 +53,7 @@ class MixerForMaskedLM(MixerWithHead):
             `MaskedLMOutput` with `logits` [B, T, vocab_size] and, if labels are given, `loss` in nats.
         """
         _, outputs, keywords = self._run(input_ids, attention_mask, position_ids, inputs_embeds, kwargs)
-        logits = self.lm_head(outputs.last_hidden_state)
+        logits = self.lm_head(head_input(outputs.last_hidden_state, self.config, self.config.tie_word_embeddings))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **keywords)

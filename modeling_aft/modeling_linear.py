@@ -21,12 +21,25 @@ def activated(tensor: torch.Tensor, activation: str) -> torch.Tensor:
     return tensor.tanh() if activation == "tanh" else tensor
 
 
-def make_linear(config, in_features: int, out_features: int, bias: bool = True) -> nn.Module:
-    """A linear layer inside of a block: sparse where `config.linear_fan_in` is less than all inputs."""
+def make_linear(config, in_features: int, out_features: int, bias: bool | None = None) -> nn.Module:
+    """A linear layer inside of a block, with a bias if `config.linear_bias` or the argument says so: sparse where
+    `config.linear_fan_in` is less than all inputs."""
+    bias = config.linear_bias if bias is None else bias
     fan_in = config.linear_fan_in
     if fan_in is None or fan_in >= in_features:
         return nn.Linear(in_features, out_features, bias=bias)
     return SparseLinear(in_features, out_features, fan_in, bias=bias)
+
+
+def draw_rows(module: nn.Module, std: float) -> None:
+    """Normal weights of a linear layer; with `smaller_rows` = (n, factor) the first n rows are smaller by it."""
+    if not hasattr(module, "smaller_rows"):
+        initialization.normal_(module.weight, mean=0.0, std=std)
+        return
+    rows, factor = module.smaller_rows
+    weight = torch.randn_like(module.weight) * std
+    weight[:rows] *= factor
+    initialization.copy_(module.weight, weight)
 
 
 class SparseLinear(nn.Module):
@@ -51,7 +64,7 @@ class SparseLinear(nn.Module):
 
     def draw_weights(self, std: float):
         # Outputs are as large as those of a dense layer.
-        initialization.normal_(self.weight, mean=0.0, std=std * (self.in_features / self.fan_in) ** 0.5)
+        draw_rows(self, std * (self.in_features / self.fan_in) ** 0.5)
         if self.bias is not None:
             initialization.zeros_(self.bias)
         initialization.copy_(self.indices, self._draw_indices())

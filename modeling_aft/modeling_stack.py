@@ -17,14 +17,20 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .compatibility import CACHE_NAMES
-from .modeling_linear import activated, make_linear
+from .modeling_linear import activated, draw_rows, make_linear
 from .ops_tokens import Tokens
 
 
-def draw_weights(module: nn.Module, std: float) -> None:
+def draw_weights(module: nn.Module, config) -> None:
     """The weights that a module begins with, without those of its parts; its own `draw_weights(std)` if it has one."""
+    std = config.initializer_range
+    if getattr(config, "scaling", "logits") == "weights":
+        if isinstance(module, nn.Embedding):
+            std = 1.0
+        elif hasattr(module, "in_features"):
+            std = module.in_features**-0.5
     if isinstance(module, (nn.Linear, nn.Conv2d)):
-        initialization.normal_(module.weight, mean=0.0, std=std)
+        draw_rows(module, std)
         if module.bias is not None:
             initialization.zeros_(module.bias)
     elif isinstance(module, nn.Embedding):
@@ -32,8 +38,19 @@ def draw_weights(module: nn.Module, std: float) -> None:
     elif isinstance(module, nn.LayerNorm):
         initialization.ones_(module.weight)
         initialization.zeros_(module.bias)
+    elif isinstance(module, nn.RMSNorm):
+        initialization.ones_(module.weight)
     elif hasattr(module, "draw_weights"):
         module.draw_weights(std)
+
+
+def scale_queries(config, projection: nn.Module, rows: int, head_size: int) -> float:
+    """The factor of dot products of queries, which are the first `rows` outputs of a projection, and keys
+    [.., head_size]. Where there is none, the initial weights of these rows get it."""
+    if config.scaling == "logits":
+        return head_size**-0.5
+    projection.smaller_rows = rows, head_size**-0.5
+    return 1.0
 
 
 class DynamicTanh(nn.Module):
@@ -58,18 +75,20 @@ def make_norm(config) -> nn.Module:
     """What stands before mixers, feed-forward layers and heads."""
     if config.norm_type == "dyt":
         return DynamicTanh(config.hidden_size)
+    if config.norm_type == "rms":
+        return nn.RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
     return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
 
 class Mixer(nn.Module):
     """What stands where attention stood. Subclasses say how tokens are mixed."""
 
-    def draw_all(self, std: float) -> None:
+    def draw_all(self, config) -> None:
         """The weights that a mixer has in a model of one's own; other random numbers stay what they were."""
         devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
         with torch.no_grad(), torch.random.fork_rng(devices):
             for module in self.modules():
-                draw_weights(module, std)
+                draw_weights(module, config)
 
 
 class FeedForward(nn.Module):
@@ -121,8 +140,13 @@ class MixerBlock(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: torch.Tensor, **mixer_inputs) -> torch.Tensor:
         """hidden_states [B, T, D]; `mixer_inputs`: tokens, cache, output_attentions, as mixers take them."""
+        return self._fed_forward(self._mixed(hidden_states, **mixer_inputs))
+
+    def _mixed(self, hidden_states: torch.Tensor, **mixer_inputs) -> torch.Tensor:
         mixed, _ = self.mixer(self.mixer_norm(hidden_states), **mixer_inputs)
-        hidden_states = hidden_states + self.dropout(mixed)
+        return hidden_states + self.dropout(mixed)
+
+    def _fed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states + self.dropout(self.feed_forward(self.feed_forward_norm(hidden_states)))
 
 
@@ -142,17 +166,16 @@ class MixerPreTrainedModel(PreTrainedModel):
     heads: dict[str, type] = {}
 
     def __init_subclass__(cls, **kwargs):
+        is_family = "config_class" in cls.__dict__
         super().__init_subclass__(**kwargs)
-        if MixerPreTrainedModel in cls.__bases__:
-            cls.heads = {}
-            if cls.config_class is not None:
-                cls.config_class.heads = cls.heads
+        if is_family:
+            cls.heads = cls.config_class.heads = {}
         elif cls.config_class is not None and cls.auto_class is not None:
             cls.heads.setdefault(cls.auto_class, cls)  # not what a user derives from one of them
 
     @torch.no_grad()
     def _init_weights(self, module):
-        draw_weights(module, self.config.initializer_range)
+        draw_weights(module, self.config)
 
     def pooled_loss(self, logits: torch.Tensor, labels: torch.Tensor, num_items: int | None = None) -> torch.Tensor:
         """
@@ -177,13 +200,18 @@ class MixerStack(MixerPreTrainedModel):
 
     block_class: type[MixerBlock]
 
-    def add_blocks(self, causal: bool) -> None:
-        """Makes `layers` and `norm`; behind what is before them in the order of parameters."""
-        config = self.config
-        blocks = (self.block_class(config, i, causal, draw=False) for i in range(config.num_hidden_layers))
+    def add_blocks(self, causal: bool, **block_sizes) -> None:
+        """Makes `layers` and `norm`; behind what is before them in the order of parameters. `block_sizes` are what
+        the blocks need to know that `config` does not say."""
+        config, number = self.config, self.config.num_hidden_layers
+        blocks = (self.block_class(config, i, causal, draw=False, **block_sizes) for i in range(number))
         self.layers = nn.ModuleList(blocks)
         self.norm = make_norm(config)
         self.gradient_checkpointing = False
+
+    def shared_inputs(self) -> dict:
+        """What all mixers get besides, computed once. Subclasses say it."""
+        return {}
 
     def run_blocks(
         self,
@@ -191,12 +219,22 @@ class MixerStack(MixerPreTrainedModel):
         tokens: Tokens | None = None,
         cache: Cache | None = None,
         output_attentions: bool = False,
+        *block_inputs,
     ) -> torch.Tensor:
-        """[B, T, D] through all blocks and the norm. The other arguments are those of the mixers."""
+        """[B, T, D] through all blocks and the norm. The other arguments are those of the mixers; `block_inputs` are
+        what the blocks take besides."""
         if cache is not None:
             cache.layers[0].unfinished = True
+        shared = self.shared_inputs()
         for layer in self.layers:
-            hidden_states = layer(hidden_states, tokens=tokens, cache=cache, output_attentions=output_attentions)
+            hidden_states = layer(
+                hidden_states,
+                *block_inputs,
+                tokens=tokens,
+                cache=cache,
+                output_attentions=output_attentions,
+                **shared,
+            )
         if cache is not None:
             cache.layers[0].unfinished = False
         return self.norm(hidden_states)

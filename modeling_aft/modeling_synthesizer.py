@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import initialization
 
 from .cache_state import GrowingStateLayer, NewTokens, commit_state, read_state
@@ -21,7 +22,7 @@ from .configuration_synthesizer import SynthesizerConfig
 from .modeling_causal_lm import MixerForCausalLM, StateGenerationMixin
 from .modeling_heads import MixerForMaskedLM, MixerForSequenceClassification, MixerForTokenClassification
 from .modeling_linear import activated, make_linear
-from .modeling_stack import Mixer, MixerBlock, MixerPreTrainedModel
+from .modeling_stack import Mixer, MixerBlock, MixerPreTrainedModel, scale_queries
 from .modeling_text import MixerModel
 from .modeling_tokens import read_tokens
 from .ops_modes import leading
@@ -161,6 +162,51 @@ LOGITS = {
 }
 
 
+class RelativeAttentionBias(nn.Module):
+    """What every head adds to the logits for the distance and direction of a key, by intervals, as in T5."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.relative_attention_num_buckets, config.num_attention_heads))
+        self.std = config.hidden_size**-0.5 if config.scaling == "weights" else None
+        self.max_distance, self.is_causal = config.relative_attention_max_distance, config.is_decoder
+
+    def draw_weights(self, std: float):
+        initialization.normal_(self.weight, mean=0.0, std=std if self.std is None else self.std)
+
+    def forward(self) -> Tensor:
+        """[H, 2 M + 1], for keys from M = `max_distance` places before the query to M behind it."""
+        offset = torch.arange(-self.max_distance, self.max_distance + 1, device=self.weight.device)
+        return F.embedding(self._buckets(offset), self.weight).T
+
+    def _buckets(self, offset: Tensor) -> Tensor:
+        """The interval of each offset of a key: half of them for single distances, the others ever wider."""
+        number, first = len(self.weight), 0
+        if self.is_causal:
+            distance = (-offset).clamp_min(0)
+        else:
+            number, distance = number // 2, offset.abs()
+            first = number * (offset > 0).long()
+        exact = number // 2
+        scale = (number - exact) / math.log(self.max_distance / exact)
+        wider = exact + ((distance.clamp_min(1) / exact).log() * scale).long().clamp_min(0)
+        return first + torch.where(distance < exact, distance, wider.clamp_max(number - 1))
+
+
+def by_places(relative: Tensor, length: int) -> Tensor:
+    """[1, H, T, T] of what is known by offset, [H, 2 M + 1], for queries and keys at 0 to T - 1."""
+    largest = relative.shape[1] // 2
+    offset = torch.arange(1 - length, length, device=relative.device).clamp(-largest, largest)
+    return relative[:, offset + largest].unfold(1, length, 1).flip(1)[None]
+
+
+def by_offsets(relative: Tensor, query_position: Tensor, key_position: Tensor) -> Tensor:
+    """[B, H, T, S] of the same for queries at the positions [B, T] and keys at those [B, S]."""
+    largest = relative.shape[1] // 2
+    offset = (key_position[:, None] - query_position[:, :, None]).clamp(-largest, largest)
+    return relative[:, offset + largest].transpose(0, 1)
+
+
 class SynthesizerStateLayer(GrowingStateLayer):
     """State of one layer of the Synthesizer: all values so far, and keys only where it mixes in dot products."""
 
@@ -198,7 +244,6 @@ class SynthesizerMixer(Mixer):
         self.limit = config.max_position_embeddings if config.has_position_table else None
         self.names = list(config.components)
         width = config.hidden_size
-        self.scaling = (width // self.heads) ** -0.5
         # The query is the dot product's, and the first layer of the dense types.
         self.has_query = bool({"dense", "factorized_dense", "dot_product"} & set(self.names))
         self.has_key = "dot_product" in self.names
@@ -206,12 +251,14 @@ class SynthesizerMixer(Mixer):
         parts = self.has_query + self.has_key + 1
         self.qkv_proj = make_linear(config, width, parts * width, bias=config.qkv_bias)
         self.o_proj = make_linear(config, width, width)
+        if self.has_key:
+            self.scaling = scale_queries(config, self.qkv_proj, width, width // self.heads)
         self.logits = nn.ModuleDict({name: LOGITS[name](config) for name in self.names if name in LOGITS})
         self.mixture_logits = None
         if len(self.names) > 1:
             self.mixture_logits = nn.Parameter(torch.empty(self.heads, len(self.names)))
         if draw:
-            self.draw_all(config.initializer_range)
+            self.draw_all(config)
 
     def draw_weights(self, std: float):
         if self.mixture_logits is not None:
@@ -224,7 +271,12 @@ class SynthesizerMixer(Mixer):
         return dict(zip(self.names, self.mixture_logits.softmax(1)[..., None, None].unbind(1), strict=True))
 
     def forward(
-        self, hidden_states: Tensor, tokens: Tokens | None = None, cache=None, output_attentions: bool = False
+        self,
+        hidden_states: Tensor,
+        tokens: Tokens | None = None,
+        cache=None,
+        output_attentions: bool = False,
+        relative: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """
         Args:
@@ -234,6 +286,9 @@ class SynthesizerMixer(Mixer):
                 modeling_tokens.py says it; by default all are kept, at 0, 1, ...
             cache (`Cache`, *optional*): holds the state of this layer, which the new one replaces; needs `tokens`.
             output_attentions: whether to return the attention weights as well.
+            relative (`Tensor` [H, 2 M + 1], *optional*):
+                What is added to the logits of a key that stands M or more places before the query, ..., M or more
+                behind it.
 
         Returns:
             The output [B, T, D], and the attention weights [B, H, T, S] or None. S is the number of tokens so far, or
@@ -247,7 +302,7 @@ class SynthesizerMixer(Mixer):
         mixture = self.mixture_weights()  # here, as hooks that fetch offloaded weights do so for `forward` alone
         projected = activated(self.qkv_proj(hidden_states), self.linear_activation)
         if tokens.packing is not None:
-            mix = partial(self._mix_documents, mixture)
+            mix = partial(self._mix_documents, mixture, relative)
             weights = tokens.packing.map_pairs(partial(mix, True), projected) if output_attentions else None
             out = tokens.packing.map(partial(mix, False), projected)
             return activated(self.o_proj(out), self.linear_activation), weights
@@ -256,9 +311,9 @@ class SynthesizerMixer(Mixer):
             query, key, value = self._split(projected)
             new = NewTokens(key, value, tokens)
             state = advance(state, new)
-            out, weights = self._explicit(mixture, query, state, tokens)
+            out, weights = self._explicit(mixture, relative, query, state, tokens)
         else:
-            out, weights = self._fused(mixture, projected, tokens), None
+            out, weights = self._fused(mixture, relative, projected, tokens), None
             if cache is not None:
                 _, key, value = self._split(projected)
                 new = NewTokens(key, value, tokens)
@@ -268,14 +323,14 @@ class SynthesizerMixer(Mixer):
             weights = None if weights is None else cache.layers[self.layer_idx].columns(weights)
         return activated(self.o_proj(out), self.linear_activation), weights
 
-    def _mix_documents(self, mixture, output_attentions, group, projected):
+    def _mix_documents(self, mixture, relative, output_attentions, group, projected):
         if not output_attentions:
-            return self._fused(mixture, projected, group.seen_by(self.is_causal))
+            return self._fused(mixture, relative, projected, group.seen_by(self.is_causal))
         query, key, value = self._split(projected)
         state = advance(None, NewTokens(key, value, group.tokens))
-        return self._explicit(mixture, query, state, group.tokens)[1]
+        return self._explicit(mixture, relative, query, state, group.tokens)[1]
 
-    def _fused(self, mixture, projected, tokens: Tokens) -> Tensor:
+    def _fused(self, mixture, relative, projected, tokens: Tokens) -> Tensor:
         """[B, T, D] from the projections [B, T, n D], without a past, and without weights."""
         slot, position_ids = tokens.slot, tokens.position_ids
         if slot is not None:
@@ -284,7 +339,9 @@ class SynthesizerMixer(Mixer):
             if position_ids is not None:
                 position_ids = compact(position_ids[..., None], slot, -1).squeeze(-1)[:, : self.limit]
         query, key, value = self._split(projected)
-        out = attend_fused(self._parts(mixture, query, key, position_ids), value, self.is_causal, tokens.count)
+        out = attend_fused(
+            self._parts(mixture, relative, query, key, position_ids), value, self.is_causal, tokens.count
+        )
         out = out.transpose(1, 2).flatten(2)
         return out if slot is None else expand(out, slot)
 
@@ -295,7 +352,7 @@ class SynthesizerMixer(Mixer):
         query = others[0] if self.has_query else value  # of which only the length is read
         return query, others[-1] if self.has_key else None, value
 
-    def _explicit(self, mixture, query, state: SynthesizerState, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    def _explicit(self, mixture, relative, query, state: SynthesizerState, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """The definition: logits over all positions, of which those of the present keys are taken. The output
         [B, T, D], and the weights."""
         length, pairs = query.shape[2], tokens.pairs
@@ -307,6 +364,8 @@ class SynthesizerMixer(Mixer):
             else:
                 part = columns(self.logits[name](query, positions=positions), state.key_position, length)
             logits = logits + (part if alpha is None else alpha * part)
+        if relative is not None:
+            logits = logits + by_offsets(relative, positions, state.key_position)
         visible = (state.key_position >= 0)[:, None, None]  # [B, 1, 1, S]
         if pairs is not None:
             if pairs.shape[-2:] != logits.shape[-2:]:
@@ -322,7 +381,7 @@ class SynthesizerMixer(Mixer):
         out, weights = attend(logits, state.value, visible.expand(-1, -1, length, -1))
         return out.transpose(1, 2).flatten(2), weights
 
-    def _parts(self, mixture, query, key, positions) -> Logits:
+    def _parts(self, mixture, relative, query, key, positions) -> Logits:
         """The weighted sum of the components' logits, by parts."""
         queries, keys, biases, product = [], [], [], None
         for name, alpha in mixture.items():
@@ -338,6 +397,10 @@ class SynthesizerMixer(Mixer):
                 biases.append(alpha * part.bias)
             if part.product is not None:
                 product = (alpha * part.product[0], part.product[1])
+        if relative is not None:
+            length = query.shape[2]
+            shared = positions is None
+            biases.append(by_places(relative, length) if shared else by_offsets(relative, positions, positions))
         bias = sum(biases) if biases else None
         return Logits(_concatenate(queries), _concatenate(keys), bias, product, positions)
 
@@ -364,6 +427,15 @@ class SynthesizerModel(SynthesizerPreTrainedModel, MixerModel):
     """The Synthesizer without a head: see [`SynthesizerConfig`] for its types."""
 
     block_class = SynthesizerBlock
+
+    def add_blocks(self, causal: bool, **block_sizes) -> None:
+        super().add_blocks(causal, **block_sizes)
+        self.relative_attention_bias = None
+        if self.config.relative_attention_num_buckets is not None:
+            self.relative_attention_bias = RelativeAttentionBias(self.config)
+
+    def shared_inputs(self) -> dict:
+        return {} if self.relative_attention_bias is None else {"relative": self.relative_attention_bias()}
 
 
 class SynthesizerForCausalLM(SynthesizerPreTrainedModel, MixerForCausalLM, StateGenerationMixin):

@@ -44,13 +44,19 @@ def sinusoids(positions: torch.Tensor, width: int) -> torch.Tensor:
     return torch.sin(positions[..., None] * frequency + math.pi / 2 * (channel % 2))
 
 
+def head_input(hidden_states: torch.Tensor, config, tied: bool) -> torch.Tensor:
+    """What a language-model head is applied to: less than what a model gives, where the head shares the weight of
+    embeddings that are large (`config.scaling`)."""
+    return hidden_states * config.hidden_size**-0.5 if tied and config.scaling == "weights" else hidden_states
+
+
 class MixerModel(MixerStack):
     """Token (and position) embeddings, blocks, final norm. Subclasses name their block."""
 
     auto_class = "AutoModel"
     pipeline_tag = "feature-extraction"
 
-    def __init__(self, config):
+    def __init__(self, config, **block_sizes):
         super().__init__(config)
         config.validate_fields()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -58,7 +64,7 @@ class MixerModel(MixerStack):
         if config.position_embedding_type == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.add_blocks(causal=config.is_decoder)
+        self.add_blocks(causal=config.is_decoder, **block_sizes)
         self._state_kind = config.state_kind
         self.post_init()
 
@@ -120,7 +126,20 @@ class MixerModel(MixerStack):
                 cu_seq_lens_k=kwargs.get("cu_seq_lens_k"),
             )
         cache = self._prepare_cache(cache, use_cache, tokens)
+        output_attentions = kwargs.get("output_attentions", self.config.output_attentions)
+        hidden_states = self._encode(input_ids, inputs_embeds, tokens, cache, output_attentions)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE_NAME: cache})
 
+    def _encode(
+        self,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.FloatTensor | None,
+        tokens: Tokens,
+        cache: Cache | None,
+        output_attentions: bool,
+        *block_inputs,
+    ) -> torch.Tensor:
+        """[B, T, D] from what has been read and checked."""
         hidden_states = self._embed(input_ids, tokens) if inputs_embeds is None else inputs_embeds
         if self.embed_positions is not None:
             hidden_states = hidden_states + self.embed_positions(tokens.positions)
@@ -131,9 +150,7 @@ class MixerModel(MixerStack):
         if cache is not None:
             state = cache.layers[0].state
             tokens = tokens.advanced(None if state is None else state.position, hidden_states)
-        output_attentions = kwargs.get("output_attentions", self.config.output_attentions)
-        hidden_states = self.run_blocks(hidden_states, tokens, cache, output_attentions)
-        return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE_NAME: cache})
+        return self.run_blocks(hidden_states, tokens, cache, output_attentions, *block_inputs)
 
     def read(
         self,

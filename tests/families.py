@@ -5,10 +5,14 @@ import torch
 from modeling_aft import (
     AFTConfig,
     AFTForCausalLM,
+    AFTForConditionalGeneration,
     AFTModel,
+    AFTSeq2SeqConfig,
     SynthesizerConfig,
     SynthesizerForCausalLM,
+    SynthesizerForConditionalGeneration,
     SynthesizerModel,
+    SynthesizerSeq2SeqConfig,
 )
 
 
@@ -103,7 +107,31 @@ def model_classes(variant):
 def make_model(variant, head=True, dtype=torch.float64, **changes):
     """A model whose every parameter matters: the initial weights make all models say the same."""
     torch.manual_seed(0)
-    model = model_classes(variant)[head](make_config(variant, **changes)).to(dtype).eval()
+    return spread(model_classes(variant)[head](make_config(variant, **changes)).to(dtype).eval())
+
+
+def make_seq2seq_config(encoder, decoder=None, *, of_encoder=None, of_decoder=None, **changes):
+    """An encoder-decoder of two variants of one family, by default of the same, with a decoder of another length."""
+    is_synthesizer = encoder in SYNTHESIZER_VARIANTS
+    fields = dict(num_cross_attention_heads=2, pad_token_id=0, decoder_start_token_id=0, eos_token_id=1)
+    return (SynthesizerSeq2SeqConfig if is_synthesizer else AFTSeq2SeqConfig)(
+        encoder=make_config(encoder, is_decoder=False, **(of_encoder or {})),
+        decoder=make_config(decoder or encoder, **{"max_position_embeddings": LIMIT // 2, **(of_decoder or {})}),
+        **{**fields, **changes},
+    )
+
+
+def make_seq2seq(encoder, decoder=None, dtype=torch.float64, **changes):
+    """The same with a head, with weights of which every one matters."""
+    torch.manual_seed(0)
+    config = make_seq2seq_config(encoder, decoder, **changes)
+    is_synthesizer = encoder in SYNTHESIZER_VARIANTS
+    model = SynthesizerForConditionalGeneration if is_synthesizer else AFTForConditionalGeneration
+    return spread(model(config).to(dtype).eval())
+
+
+def spread(model):
+    """The model with other weights than those that it begins with."""
     with torch.no_grad():
         for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
             if not parameter.is_floating_point():

@@ -16,8 +16,8 @@ import hf_pipelines
 import hf_sources
 import pytest
 import torch
-from families import make_config
-from transformers import DynamicCache
+from families import make_config, make_seq2seq_config
+from transformers import DynamicCache, EncoderDecoderCache
 
 import modeling_aft
 from modeling_aft.modeling_images import PatchEmbeddings
@@ -176,7 +176,7 @@ class MixerTests:
             super().run_task_tests(task, *args, **kwargs)
 
     def test_generation_tester_mixin_inheritance(self):
-        if self.is_decoder and hf.generation is None:
+        if self.is_decoder == "seq2seq" or (self.is_decoder and hf.generation is None):
             self.skipTest("not in the source distribution")
         super().test_generation_tester_mixin_inheritance()
 
@@ -308,6 +308,57 @@ class ImageTests(MixerTests):
                 model_class(config)(**inputs, **{name: DynamicCache()})
 
 
+class Seq2SeqModelTester(ModelTester):
+    """A small encoder-decoder of a variant, under the names by which the mixins know it."""
+
+    encoder_seq_length = decoder_seq_length = ModelTester.seq_length
+    is_encoder_decoder = True
+
+    def __init__(self, parent, variant, is_decoder):
+        self.parent, self.variant = parent, variant
+        config = self.get_config()
+        self.config_class, self.num_attention_heads = type(config), config.decoder.num_attention_heads
+        family = self.config_class.__name__.removesuffix("Seq2SeqConfig")
+        self.base_model_class = getattr(modeling_aft, f"{family}Seq2SeqModel")
+        self.all_model_classes = self.base_model_class, getattr(modeling_aft, f"{family}ForConditionalGeneration")
+
+    def get_config(self):
+        sizes = {"vocab_size": self.vocab_size, "hidden_size": self.hidden_size, "max_position_embeddings": 64}
+        return make_seq2seq_config(
+            self.variant, of_encoder=sizes, of_decoder=sizes, num_cross_attention_heads=4, bos_token_id=2
+        )
+
+    def prepare_config_and_inputs_for_common(self):
+        config, inputs = super().prepare_config_and_inputs_for_common()
+        ids = hf.modeling.ids_tensor([self.batch_size, self.seq_length], self.vocab_size)
+        return config, {**inputs, "decoder_input_ids": ids, "decoder_attention_mask": torch.ones_like(ids)}
+
+
+class Seq2SeqTests(MixerTests):
+    """What the tests of encoder-decoders need besides."""
+
+    model_tester_class = Seq2SeqModelTester
+    is_encoder_decoder = True
+
+    def make_pipeline_model_mapping(self):
+        return {}
+
+    def test_config(self):
+        """Without the part that finds a stack by its model type, which is that of both."""
+        with mock.patch.object(self.config_tester, "create_and_test_config_from_and_save_pretrained_composite"):
+            super().test_config()
+
+    def test_bc_cache_name_forward(self):
+        """As above."""
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        for model_class in self.all_model_classes:
+            model = model_class(config).eval()
+            for name in ("cache", "past_key_values"):
+                own, cross = DynamicCache(config=config), DynamicCache()
+                cache = EncoderDecoderCache(own, cross)
+                self.assertIs(model(**inputs, **{name: cache}).cache, cache)
+
+
 class DecoderTests(MixerTests):
     """What the tests of `generate`, which a checkout has, need besides: they know attention and its caches only."""
 
@@ -341,9 +392,11 @@ def make_test_class(
 ) -> type[unittest.TestCase]:
     """The mixins that apply to the causal or to the bidirectional models of a variant, or to those of images where
     `is_decoder` is None, without some tests."""
-    tests = ImageTests if is_decoder is None else MixerTests
-    mixins = [tests, hf.modeling.ModelTesterMixin, hf.pipelines.PipelineTesterMixin]
-    if is_decoder:
+    tests = {None: ImageTests, "seq2seq": Seq2SeqTests}.get(is_decoder, MixerTests)
+    mixins = [tests, hf.modeling.ModelTesterMixin]
+    if is_decoder != "seq2seq":  # whose pipelines no longer exist
+        mixins.append(hf.pipelines.PipelineTesterMixin)
+    if is_decoder is True:
         mixins.append(hf.training.TrainingTesterMixin)
         if hf.generation is not None:
             mixins = [DecoderTests, hf.generation.GenerationTesterMixin, *mixins[1:]]

@@ -64,7 +64,7 @@ def test_position_ids_may_have_one_row(variant):
         ({"aft_type": "local", "window_size": 65, "max_position_embeddings": 64}, "window_size.*64.*65"),
         ({"position_embedding_type": "rotary"}, "position_embedding_type.*learned, sinusoidal, none.*rotary"),
         ({"position_embedding_type": "sinusoidal", "hidden_size": 15}, "hidden_size.*even.*15"),
-        ({"norm_type": "rms"}, "norm_type.*layer, dyt.*rms"),
+        ({"norm_type": "batch"}, "norm_type.*layer, dyt, rms.*batch"),
         ({"linear_fan_in": 0}, "linear_fan_in.*None or at least 1.*0"),
         ({"linear_activation": "relu"}, "linear_activation.*none, tanh.*relu"),
         ({"query_activation": "softmax"}, "query_activation.*sigmoid, tanh, relu, identity.*softmax"),

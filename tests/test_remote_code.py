@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from families import VARIANTS, make_ids, make_model, model_classes
+from families import VARIANTS, make_ids, make_model, make_seq2seq, model_classes
 from PIL import Image
 from transformers import AutoModelForCausalLM
 
@@ -45,12 +45,41 @@ refresh"""
 AFT = """configuration_aft modeling_attention_free ops ops_chunks ops_cpu ops_full ops_grid ops_panel ops_reference
 ops_state ops_step ops_triton ops_windows"""
 SYNTHESIZER = "configuration_synthesizer modeling_synthesizer ops_synthesizer"
+SEQ2SEQ = "configuration_seq2seq configuration_{0}_seq2seq modeling_seq2seq modeling_{0}_seq2seq"
 
 
 @pytest.mark.parametrize(("variant", "own"), [("conv", AFT), ("dense", SYNTHESIZER)], ids=["aft", "synthesizer"])
 def test_a_model_carries_the_code_of_its_family_alone(variant, own, tmp_path):
     make_model(variant, dtype=torch.float32).save_pretrained(tmp_path)
     assert {path.stem for path in tmp_path.glob("*.py")} == {*SHARED.split(), *own.split()}
+
+
+LOAD_SEQ2SEQ = """
+import torch
+from transformers import AutoModelForSeq2SeqLM, AutoModelForTextEncoding
+folder, out = sys.argv[1:]
+model = AutoModelForSeq2SeqLM.from_pretrained(folder, trust_remote_code=True)
+encoder = AutoModelForTextEncoding.from_pretrained(folder, trust_remote_code=True)
+assert "transformers_modules" in type(model.model.decoder).__module__
+ids = torch.load(out + "/ids.pt")
+made = model.generate(ids, max_new_tokens=4)
+torch.save(dict(made=made, states=encoder(ids).last_hidden_state), out + "/result.pt")
+"""
+
+
+@pytest.mark.parametrize(("variant", "own"), [("conv", AFT), ("dense", SYNTHESIZER)], ids=["aft", "synthesizer"])
+def test_an_encoder_decoder_loads_without_the_package(variant, own, tmp_path):
+    model, ids, folder = make_seq2seq(variant, dtype=torch.float32), make_ids(9), tmp_path / "model"
+    model.save_pretrained(folder)
+    name = "aft" if own is AFT else "synthesizer"
+    files = {path.stem for path in folder.glob("*.py")}
+    assert files == {*SHARED.split(), *own.split(), *SEQ2SEQ.format(name).split()}
+    torch.save(ids, tmp_path / "ids.pt")
+    result = run_without_package(folder, tmp_path, LOAD_SEQ2SEQ)
+    assert result.returncode == 0, result.stderr
+    found = torch.load(tmp_path / "result.pt")
+    assert torch.equal(found["made"], model.generate(ids, max_new_tokens=4))
+    torch.testing.assert_close(found["states"], model.model.encoder(ids).last_hidden_state)
 
 
 def run_without_package(folder, out, script=LOAD):
