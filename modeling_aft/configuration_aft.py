@@ -75,8 +75,6 @@ class AFTMixerConfig(MixerConfig):
             value, least = getattr(self, name), 0 if name.endswith("std") else -math.inf
             if not (math.isfinite(value) and value >= least):
                 problems.append(self._problem(name, allowed))
-            elif value != 0 and not self.has_relative_bias:
-                problems.append(self._problem(name, "0 unless aft_type is conv, or local with relative biases"))
         return problems
 
 
@@ -137,7 +135,7 @@ class AFTConfig(AFTMixerConfig, TextMixerConfig):
         position_bias_init_mean, position_bias_init_std (`float`, default to 0.0):
             Mean and standard deviation of the initial biases of conv, and of relative ones of local; with eq. 8 they
             are the initial beta and gamma. With 0, as in the paper, the layer begins as AFT-simple, which knows
-            nothing of places.
+            nothing of places. Unused by the other types.
         position_embedding_type (`str`, defaults to `"learned"`):
             `"learned"` adds a learned vector per position to the token embedding, `"sinusoidal"` sines and cosines of
             the position, which need no table, `"none"` nothing.

@@ -77,7 +77,6 @@ def test_position_ids_may_have_one_row(variant):
         ({"aft_type": "conv", "position_bias_type": "relative"}, "position_bias_type.*absolute.*conv.*relative"),
         ({"aft_type": "conv", "position_bias_init_std": -1}, "position_bias_init_std. must be at least 0.*-1"),
         ({"aft_type": "conv", "position_bias_init_mean": math.nan}, "position_bias_init_mean. must be finite.*nan"),
-        ({"aft_type": "local", "position_bias_init_mean": 1.0}, "position_bias_init_mean. must be 0.*conv.*relative"),
         (
             {"position_bias_type": "relative", "hidden_size": 16, "num_attention_heads": 3},
             "num_attention_heads.*divisor.*16.*3",
