@@ -571,10 +571,10 @@ def _(original):
     "the Synthesizer's cached prefill sees the future", "modeling_synthesizer.SynthesizerMixer._explicit", GENERATION
 )
 def _(original):
-    def _explicit(self, mixture, query, state, tokens):
+    def _explicit(self, mixture, relative, query, state, tokens):
         causal, self.causal = self.causal, False
         try:
-            return original(self, mixture, query, state, tokens)
+            return original(self, mixture, relative, query, state, tokens)
         finally:
             self.causal = causal
 
@@ -607,10 +607,10 @@ def _(original):
 
 @fault("dot products without their scale in decoding", "modeling_synthesizer.SynthesizerMixer._explicit", GENERATION)
 def _(original):
-    def _explicit(self, mixture, query, state, tokens):
-        scaling, self.scaling = self.scaling, 1.0
+    def _explicit(self, mixture, relative, query, state, tokens):
+        scaling, self.scaling = getattr(self, "scaling", None), 1.0
         try:
-            return original(self, mixture, query, state, tokens)
+            return original(self, mixture, relative, query, state, tokens)
         finally:
             self.scaling = scaling
 
@@ -829,10 +829,10 @@ def _(original):
 
 @fault("a masked language model sees the past only", "modeling_stack.MixerStack.add_blocks", MODELING)
 def _(original):
-    return lambda self, causal: original(self, True)
+    return lambda self, causal, **block_sizes: original(self, True, **block_sizes)
 
 
-@fault("a saved model names one Auto class only", "configuration_common.MixerConfig.save_pretrained", REMOTE)
+@fault("a saved model names one Auto class only", "configuration_common.CheckedConfig.save_pretrained", REMOTE)
 def _(original):
     def save_pretrained(self, save_directory, **kwargs):
         from transformers import PreTrainedConfig
@@ -842,7 +842,7 @@ def _(original):
     return save_pretrained
 
 
-@fault("a saved model does not name one of its heads", "configuration_common.MixerConfig.save_pretrained", REMOTE)
+@fault("a saved model does not name one of its heads", "configuration_common.CheckedConfig.save_pretrained", REMOTE)
 def _(original):
     def save_pretrained(self, save_directory, **kwargs):
         head = self.heads.pop("AutoModelForTokenClassification")
