@@ -17,7 +17,6 @@ from .ops_state import QUERY_ACTIVATIONS
 AFT_TYPES = ("full", "local", "simple", "conv")
 POSITION_BIAS_TYPES = ("absolute", "relative")
 DECAYS = ("learned", "fixed")
-INITIAL_BIASES = {"position_bias_init_mean": "finite", "position_bias_init_std": "at least 0 and finite"}
 
 
 @strict_config
@@ -71,10 +70,10 @@ class AFTMixerConfig(MixerConfig):
             problems.append(self._problem("key_activation", f"one of {', '.join(ACTIVATIONS)}"))
         if self.has_relative_bias:
             problems += self._heads_problem()
-        for name, allowed in INITIAL_BIASES.items():
-            value, least = getattr(self, name), 0 if name.endswith("std") else -math.inf
-            if not (math.isfinite(value) and value >= least):
-                problems.append(self._problem(name, allowed))
+        if not math.isfinite(self.position_bias_init_mean):
+            problems.append(self._problem("position_bias_init_mean", "finite"))
+        if not 0 <= self.position_bias_init_std < math.inf:
+            problems.append(self._problem("position_bias_init_std", "at least 0 and finite"))
         return problems
 
 
