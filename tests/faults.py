@@ -934,7 +934,12 @@ def _(original):
 def _(original):
     def draw_pictures(model, *arguments, **sampling):
         generate = model.generate
-        model.generate = lambda ids, suppress_tokens, **options: generate(ids, **options)
+
+        def without_suppression(ids, generation_config, **options):
+            generation_config.suppress_tokens = None
+            return generate(ids, generation_config=generation_config, **options)
+
+        model.generate = without_suppression
         made = original(model, *arguments, **sampling)
         del model.generate
         return made

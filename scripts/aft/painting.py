@@ -22,7 +22,7 @@ from aft.atomic_files import replacing
 from aft.generation import find_device
 from aft.picture_data import check_picture_model, load_pictures
 from aft.saved_models import load_config, load_model, shape_of_model
-from aft.vocabulary import START_OF_PICTURE
+from aft.vocabulary import START_OF_PICTURE, PixelVocabulary
 
 
 TRIES = 4  # completions of each picture
@@ -50,13 +50,14 @@ def draw_pictures(
     was_training = model.training
     model.eval()
     torch.manual_seed(seed)
-    options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, **sampling}
-    length, made = math.prod(shape), []
-    options |= {"max_length": 1 + length, "suppress_tokens": [START_OF_PICTURE], "pad_token_id": 0}
+    options = {"temperature": 1.0, "top_p": 1.0, "pad_token_id": 0, **sampling}
+    config, made = PixelVocabulary(shape).processor().generation_config(**options), []
     for start in range(0, len(prompts), batch_size):
         rows = prompts[start : start + batch_size].astype(np.int64)
         ids = torch.from_numpy(np.insert(rows, 0, START_OF_PICTURE, axis=1)).to(model.device)
-        made.append(model.generate(ids, attention_mask=torch.ones_like(ids), **options)[:, 1:].cpu().numpy())
+        made.append(
+            model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)[:, 1:].cpu().numpy()
+        )
     model.train(was_training)
     return np.concatenate(made).astype(np.uint8).reshape(len(prompts), *shape)
 
