@@ -10,6 +10,7 @@ import torch
 from families import VARIANTS, make_ids, make_model, make_seq2seq, model_classes
 from PIL import Image
 from transformers import AutoModelForCausalLM
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from modeling_aft import AFTImageProcessor, ByteTokenizer
 
@@ -82,6 +83,19 @@ def test_an_encoder_decoder_loads_without_the_package(variant, own, tmp_path):
     torch.testing.assert_close(found["states"], model.model.encoder(ids).last_hidden_state)
 
 
+@pytest.mark.parametrize("variant", ["local", "random+dot_product"])
+def test_two_copies_of_the_code_of_encoder_decoders_do_not_mix(variant, tmp_path):
+    """`generate` makes the layers of its caches by their name, which the copy that was loaded last has."""
+    model, ids = make_seq2seq(variant, dtype=torch.float32), make_ids(9)
+    model.save_pretrained(tmp_path)
+    copy = get_class_from_dynamic_module(model.config.auto_map["AutoModelForSeq2SeqLM"], tmp_path)
+    assert copy is not type(model)
+    other = copy.from_pretrained(tmp_path).eval()
+    for settings in ({}, {"cache_implementation": "static", "disable_compile": True}):
+        made = [one.generate(ids, max_new_tokens=4, **settings) for one in (model, other)]
+        assert torch.equal(*made)
+
+
 def run_without_package(folder, out, script=LOAD):
     environment = {**os.environ, "HF_HOME": str(out / "home"), "HF_MODULES_CACHE": str(out / "modules")}
     return subprocess.run(
@@ -116,6 +130,7 @@ def test_loads_without_the_package(variant, tmp_path):
 LOAD_PICTURES = """
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 folder, out = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
