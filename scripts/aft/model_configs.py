@@ -132,3 +132,9 @@ def has_fixed_state(config: PreTrainedConfig) -> bool:
 def has_length_limit(config: PreTrainedConfig) -> bool:
     """Whether the model has tables that end at `max_position_embeddings`: a config may say so, else they do."""
     return getattr(config, "has_position_table", hasattr(config, "max_position_embeddings"))
+
+
+def stack_limits(config: PreTrainedConfig) -> tuple[int | None, int | None]:
+    """How many tokens encoder and decoder can read, None for any number."""
+    stacks = config.get_text_config(encoder=True), config.get_text_config(decoder=True)
+    return tuple(stack.max_position_embeddings if has_length_limit(stack) else None for stack in stacks)

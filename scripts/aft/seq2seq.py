@@ -23,11 +23,13 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedConfig, Seq2SeqTraini
 
 from aft.atomic_files import write_whole
 from aft.bits_per_byte import load_metric
+from aft.console import program
 from aft.finetuning import sha256, split_text
 from aft.finetuning_arguments import FinetuningArguments, parse_dataclasses, training_problems
 from aft.finetuning_run import Task, identify_model, prepare, report, split_rows, train_and_evaluate
 from aft.finetuning_trainer import check_scores
 from aft.folder_lock import locked
+from aft.model_configs import stack_limits
 from aft.raw_files import file_bytes
 from aft.seq2seq_flags import Seq2SeqDefaults, Seq2SeqInputs, read_flags, seq2seq_problems
 from aft.seq2seq_models import (
@@ -37,7 +39,6 @@ from aft.seq2seq_models import (
     make_tokenizer,
     read_config,
     sentinel_ids,
-    stack_limits,
 )
 from aft.seq2seq_trainer import Seq2SeqFinetuningTrainer, log_perplexity
 from aft.span_corruption import CorruptedText, SpanCorruption
@@ -256,12 +257,11 @@ def write_predictions(path: Path, pairs: Pairs, texts: Iterable[str]) -> None:
 
 def next_command(inputs: Seq2SeqInputs, folder: str) -> str:
     """What to type when a run has ended."""
-    load = f"folder = {folder!r}; tokenizer = AutoTokenizer.from_pretrained(folder)"
-    model = "AutoModelForSeq2SeqLM.from_pretrained(folder)"
-    text = f"tokenizer({inputs.source_prefix + 'a text'!r}, return_tensors='pt')"
-    code = "import modeling_aft; from transformers import AutoModelForSeq2SeqLM, AutoTokenizer; "
-    code += f"{load}; print(tokenizer.batch_decode({model}.generate(**{text}), skip_special_tokens=True))"
-    return f"model: {folder}\nnext:\n  python -c {shlex.quote(code)}"
+    lines = [f"model: {folder}"]
+    if not inputs.text_file:
+        prompt = shlex.quote(f"{inputs.source_prefix}a text")
+        lines += ["next:", f"  {program()} generate --model {shlex.quote(folder)} --greedy --prompt {prompt}"]
+    return "\n".join(lines)
 
 
 def seq2seq(argv: list[str]) -> dict[str, float]:

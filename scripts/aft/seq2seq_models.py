@@ -15,7 +15,7 @@ from tokenizers import processors
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 from aft.finetuning_flags import find_model, is_preset
-from aft.model_configs import has_length_limit, override
+from aft.model_configs import override
 from aft.saved_models import load, load_config, load_model
 from aft.seq2seq_flags import PRESETS, Seq2SeqInputs
 from aft.settings_files import read_json
@@ -150,12 +150,6 @@ def fit_config(config: PreTrainedConfig, tokenizer, inputs: Seq2SeqInputs) -> No
         setattr(config, name, getattr(tokenizer, name))
     if written.get("decoder_start_token_id") is None:
         config.decoder_start_token_id = tokenizer.pad_token_id
-
-
-def stack_limits(config: PreTrainedConfig) -> tuple[int | None, int | None]:
-    """How many tokens encoder and decoder can read, None for any number."""
-    stacks = config.get_text_config(encoder=True), config.get_text_config(decoder=True)
-    return tuple(stack.max_position_embeddings if has_length_limit(stack) else None for stack in stacks)
 
 
 def make_model(inputs: Seq2SeqInputs, config: PreTrainedConfig) -> tuple[torch.nn.Module, set[str]]:

@@ -109,10 +109,10 @@ class CorruptedText(Dataset):
     def set_epoch(self, epoch: int) -> None:
         self.epoch.fill_(epoch)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
         if not 0 <= index < len(self):
             raise IndexError(index)
         window = self.ids[index * self.length : (index + 1) * self.length].astype(np.int64)
         generator = np.random.default_rng((self.seed, int(self.epoch), index))
         source, target = self.corruption.corrupt(window, generator)
-        return {"input_ids": source, "attention_mask": np.ones_like(source), "labels": target}
+        return {"input_ids": source.tolist(), "attention_mask": [1] * len(source), "labels": target.tolist()}
