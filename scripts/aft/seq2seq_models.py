@@ -15,7 +15,7 @@ from tokenizers import processors
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 from aft.finetuning_flags import find_model, is_preset
-from aft.model_configs import override
+from aft.model_configs import override, stack_limits
 from aft.saved_models import load, load_config, load_model
 from aft.seq2seq_flags import PRESETS, Seq2SeqInputs
 from aft.settings_files import read_json
@@ -172,19 +172,22 @@ def make_model(inputs: Seq2SeqInputs, config: PreTrainedConfig) -> tuple[torch.n
 
 def fit_generation(model, tokenizer, inputs: Seq2SeqInputs, args, max_target_length: int | None) -> None:
     """
-    Lets `generate` write targets by the flags, and else as the model says; it may write as long ones as are trained.
+    Lets `generate` write targets by the flags, and else as the model says: as long ones as are trained, which have
+    their end where what is written has the token that the decoder begins with.
 
     Raises:
-        ValueError: `--length_penalty` is given without beams.
+        ValueError: `--length_penalty` is given without beams, or `--generation_max_length` ends behind the tables.
     """
-    config, own = model.config, model.generation_config
-    length = args.generation_max_length
+    own, length, table = model.generation_config, args.generation_max_length, stack_limits(model.config)[1]
+    if length is not None and table is not None and length > table + 1:
+        allowed = f"at most {table + 1}, the tables of the decoder and a token that nothing reads"
+        raise ValueError(f"--generation_max_length must be {allowed}, got {length}")
     if length is None and (own.max_length is None or inputs.max_target_length is not None):
-        length = max_target_length and max_target_length + 1
+        length = max_target_length
     values = {
         "eos_token_id": own.eos_token_id or tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
-        "decoder_start_token_id": config.decoder_start_token_id,
+        "decoder_start_token_id": model.config.decoder_start_token_id,
         "max_length": length,
         "num_beams": args.generation_num_beams,
         "length_penalty": inputs.length_penalty,
