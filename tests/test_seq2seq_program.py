@@ -10,6 +10,7 @@ import pytest
 import sacrebleu
 import torch
 from accelerate.state import AcceleratorState
+from launching import ROOT, run_on_two_processes
 from rouge_score.rouge_scorer import RougeScorer
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -165,6 +166,24 @@ def test_a_saved_model_is_scored_and_goes_on(finished, inputs, tmp_path):
     seq2seq(tmp_path / "on", *override, **files, max_steps=1, generation_num_beams=1)
     assert json.loads((tmp_path / "on/config.json").read_text())["decoder"]["hidden_dropout_prob"] == 0.0
     assert weights(tmp_path / "on").keys() == weights(finished[0]).keys()
+
+
+def test_two_processes_score_as_one(finished, inputs, tmp_path):
+    """Each row once, in order, also of parts that do not fill the batches of both."""
+    values = {
+        "model": finished[0],
+        "pairs_file": inputs / "pairs.jsonl",
+        "test_file": inputs / "test.jsonl",
+        **COLUMNS,
+    }
+    values |= {"predict_file": inputs / "new.jsonl", "num_train_epochs": 0, "per_device_eval_batch_size": 2}
+    values |= {"output_dir": tmp_path / "run", "source_prefix": "first: ", "use_cpu": True, "metrics": "bleu"}
+    flags = [word for name, value in values.items() for word in (f"--{name}", str(value))]
+    run_on_two_processes(ROOT / "scripts" / "seq2seq.py", flags, ACCELERATE_USE_CPU="true")
+    metrics = json.loads((tmp_path / "run/all_results.json").read_text())
+    for name in ("eval_log_perplexity", "test_log_perplexity", "test_bleu", "test_exact_match"):
+        assert metrics[name] == pytest.approx(finished[1][name], rel=1e-5)
+    assert (tmp_path / "run/predictions.jsonl").read_text() == (finished[0] / "predictions.jsonl").read_text()
 
 
 # The loss

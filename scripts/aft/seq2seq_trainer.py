@@ -80,6 +80,7 @@ class Seq2SeqFinetuningTrainer(FinetuningTrainer, Seq2SeqTrainer):
         writes = metric_key_prefix in ("test", "predict") or (asked and metric_key_prefix == "eval")
         self.args.predict_with_generate = writes = writes and isinstance(rows, EncodedPairs)
         self.seconds_written = 0.0
+        self.gather_function = self.accelerator.gather_for_metrics  # Seq2SeqTrainer keeps rows that fill up a batch
         try:
             output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **options)
         finally:
