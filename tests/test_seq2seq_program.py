@@ -93,6 +93,10 @@ def finished(inputs, tmp_path_factory) -> tuple[Path, dict]:
     return folder, seq2seq(folder, *flags, **files, **more, learning_rate=0.02, num_train_epochs=2, **small)
 
 
+def longest_written(folder: Path) -> int:
+    return json.loads((folder / "generation_config.json").read_text())["max_length"]
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
@@ -157,6 +161,7 @@ def test_generate_needs_no_flags(finished, capsys):
 
 
 def test_a_saved_model_is_scored_and_goes_on(finished, inputs, tmp_path):
+    finished[0].with_name("run.json").write_text("{}")  # beside the folder, and not what is meant
     files = {"model": finished[0], "pairs_file": inputs / "pairs.jsonl", "test_file": inputs / "test.jsonl", **COLUMNS}
     scored = seq2seq(tmp_path / "scored", **files, source_prefix="first: ", num_train_epochs=0)
     for name in ("test_log_perplexity", "test_exact_match", "eval_log_perplexity"):
@@ -166,6 +171,7 @@ def test_a_saved_model_is_scored_and_goes_on(finished, inputs, tmp_path):
     seq2seq(tmp_path / "on", *override, **files, max_steps=1, generation_num_beams=1)
     assert json.loads((tmp_path / "on/config.json").read_text())["decoder"]["hidden_dropout_prob"] == 0.0
     assert weights(tmp_path / "on").keys() == weights(finished[0]).keys()
+    assert longest_written(tmp_path / "on") == 20
 
 
 def test_two_processes_score_as_one(finished, inputs, tmp_path):
@@ -218,6 +224,7 @@ def test_accumulated_batches_equal_one(model, inputs, tmp_path):
         seq2seq(folder, *override, **values, per_device_train_batch_size=size, gradient_accumulation_steps=parts)
         history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
         logs.append([entry[name] for entry in history if "grad_norm" in entry for name in ("loss", "grad_norm")])
+    assert longest_written(folder) == {"model": 32, "t5": len("it begins so: ab") + 1}[model]
     assert len(logs[0]) == 4 and logs[0] == pytest.approx(logs[1], rel=1e-4)
     assert type(AutoModelForSeq2SeqLM.from_pretrained(folder)).__name__.startswith({"t5": "T5"}.get(model, "Synth"))
 
@@ -280,6 +287,7 @@ def test_a_resumed_run_on_text_is_the_same(inputs, tmp_path, capsys):
     assert again["eval_log_perplexity"] == whole["eval_log_perplexity"]
     before, after = weights(tmp_path / "whole"), weights(tmp_path / "part")
     assert all(torch.equal(before[name], after[name]) for name in before)
+    assert longest_written(tmp_path / "part") == 32
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "part")
     assert len(tokenizer) == 370 and tokenizer.convert_tokens_to_ids(SENTINELS[7]) == 9
     assert tokenizer("the dog").input_ids[-1] == tokenizer.eos_token_id == 1 and tokenizer.padding_side == "right"

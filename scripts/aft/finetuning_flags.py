@@ -86,7 +86,9 @@ def is_preset(model: str | None, kind: str) -> bool:
     Args:
         kind: the folder of `configuration/` with the presets of a program.
     """
-    return model is None or Path(model).suffix == ".json" or (CONFIGURATION / kind / f"{model}.json").is_file()
+    if model is None or Path(model).suffix == ".json":
+        return True
+    return Path(model).name == model and (CONFIGURATION / kind / f"{model}.json").is_file()
 
 
 def find_model(model: str, kind: str) -> str:

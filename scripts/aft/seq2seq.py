@@ -118,14 +118,16 @@ class Data:
     Attributes:
         tokenizer: of sources and targets.
         parts: those to train on, to validate on, and maybe to test and to predict.
-        limits: how many tokens a source and a target have at most.
         identity: what identifies the texts.
+        limit: how many tokens a target may have, None for any number.
+        longest: how many the longest has that is trained.
     """
 
     tokenizer: object
     parts: dict[str, Dataset]
-    limits: tuple[int | None, int | None]
     identity: dict
+    limit: int | None
+    longest: int
 
 
 def pair_data(inputs: Seq2SeqInputs, config: PreTrainedConfig) -> Data:
@@ -141,7 +143,8 @@ def pair_data(inputs: Seq2SeqInputs, config: PreTrainedConfig) -> Data:
         part: encode_pairs(found, tokenizer, inputs.source_prefix, inputs.truncation, limits)
         for part, found in pairs.items()
     }
-    return Data(tokenizer, encoded, limits, {part: pairs[part].sha256() for part in ("train", "validation")})
+    identity = {part: pairs[part].sha256() for part in ("train", "validation")}
+    return Data(tokenizer, encoded, identity, limits[1], max(map(len, encoded["train"].targets)))
 
 
 def texts_of(pairs: Pairs, prefix: str) -> Iterator[list[str]]:
@@ -205,7 +208,7 @@ def corrupted_data(inputs: Seq2SeqInputs, config: PreTrainedConfig, seed: int) -
         part: CorruptedText(token_ids(content, tokenizer, f"the {part} part of the text"), corruption, length, seed)
         for part, content in texts.items()
     }
-    return Data(tokenizer, parts, (source_limit, needed), {part: sha256(texts[part]) for part in texts})
+    return Data(tokenizer, parts, {part: sha256(texts[part]) for part in texts}, target_limit, needed)
 
 
 def make_task(inputs: Seq2SeqInputs, args: Seq2SeqArguments) -> tuple[Seq2SeqTask, Data]:
@@ -216,7 +219,7 @@ def make_task(inputs: Seq2SeqInputs, args: Seq2SeqArguments) -> tuple[Seq2SeqTas
         metric = load_metric(GENERATED_TEXT, inputs.cache_dir)
     set_seed(args.seed)  # the initial weights
     model, new = make_model(inputs, config)
-    fit_generation(model, data.tokenizer, inputs, args, data.limits[1])
+    fit_generation(model, data.tokenizer, inputs, args, data.limit, data.longest)
     vocabulary = json.dumps(data.tokenizer.get_vocab(), sort_keys=True)
     identity = {"data": data.identity, "tokenizer": sha256(vocabulary.encode())}
     task = Seq2SeqTask(

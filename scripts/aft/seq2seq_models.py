@@ -77,14 +77,14 @@ def make_tokenizer(inputs: Seq2SeqInputs, config: PreTrainedConfig, texts: Itera
         what, file = ("tokenizer", "tokenizer_config.json") if inputs.tokenizer else ("model", "config.json")
         tokenizer = load(AutoTokenizer, name, flag, what, file, trust_remote_code=inputs.trust_remote_code)
         check_tokenizer(tokenizer, f"{flag} {name}")
-        if is_new(inputs):
-            tokenizer.add_tokens([*sentinels.values()][0] if sentinels else [], special_tokens=True)
+        if is_new(inputs) and inputs.text_file:
+            tokenizer.add_tokens(list(SENTINELS), special_tokens=True)  # those that it has not
     elif inputs.tokenizer == "bytes":
         tokenizer = ByteTokenizer(**sentinels)
     else:
         special = {"pad_token": PAD, "eos_token": END, **sentinels}
         size = inputs.vocab_size or config.vocab_size
-        least = 256 + 2 + len(sentinels and SENTINELS)
+        least = 256 + 2 + (len(SENTINELS) if inputs.text_file else 0)
         if size < least:
             raise ValueError(f"--vocab_size must be at least {least}, all bytes and special tokens, got {size}")
         tokenizer = train_bpe(texts, size, special)
@@ -170,20 +170,27 @@ def make_model(inputs: Seq2SeqInputs, config: PreTrainedConfig) -> tuple[torch.n
     return load_model(AutoModelForSeq2SeqLM, inputs.model, **options)
 
 
-def fit_generation(model, tokenizer, inputs: Seq2SeqInputs, args, max_target_length: int | None) -> None:
+def fit_generation(model, tokenizer, inputs: Seq2SeqInputs, args, limit: int | None, longest: int) -> None:
     """
-    Lets `generate` write targets by the flags, and else as the model says: as long ones as are trained, which have
-    their end where what is written has the token that the decoder begins with.
+    Lets `generate` write targets by the flags, and else as the model says, unless longer ones are trained. The longest
+    then has no end, as the token that the decoder begins with counts.
+
+    Args:
+        limit: how many tokens a target may have; None for any number.
+        longest: how many the longest has that is trained.
 
     Raises:
         ValueError: `--length_penalty` is given without beams, or `--generation_max_length` ends behind the tables.
     """
-    own, length, table = model.generation_config, args.generation_max_length, stack_limits(model.config)[1]
-    if length is not None and table is not None and length > table + 1:
+    own, asked, table = model.generation_config, args.generation_max_length, stack_limits(model.config)[1]
+    if asked is not None and table is not None and asked > table + 1:
         allowed = f"at most {table + 1}, the tables of the decoder and a token that nothing reads"
-        raise ValueError(f"--generation_max_length must be {allowed}, got {length}")
-    if length is None and (own.max_length is None or inputs.max_target_length is not None):
-        length = max_target_length
+        raise ValueError(f"--generation_max_length must be {allowed}, got {asked}")
+    length = asked or inputs.max_target_length
+    if length is None and own.max_length is None:
+        length = limit or longest
+    elif length is None and args.trains:
+        length = max(own.max_length, longest)
     values = {
         "eos_token_id": own.eos_token_id or tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
