@@ -19,9 +19,11 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from aft.commands.generate import main as generate
 from aft.commands.seq2seq import main
 from aft.seq2seq_flags import Seq2SeqInputs
+from aft.seq2seq_models import fit_config, make_tokenizer, read_config, sentinel_ids
 from aft.seq2seq_trainer import mean_loss
 from aft.span_corruption import SENTINELS, CorruptedText, SpanCorruption
 from aft.text_pairs import read_pairs
+from aft.vocabulary import train_bpe
 
 
 STACK = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 32}
@@ -293,6 +295,23 @@ def test_a_resumed_run_on_text_is_the_same(inputs, tmp_path, capsys):
     assert tokenizer("the dog").input_ids[-1] == tokenizer.eos_token_id == 1 and tokenizer.padding_side == "right"
     with pytest.raises(ValueError, match="cannot resume: .*noise_density is 0.2 but was None"):
         seq2seq(tmp_path / "part", **{**values, "noise_density": 0.2}, resume_from_checkpoint="auto")
+
+
+def test_a_saved_tokenizer_learns_to_end_texts_and_gets_sentinels(inputs, tmp_path):
+    """One for causal models, which has one token for ends and padding."""
+    train_bpe([[TEXT]], 270).save_pretrained(tmp_path / "saved")
+    flags = {"model": str(inputs / "model.json"), "tokenizer": str(tmp_path / "saved"), "text_file": "text.txt"}
+    config = read_config(Seq2SeqInputs(**flags))
+    made = make_tokenizer(Seq2SeqInputs(**flags), config, [])
+    fit_config(config, made, Seq2SeqInputs(**flags))
+    assert config.vocab_size == config.encoder.vocab_size == 370 and config.decoder_start_token_id == made.pad_token_id
+    made.save_pretrained(tmp_path / "made")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "made")
+    assert sentinel_ids(tokenizer, "") == [*range(270, 370)]
+    ids = tokenizer("the fox").input_ids
+    assert ids[-1] == tokenizer.eos_token_id and tokenizer.decode(ids[:-1]) == "the fox" and ids[-2] != ids[-1]
+    with pytest.raises(ValueError, match=r"--model m: its tokenizer must have sentinels \(<extra_id_0>, ...\)"):
+        sentinel_ids(AutoTokenizer.from_pretrained(tmp_path / "saved"), "--model m")
 
 
 # Pairs
