@@ -176,7 +176,7 @@ class MixerTests:
             super().run_task_tests(task, *args, **kwargs)
 
     def test_generation_tester_mixin_inheritance(self):
-        if self.is_decoder == "seq2seq" or (self.is_decoder and hf.generation is None):
+        if self.is_decoder and hf.generation is None:
             self.skipTest("not in the source distribution")
         super().test_generation_tester_mixin_inheritance()
 
@@ -363,7 +363,13 @@ class DecoderTests(MixerTests):
     """What the tests of `generate`, which a checkout has, need besides: they know attention and its caches only."""
 
     def _check_past_key_values_for_generate(self, batch_size, past_key_values, seq_length, config):
-        """A state has other tensors than keys and values of every token."""
+        """A state has other tensors than keys and values of every token; keys and values of an encoder are plain."""
+        config = config.get_text_config(decoder=True)
+        if isinstance(past_key_values, EncoderDecoderCache):
+            cross = past_key_values.cross_attention_cache
+            self.assertEqual({layer.keys.shape[:2] for layer in cross.layers}, {(batch_size, 4)})
+            past_key_values = past_key_values.self_attention_cache
+            self.assertEqual(len(cross), len(past_key_values))
         self.assertEqual([type(layer)._layer_type for layer in past_key_values.layers], config.layer_types)
         self.assertEqual(past_key_values.get_seq_length(), seq_length)
         for layer in past_key_values.layers:
@@ -396,6 +402,8 @@ def make_test_class(
     mixins = [tests, hf.modeling.ModelTesterMixin]
     if is_decoder != "seq2seq":  # whose pipelines no longer exist
         mixins.append(hf.pipelines.PipelineTesterMixin)
+    if is_decoder == "seq2seq" and hf.generation is not None:
+        mixins = [DecoderTests, hf.generation.GenerationTesterMixin, *mixins]
     if is_decoder is True:
         mixins.append(hf.training.TrainingTesterMixin)
         if hf.generation is not None:

@@ -399,6 +399,7 @@ def test_the_configuration_survives_json(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["encoder"]["synthesizer_type"] == "random"
     assert loaded.get_text_config(decoder=True) is loaded.decoder
     assert loaded.encoder.pad_token_id == 0
+    assert (loaded.hidden_size, loaded.num_hidden_layers, loaded.num_attention_heads) == (16, 2, 4)
     loaded.pad_token_id = 3
     assert loaded.encoder.pad_token_id == loaded.decoder.pad_token_id == 3
 
@@ -428,6 +429,10 @@ BAD_CONFIGS = {
         r"`relative_attention_max_distance` must be more than half of relative_attention_num_buckets \(8\), got 4",
     ),
     "scaling": ({"decoder": {**SMALL, "scaling": "x"}}, "`scaling` must be one of logits, weights, got 'x'"),
+    "beside-the-stacks": (
+        {"hidden_size": 16, "synthesizer_type": "random"},
+        "`hidden_size` must be given in `encoder` or `decoder`, got 16 beside them; `synthesizer_type`",
+    ),
     "no-encoder-decoder": ({"is_encoder_decoder": False}, "`is_encoder_decoder` must be True, got False"),
 }
 
