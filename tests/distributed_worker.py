@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
-from families import VARIANTS, make_ids, make_model, make_seq2seq
+from families import make_ids, make_model, make_seq2seq
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -30,7 +30,9 @@ from modeling_aft.modeling_stack import MixerBlock
 
 STEPS, BATCH, LENGTH = 4, 4, 12
 SEQ2SEQ = "encoder-decoder"  # beside the variants
-EVERY = [*VARIANTS, SEQ2SEQ]
+# One of each kind of parameters.
+KINDS = ["full", "full-dense", "local", "simple-nopos", "conv-nopos", "conv-1", "relative-decay", "z1t", "dense"]
+KINDS += ["random", "factorized-random", "dense+random+factorized_dense+dot_product", SEQ2SEQ]
 CARRIED = ["simple-nopos", "conv-nopos"]  # the variants that can train with a carried state
 
 
@@ -161,7 +163,7 @@ def main(folder):
             **train_sharded(variant, folder / variant),
             "trainer": train_with_trainer(make_any(variant).train(), folder / "trainer", BATCH // 2),
         }
-        for variant in EVERY
+        for variant in KINDS
     }
     for variant in CARRIED:
         found[variant]["carried"] = carry_sharded(variant)

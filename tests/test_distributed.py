@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from distributed_worker import (
     BATCH,
     CARRIED,
-    EVERY,
+    KINDS,
     SEQ2SEQ,
     STEPS,
     carry_steps,
@@ -86,7 +86,7 @@ def assert_equal(variant, actual, expected, **tolerance):
 
 
 def test_sharded_training_equals_one_process(found):
-    for variant in EVERY:
+    for variant in KINDS:
         model = make_any(variant).train()
         losses = train_steps(model, new_optimizer(model), range(STEPS))
         assert_equal(variant, found[variant]["losses"], losses)
@@ -95,12 +95,12 @@ def test_sharded_training_equals_one_process(found):
 
 
 def test_sharded_run_that_is_resumed_ends_with_the_same_weights(found):
-    for variant in EVERY:
+    for variant in KINDS:
         assert_equal(variant, found[variant]["resumed"], found[variant]["weights"], rtol=0, atol=0)
 
 
 def test_weights_of_a_sharded_run_load_with_from_pretrained(found, folder):
-    for variant in EVERY:
+    for variant in KINDS:
         trained, ids = make_any(variant), make_ids(20)
         loaded = type(trained).from_pretrained(folder / variant, dtype=torch.float64)
         trained.load_state_dict(found[variant]["weights"])
@@ -125,7 +125,7 @@ def test_trainer_on_two_processes_equals_one(found, tmp_path, variant):
 
 def test_trainer_on_two_processes_needs_no_search_for_unused_parameters(found):
     """It has not raised for any variant, and every parameter has been trained."""
-    for variant in EVERY:
+    for variant in KINDS:
         for name, parameter in make_any(variant).named_parameters():
             # A single tap, standardised, is 0 whatever weight and gamma are.
             idle = variant == "conv-1" and name.endswith(("position_bias.weight", "position_bias.gamma"))
