@@ -1,5 +1,6 @@
 """scripts/build_pairs.py: pairs from index files of apt and of random letters, and that nothing leaks into test."""
 
+import gzip
 import hashlib
 import json
 import os
@@ -8,7 +9,7 @@ from pathlib import Path
 import build_pairs
 import pytest
 
-from aft.package_descriptions import Description, fetch_indexes, read_descriptions, split_paragraphs
+from aft.package_descriptions import HELPER, Description, read_descriptions, split_paragraphs
 
 
 COUNT = 160  # packages; two of a source package each, and the last has no translation
@@ -172,30 +173,42 @@ def test_strings_are_drawn_once_and_repeatably(task, right, tmp_path):
 
 APT = """#!/bin/sh
 test "$4" = update || exit 3
-cat "$3"
-lists=$(sed -n 's/^Dir::State::lists "\\(.*\\)";/\\1/p' "$3")
-test -d "$lists/partial" && echo fetched > "$lists/Packages"
+head -2 "$3" > "$SEEN"
+grep -q '^Dir::Cache "/.*/cache";$' "$3" || exit 4
+cp "$LISTS"/* "$(sed -n 's/^Dir::State::lists "\\(.*\\)";/\\1/p' "$3")/partial/.."
 """
 
 
-def test_apt_fetches_into_a_folder_of_its_own(tmp_path, monkeypatch):
+def test_apt_fetches_into_a_folder_of_its_own(lists, tmp_path, monkeypatch):
     (tmp_path / "bin").mkdir()
     program = tmp_path / "bin" / "apt-get"
     program.write_text(APT)
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
-    folder = fetch_indexes(tmp_path / "fetched", ["en", "de"])
-    assert (folder / "Packages").read_text() == "fetched\n"
-    settings = (folder.parent / "apt.conf").read_text()
-    assert settings.startswith('#clear Acquire::Languages;\nAcquire::Languages { "en"; "de"; };\n')
-    assert f'Dir::Cache "{tmp_path}/fetched/cache";' in settings
+    monkeypatch.setenv("LISTS", str(lists))
+    monkeypatch.setenv("SEEN", str(tmp_path / "seen"))
+    flags = "--task", "translation", "--language", "pt_BR"
+    assert build(tmp_path / "a" / "out", *flags) == build(tmp_path / "b" / "out", *flags, "--lists_dir", lists)
+    assert (tmp_path / "seen").read_text() == '#clear Acquire::Languages;\nAcquire::Languages { "en"; "pt_BR"; };\n'
 
     program.write_text("#!/bin/sh\necho Err: no network >&2\nexit 100\n")
     with pytest.raises(ValueError, match="apt-get failed, or give --lists_dir: Err: no network"):
-        fetch_indexes(tmp_path / "again", ["en"])
+        build(tmp_path / "c" / "out", *flags)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match="apt-get: there is no such program here; run this on Debian, or give"):
-        fetch_indexes(tmp_path / "nothing", ["en"])
+        build(tmp_path / "c" / "out", *flags)
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.skipif(not HELPER.exists(), reason="apt reads compressed files, and is not here")
+def test_compressed_indexes_say_the_same(lists, tmp_path):
+    for path in lists.iterdir():
+        (tmp_path / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+    (found, sums), expected = (read_descriptions(folder, ["en", "pt_BR"]) for folder in (tmp_path, lists))
+    assert (found, {name.removesuffix(".gz"): value for name, value in sums.items()}) == expected
+    (tmp_path / "Packages.lz4").write_bytes(b"no such thing")
+    with pytest.raises(ValueError, match="apt-helper failed, or decompress the files: .*Packages.lz4"):
+        read_descriptions(tmp_path, ["en"])
 
 
 WRONG_FLAGS = {
