@@ -31,6 +31,7 @@ INPUTS, CACHE, COMPATIBILITY = "test_model_inputs.py", "test_cache.py", "test_co
 ECOSYSTEM, STREAMING = "test_ecosystem.py", "test_streaming.py"
 LINEAR, CONVERTER = "test_linear.py", "test_convert_z1t.py"
 PICTURES, PROCESSOR = "test_pictures.py", "test_image_processing.py"
+SEQ2SEQ_HEADS, PAIRS = "test_seq2seq_heads.py", "test_build_pairs.py"
 
 FAULTS: list[Fault] = []
 
@@ -827,6 +828,29 @@ def _(original):
     return _encode
 
 
+@fault(
+    "an end in padding is classified",
+    "modeling_seq2seq_heads.MixerSeq2SeqForSequenceClassification._ends",
+    SEQ2SEQ_HEADS,
+)
+def _(original):
+    return lambda self, input_ids, tokens: original(self, input_ids, tokens._replace(keep=None))
+
+
+@fault("the first end is classified, not the last", "modeling_seq2seq_heads._last_place", SEQ2SEQ_HEADS)
+def _(original):
+    return lambda marked, *names: original(marked & (marked.cumsum(1) == 1), *names)
+
+
+@fault(
+    "a decoder reads padding in place of what is before it",
+    "modeling_seq2seq_heads.MixerSeq2SeqForSequenceClassification._shifted_kept",
+    SEQ2SEQ_HEADS,
+)
+def _(original):
+    return lambda self, input_ids, tokens: original(self, input_ids, tokens._replace(slot=None))
+
+
 @fault("a masked language model sees the past only", "modeling_stack.MixerStack.add_blocks", MODELING)
 def _(original):
     return lambda self, causal, **block_sizes: original(self, True, **block_sizes)
@@ -890,6 +914,23 @@ def _(original):
         return torch.cat([table[..., ::2], table[..., 1::2]], -1)
 
     return sinusoids
+
+
+# Pairs of texts
+
+
+@fault("a package is its own source", "aft.package_descriptions.read_descriptions", PAIRS)
+def _(original):
+    def read_descriptions(*args):
+        found, sums = original(*args)
+        return [replace(one, source=one.package) for one in found], sums
+
+    return read_descriptions
+
+
+@fault("a synopsis is a paragraph", "aft.package_descriptions.split_paragraphs", PAIRS)
+def _(original):
+    return lambda text: original(text.replace("\n", " ", 1))
 
 
 # Pictures, pixel by pixel

@@ -319,8 +319,10 @@ class Seq2SeqModelTester(ModelTester):
         config = self.get_config()
         self.config_class, self.num_attention_heads = type(config), config.decoder.num_attention_heads
         family = self.config_class.__name__.removesuffix("Seq2SeqConfig")
-        self.base_model_class = getattr(modeling_aft, f"{family}Seq2SeqModel")
-        self.all_model_classes = self.base_model_class, getattr(modeling_aft, f"{family}ForConditionalGeneration")
+        self.base_model_class = self.model_class("Model")
+        self.causal_lm_class = getattr(modeling_aft, f"{family}ForConditionalGeneration")
+        self.sequence_classification_class = self.model_class("ForSequenceClassification")
+        self.all_model_classes = self.base_model_class, self.causal_lm_class, self.sequence_classification_class
 
     def get_config(self):
         sizes = {"vocab_size": self.vocab_size, "hidden_size": self.hidden_size, "max_position_embeddings": 64}
@@ -348,10 +350,21 @@ class Seq2SeqTests(MixerTests):
         with mock.patch.object(self.config_tester, "create_and_test_config_from_and_save_pretrained_composite"):
             super().test_config()
 
+    def test_load_with_mismatched_shapes(self):
+        """With the vocabulary of both stacks where the mixin would change that of one."""
+        config_class = self.model_tester.config_class
+        of_stack = config_class.get_text_config
+
+        def get_text_config(config, **which):
+            return of_stack(config, **which) if which else config
+
+        with mock.patch.object(config_class, "get_text_config", get_text_config):
+            super().test_load_with_mismatched_shapes()
+
     def test_bc_cache_name_forward(self):
         """As above."""
         config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
-        for model_class in self.all_model_classes:
+        for model_class in (self.model_tester.base_model_class, self.model_tester.causal_lm_class):
             model = model_class(config).eval()
             for name in ("cache", "past_key_values"):
                 own, cross = DynamicCache(config=config), DynamicCache()

@@ -23,7 +23,8 @@ from hf_testers import Skip, make_test_class  # noqa: E402
 
 
 # Class of tests: variant, and whether its models are causal. Each holds the model without a head, the language model,
-# and both classifiers; or with None, the model of images without a head and the classifier.
+# and both classifiers; with None the model of images without a head and the classifier; and of encoder-decoders these
+# three.
 CLASSES = {
     "TestAFTFullCausal": ("full", True),
     "TestAFTFullBidirectional": ("full", False),

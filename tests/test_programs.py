@@ -21,6 +21,10 @@ HEAVY = ["torch", "transformers", "accelerate", "datasets", "numpy", "pandas", "
 WRONG = {  # flags that are refused at once, and with what
     "addition.py": (["--output_dir", "out", "--model_preset", NOWHERE], "--model_preset: no such file: nowhere/"),
     "benchmark.py": (["train", "--models", NOWHERE], "--models must be files or of aft-simple,"),
+    "build_pairs.py": (
+        ["--task", "sections", "--output_dir", "out", "--lists_dir", NOWHERE],
+        "--lists_dir must be a folder, got nowhere/",
+    ),
     "roofline.py": (["--output_dir", NOWHERE], "--output_dir must hold operator-cpu.csv"),
     "score.py": (
         [NOWHERE, "--dtype", NOWHERE],
