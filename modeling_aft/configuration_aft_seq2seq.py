@@ -20,8 +20,8 @@ from .configuration_seq2seq import Seq2SeqConfig
 @strict_config
 class AFTSeq2SeqConfig(Seq2SeqConfig):
     r"""
-    Configuration of [`AFTSeq2SeqModel`], [`AFTForConditionalGeneration`] and [`AFTEncoderModel`]: two stacks of an
-    Attention Free Transformer, and between them attention of dot products.
+    Configuration of [`AFTSeq2SeqModel`], [`AFTForConditionalGeneration`], [`AFTSeq2SeqForSequenceClassification`] and
+    [`AFTEncoderModel`]: two stacks of an Attention Free Transformer, and between them attention of dot products.
 
     Args:
         encoder, decoder (`AFTConfig` or `dict`, *optional*): The two stacks.

@@ -9,6 +9,7 @@
 """The configuration fields that the encoder-decoders of the model families share, and their checks."""
 
 import copy
+from dataclasses import fields
 from typing import ClassVar
 
 from transformers import PreTrainedConfig
@@ -33,7 +34,12 @@ class Seq2SeqConfig(CheckedConfig):
     decoder_start_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
-        problems = []
+        of_stacks = {entry.name for config_class in self.sub_configs.values() for entry in fields(config_class)}
+        problems = [
+            f"`{name}` must be given in `encoder` or `decoder`, got {value!r} beside them"
+            for name, value in kwargs.items()
+            if name in of_stacks and name != "vocab_size"
+        ]
         for name, config_class in self.sub_configs.items():
             try:
                 setattr(self, name, self._sub_config(getattr(self, name), config_class, is_decoder=name == "decoder"))
@@ -55,11 +61,11 @@ class Seq2SeqConfig(CheckedConfig):
         if isinstance(given, PreTrainedConfig):
             config = copy.deepcopy(given)
         else:
-            fields = {"is_decoder": is_decoder, **(given or {})}
-            model_type = fields.pop("model_type", config_class.model_type)
+            values = {"is_decoder": is_decoder, **(given or {})}
+            model_type = values.pop("model_type", config_class.model_type)
             if model_type != config_class.model_type:
                 raise ValueError(f"`model_type` must be {config_class.model_type!r}, got {model_type!r}")
-            config = config_class(**fields)
+            config = config_class(**values)
         if config.pad_token_id is None:
             config.pad_token_id = self.pad_token_id
         return config
@@ -72,6 +78,19 @@ class Seq2SeqConfig(CheckedConfig):
     @vocab_size.setter
     def vocab_size(self, value: int):
         self.encoder.vocab_size = self.decoder.vocab_size = value
+
+    @property
+    def hidden_size(self) -> int:
+        """That of the decoder, as `num_hidden_layers` and `num_attention_heads` are: what tools look for."""
+        return self.decoder.hidden_size
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return self.decoder.num_hidden_layers
+
+    @property
+    def num_attention_heads(self) -> int:
+        return self.decoder.num_attention_heads
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """That of the encoder, if it alone is asked for, or else that of the decoder, of which caches are made."""

@@ -20,9 +20,9 @@ from .configuration_synthesizer import SynthesizerConfig
 @strict_config
 class SynthesizerSeq2SeqConfig(Seq2SeqConfig):
     r"""
-    Configuration of [`SynthesizerSeq2SeqModel`], [`SynthesizerForConditionalGeneration`] and
-    [`SynthesizerEncoderModel`]: two stacks whose self-attention is a Synthesizer's, and between them attention of dot
-    products.
+    Configuration of [`SynthesizerSeq2SeqModel`], [`SynthesizerForConditionalGeneration`],
+    [`SynthesizerSeq2SeqForSequenceClassification`] and [`SynthesizerEncoderModel`]: two stacks whose self-attention is
+    a Synthesizer's, and between them attention of dot products.
 
     Args:
         encoder, decoder (`SynthesizerConfig` or `dict`, *optional*):

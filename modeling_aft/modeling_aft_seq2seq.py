@@ -21,6 +21,7 @@ from .modeling_seq2seq import (
     MixerSeq2SeqModel,
     Seq2SeqGenerationMixin,
 )
+from .modeling_seq2seq_heads import MixerSeq2SeqForSequenceClassification
 
 
 class AFTCrossBlock(CrossBlock):
@@ -52,6 +53,12 @@ class AFTSeq2SeqModel(AFTSeq2SeqPreTrainedModel, MixerSeq2SeqModel):
 
 class AFTForConditionalGeneration(AFTSeq2SeqPreTrainedModel, MixerForConditionalGeneration, Seq2SeqGenerationMixin):
     """Encoder and decoder of Attention Free Transformers with a language-model head."""
+
+    model_class = AFTSeq2SeqModel
+
+
+class AFTSeq2SeqForSequenceClassification(AFTSeq2SeqPreTrainedModel, MixerSeq2SeqForSequenceClassification):
+    """Encoder and decoder of Attention Free Transformers with a classifier of sequences."""
 
     model_class = AFTSeq2SeqModel
 

@@ -259,6 +259,25 @@ class MixerEncoderDecoder(MixerPreTrainedModel):
         """Of what is in neither stack."""
         draw_weights(module, self.config.decoder)
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
+        """As the library's; the tables of both stacks get the same size, also where they are not tied."""
+        decoder = getattr(self.base_model, "decoder", None)
+        if decoder is not None and not self.config.tie_word_embeddings:
+            decoder.resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        self.config.vocab_size = embeddings.num_embeddings
+        return embeddings
+
+    def _shifted(self, ids: torch.LongTensor, of: str) -> torch.LongTensor:
+        """What a decoder reads to say ids [B, T]: each one place later, behind `config.decoder_start_token_id`. The
+        error says that inputs are made `of` them."""
+        start = self.config.decoder_start_token_id
+        if start is None:
+            raise refused("config.decoder_start_token_id", f"an id where inputs are made of {of}", None)
+        shifted = ids.roll(1, 1)
+        shifted[:, 0] = start
+        return shifted
+
 
 class MixerSeq2SeqModel(MixerEncoderDecoder):
     """Encoder and decoder. Subclasses belong to a family."""
@@ -338,7 +357,7 @@ class MixerSeq2SeqModel(MixerEncoderDecoder):
         }
         if encoder_outputs is None:
             tokens = self.encoder.read(attention_mask=attention_mask, **of_encoder)
-            _check_source(tokens)
+            check_source(tokens)
             encoder_outputs = self.encoder(input_ids, inputs_embeds=inputs_embeds, tokens=tokens, **recorded)
         else:
             if given := [name for name, value in of_encoder.items() if value is not None]:
@@ -346,7 +365,7 @@ class MixerSeq2SeqModel(MixerEncoderDecoder):
             if not isinstance(encoder_outputs, BaseModelOutput):
                 encoder_outputs = BaseModelOutput(*encoder_outputs[:3])
             tokens = read_tokens(encoder_outputs[0], attention_mask)
-            _check_source(tokens)
+            check_source(tokens)
         outputs = self.decoder(
             decoder_input_ids,
             decoder_attention_mask,
@@ -370,7 +389,8 @@ class MixerSeq2SeqModel(MixerEncoderDecoder):
         )
 
 
-def _check_source(tokens: Tokens) -> None:
+def check_source(tokens: Tokens) -> None:
+    """Raises a ValueError for what a decoder cannot attend to: several documents, or a mask of pairs."""
     _refuse_documents(tokens, "attention_mask")
     if tokens.pairs is not None:
         raise refused("attention_mask", "[B, S], which the decoder reads too", list(tokens.pairs.shape))
@@ -421,14 +441,6 @@ class MixerForConditionalGeneration(MixerEncoderDecoder):
         self.lm_head = nn.Linear(width, config.decoder.vocab_size, bias=bias)
         self.post_init()
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
-        """As the library's; the tables of both stacks get the same size, also where they are not tied."""
-        if not self.config.tie_word_embeddings:
-            self.model.decoder.resize_token_embeddings(new_num_tokens, *args, **kwargs)
-        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
-        self.config.vocab_size = embeddings.num_embeddings
-        return embeddings
-
     def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor) -> torch.LongTensor:
         """
         What the decoder reads to say the labels: these, one place later, behind `config.decoder_start_token_id`.
@@ -439,11 +451,7 @@ class MixerForConditionalGeneration(MixerEncoderDecoder):
         Raises:
             ValueError: the configuration names no first id, or none for what stands in the place of -100.
         """
-        start, pad = self.config.decoder_start_token_id, self.config.pad_token_id
-        if start is None:
-            raise refused("config.decoder_start_token_id", "an id where inputs are made of labels", None)
-        shifted = labels.roll(1, 1)
-        shifted[:, 0] = start
+        shifted, pad = self._shifted(labels, "labels"), self.config.pad_token_id
         if pad is None:
             if bool((shifted == -100).any()):
                 raise refused("config.pad_token_id", "an id, which takes the place of labels -100", None)

@@ -20,6 +20,7 @@ from .modeling_seq2seq import (
     MixerSeq2SeqModel,
     Seq2SeqGenerationMixin,
 )
+from .modeling_seq2seq_heads import MixerSeq2SeqForSequenceClassification
 from .modeling_synthesizer import SynthesizerMixer, SynthesizerModel
 
 
@@ -54,6 +55,14 @@ class SynthesizerForConditionalGeneration(
     SynthesizerSeq2SeqPreTrainedModel, MixerForConditionalGeneration, Seq2SeqGenerationMixin
 ):
     """Encoder and decoder of Synthesizers with a language-model head."""
+
+    model_class = SynthesizerSeq2SeqModel
+
+
+class SynthesizerSeq2SeqForSequenceClassification(
+    SynthesizerSeq2SeqPreTrainedModel, MixerSeq2SeqForSequenceClassification
+):
+    """Encoder and decoder of Synthesizers with a classifier of sequences."""
 
     model_class = SynthesizerSeq2SeqModel
 

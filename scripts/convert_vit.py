@@ -25,7 +25,7 @@ import transformers
 from transformers import AutoModelForImageClassification
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from aft.atomic_files import move_model
+from aft.atomic_files import check_new_folder, move_model
 from aft.console import run_program
 from aft.model_configs import read_overrides
 from aft.saved_models import load, load_model
@@ -50,8 +50,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--gate_bias", type=float, help="what the biases of all queries begin with (default: 0)")
     args = parser.parse_args(argv)
-    if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
-        raise ValueError(f"output_dir must be a new or an empty folder, got {args.output_dir}")
+    check_new_folder(args.output_dir, "output_dir")
     return args
 
 

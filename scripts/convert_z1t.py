@@ -22,7 +22,7 @@ from pathlib import Path
 
 import transformers
 
-from aft.atomic_files import move_model
+from aft.atomic_files import check_new_folder, move_model
 from aft.console import run_program
 from aft.settings_files import read_json
 from aft.z1t_checkpoints import check_arrays, make_config, make_model, open_arrays
@@ -54,8 +54,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help = f"whether {text} (default: what --config says)"
         parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=None, help=help)
     args = parser.parse_args(argv)
-    if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
-        raise ValueError(f"output_dir must be a new or an empty folder, got {args.output_dir}")
+    check_new_folder(args.output_dir, "output_dir")
     return args
 
 

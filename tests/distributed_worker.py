@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
-from families import VARIANTS, make_ids, make_model
+from families import make_ids, make_model, make_seq2seq
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -25,10 +25,19 @@ from torch.distributed.fsdp import fully_shard
 from transformers import DynamicCache, Trainer, TrainingArguments
 
 from aft.commands.pretrain import main as pretrain
+from modeling_aft.modeling_stack import MixerBlock
 
 
 STEPS, BATCH, LENGTH = 4, 4, 12
+SEQ2SEQ = "encoder-decoder"  # beside the variants
+# One of each kind of parameters.
+KINDS = ["full", "full-dense", "local", "simple-nopos", "conv-nopos", "conv-1", "relative-decay", "z1t", "dense"]
+KINDS += ["random", "factorized-random", "dense+random+factorized_dense+dot_product", SEQ2SEQ]
 CARRIED = ["simple-nopos", "conv-nopos"]  # the variants that can train with a carried state
+
+
+def make_any(variant):
+    return make_seq2seq("random+dot_product") if variant == SEQ2SEQ else make_model(variant)
 
 
 def train_steps(model, optimizer, steps, rank=0, size=1):
@@ -84,9 +93,9 @@ def train_with_trainer(model, folder, per_process):
 
 def sharded(variant):
     """A model whose blocks, and the rest of it, are sharded over the processes, and its optimizer."""
-    model = make_model(variant).train()
+    model = make_any(variant).train()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for block in model.model.layers:
+    for block in [module for module in model.modules() if isinstance(module, MixerBlock)]:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model, new_optimizer(model)
@@ -152,9 +161,9 @@ def main(folder):
     found = {
         variant: {
             **train_sharded(variant, folder / variant),
-            "trainer": train_with_trainer(make_model(variant).train(), folder / "trainer", BATCH // 2),
+            "trainer": train_with_trainer(make_any(variant).train(), folder / "trainer", BATCH // 2),
         }
-        for variant in VARIANTS
+        for variant in KINDS
     }
     for variant in CARRIED:
         found[variant]["carried"] = carry_sharded(variant)

@@ -31,7 +31,8 @@ INPUTS, CACHE, COMPATIBILITY = "test_model_inputs.py", "test_cache.py", "test_co
 ECOSYSTEM, STREAMING = "test_ecosystem.py", "test_streaming.py"
 LINEAR, CONVERTER = "test_linear.py", "test_convert_z1t.py"
 PICTURES, PROCESSOR = "test_pictures.py", "test_image_processing.py"
-PAIRS = "test_seq2seq_program.py"
+SEQ2SEQ_HEADS, PAIRS = "test_seq2seq_heads.py", "test_build_pairs.py"
+SEQ2SEQ_PROGRAM = "test_seq2seq_program.py"
 
 FAULTS: list[Fault] = []
 
@@ -828,6 +829,29 @@ def _(original):
     return _encode
 
 
+@fault(
+    "an end in padding is classified",
+    "modeling_seq2seq_heads.MixerSeq2SeqForSequenceClassification._ends",
+    SEQ2SEQ_HEADS,
+)
+def _(original):
+    return lambda self, input_ids, tokens: original(self, input_ids, tokens._replace(keep=None))
+
+
+@fault("the first end is classified, not the last", "modeling_seq2seq_heads._last_place", SEQ2SEQ_HEADS)
+def _(original):
+    return lambda marked, *names: original(marked & (marked.cumsum(1) == 1), *names)
+
+
+@fault(
+    "a decoder reads padding in place of what is before it",
+    "modeling_seq2seq_heads.MixerSeq2SeqForSequenceClassification._shifted_kept",
+    SEQ2SEQ_HEADS,
+)
+def _(original):
+    return lambda self, input_ids, tokens: original(self, input_ids, tokens._replace(slot=None))
+
+
 @fault("a masked language model sees the past only", "modeling_stack.MixerStack.add_blocks", MODELING)
 def _(original):
     return lambda self, causal, **block_sizes: original(self, True, **block_sizes)
@@ -891,6 +915,23 @@ def _(original):
         return torch.cat([table[..., ::2], table[..., 1::2]], -1)
 
     return sinusoids
+
+
+# Pairs of texts
+
+
+@fault("a package is its own source", "aft.package_descriptions.read_descriptions", PAIRS)
+def _(original):
+    def read_descriptions(*args):
+        found, sums = original(*args)
+        return [replace(one, source=one.package) for one in found], sums
+
+    return read_descriptions
+
+
+@fault("a synopsis is a paragraph", "aft.package_descriptions.split_paragraphs", PAIRS)
+def _(original):
+    return lambda text: original(text.replace("\n", " ", 1))
 
 
 # Pictures, pixel by pixel
@@ -969,30 +1010,30 @@ def _(original):
     return draw_pictures
 
 
-# Pairs of texts
+# Training of encoder-decoders
 
 
-@fault("a part of a step is divided by its own labels", "aft.seq2seq_trainer.mean_loss", PAIRS)
+@fault("a part of a step is divided by its own labels", "aft.seq2seq_trainer.mean_loss", SEQ2SEQ_PROGRAM)
 def _(original):
     return lambda outputs, labels, num_items_in_batch=None, smoothing=0.0: original(outputs, labels, None, smoothing)
 
 
-@fault("written texts have special tokens", "aft.seq2seq_trainer.Seq2SeqFinetuningTrainer.decode", PAIRS)
+@fault("written texts have special tokens", "aft.seq2seq_trainer.Seq2SeqFinetuningTrainer.decode", SEQ2SEQ_PROGRAM)
 def _(original):
     return lambda self, tokens: self.processing_class.batch_decode(tokens)
 
 
-@fault("sources of a new tokenizer do not end", "aft.seq2seq_models.end_texts", PAIRS)
+@fault("sources of a new tokenizer do not end", "aft.seq2seq_models.end_texts", SEQ2SEQ_PROGRAM)
 def _(original):
     return lambda tokenizer: None
 
 
-@fault("every epoch takes out the same spans", "aft.span_corruption.CorruptedText.set_epoch", PAIRS)
+@fault("every epoch takes out the same spans", "aft.span_corruption.CorruptedText.set_epoch", SEQ2SEQ_PROGRAM)
 def _(original):
     return lambda self, epoch: None
 
 
-@fault("the end of a text is not counted", "aft.span_corruption.SpanCorruption.sizes", PAIRS)
+@fault("the end of a text is not counted", "aft.span_corruption.SpanCorruption.sizes", SEQ2SEQ_PROGRAM)
 def _(original):
     return lambda self, length: tuple(size - 1 for size in original(self, length))
 

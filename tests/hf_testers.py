@@ -176,7 +176,7 @@ class MixerTests:
             super().run_task_tests(task, *args, **kwargs)
 
     def test_generation_tester_mixin_inheritance(self):
-        if self.is_decoder == "seq2seq" or (self.is_decoder and hf.generation is None):
+        if self.is_decoder and hf.generation is None:
             self.skipTest("not in the source distribution")
         super().test_generation_tester_mixin_inheritance()
 
@@ -319,8 +319,10 @@ class Seq2SeqModelTester(ModelTester):
         config = self.get_config()
         self.config_class, self.num_attention_heads = type(config), config.decoder.num_attention_heads
         family = self.config_class.__name__.removesuffix("Seq2SeqConfig")
-        self.base_model_class = getattr(modeling_aft, f"{family}Seq2SeqModel")
-        self.all_model_classes = self.base_model_class, getattr(modeling_aft, f"{family}ForConditionalGeneration")
+        self.base_model_class = self.model_class("Model")
+        self.causal_lm_class = getattr(modeling_aft, f"{family}ForConditionalGeneration")
+        self.sequence_classification_class = self.model_class("ForSequenceClassification")
+        self.all_model_classes = self.base_model_class, self.causal_lm_class, self.sequence_classification_class
 
     def get_config(self):
         sizes = {"vocab_size": self.vocab_size, "hidden_size": self.hidden_size, "max_position_embeddings": 64}
@@ -348,10 +350,21 @@ class Seq2SeqTests(MixerTests):
         with mock.patch.object(self.config_tester, "create_and_test_config_from_and_save_pretrained_composite"):
             super().test_config()
 
+    def test_load_with_mismatched_shapes(self):
+        """With the vocabulary of both stacks where the mixin would change that of one."""
+        config_class = self.model_tester.config_class
+        of_stack = config_class.get_text_config
+
+        def get_text_config(config, **which):
+            return of_stack(config, **which) if which else config
+
+        with mock.patch.object(config_class, "get_text_config", get_text_config):
+            super().test_load_with_mismatched_shapes()
+
     def test_bc_cache_name_forward(self):
         """As above."""
         config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
-        for model_class in self.all_model_classes:
+        for model_class in (self.model_tester.base_model_class, self.model_tester.causal_lm_class):
             model = model_class(config).eval()
             for name in ("cache", "past_key_values"):
                 own, cross = DynamicCache(config=config), DynamicCache()
@@ -363,7 +376,13 @@ class DecoderTests(MixerTests):
     """What the tests of `generate`, which a checkout has, need besides: they know attention and its caches only."""
 
     def _check_past_key_values_for_generate(self, batch_size, past_key_values, seq_length, config):
-        """A state has other tensors than keys and values of every token."""
+        """A state has other tensors than keys and values of every token; keys and values of an encoder are plain."""
+        config = config.get_text_config(decoder=True)
+        if isinstance(past_key_values, EncoderDecoderCache):
+            cross = past_key_values.cross_attention_cache
+            self.assertEqual({layer.keys.shape[:2] for layer in cross.layers}, {(batch_size, 4)})
+            past_key_values = past_key_values.self_attention_cache
+            self.assertEqual(len(cross), len(past_key_values))
         self.assertEqual([type(layer)._layer_type for layer in past_key_values.layers], config.layer_types)
         self.assertEqual(past_key_values.get_seq_length(), seq_length)
         for layer in past_key_values.layers:
@@ -396,6 +415,8 @@ def make_test_class(
     mixins = [tests, hf.modeling.ModelTesterMixin]
     if is_decoder != "seq2seq":  # whose pipelines no longer exist
         mixins.append(hf.pipelines.PipelineTesterMixin)
+    if is_decoder == "seq2seq" and hf.generation is not None:
+        mixins = [DecoderTests, hf.generation.GenerationTesterMixin, *mixins]
     if is_decoder is True:
         mixins.append(hf.training.TrainingTesterMixin)
         if hf.generation is not None:

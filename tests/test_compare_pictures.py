@@ -113,14 +113,26 @@ def test_shipped_plan(tmp_path):
     data = ["--data", str(tmp_path / "pictures"), "--class_names", "columns", "flat", "rows"]
     planned = plan_runs(plan, tmp_path, plan.seeds[:1], data)
     entries = dict(zip(plan.runs, describe_entries(Classified(), planned), strict=True))
-    assert list(entries) == ["aft-conv", "vit", "resnet", "aft-full", "aft-simple"] and plan.reference == "vit"
+    models = {name: entry["model_config"] for name, entry in entries.items()}
+    kernels = {name: models.pop(name) for name in list(models)[5:]}
+    assert list(models) == ["aft-conv", "vit", "resnet", "aft-full", "aft-simple"] and plan.reference == "vit"
     for entry in entries.values():
         assert (entry["num_train_epochs"], entry["per_device_train_batch_size"]) == (2, 64)
         assert (entry["learning_rate"], entry["horizontal_flip"], entry["warmup_steps"]) == (0.002, True, 0.05)
         assert entry["classes"] == ["columns", "flat", "rows"]
-    sizes = {name: entry["model_config"].get("hidden_size") for name, entry in entries.items()}
+    sizes = {name: model.get("hidden_size") for name, model in models.items()}
     assert sizes == {"aft-conv": 64, "vit": 64, "resnet": None, "aft-full": 64, "aft-simple": 64}
-    assert entries["resnet"]["model_config"]["hidden_sizes"] == [32, 48, 64]
+    assert models["resnet"]["hidden_sizes"] == [32, 48, 64]
+    changes = {
+        "aft-conv-4-heads": {"num_attention_heads": 4},
+        "aft-conv-64-heads": {"num_attention_heads": 64},
+        "aft-conv-plain-kernels": {"conv_reparameterization": False},
+        "aft-conv-zero-kernels": {"position_bias_init_mean": 0.0, "position_bias_init_std": 0.0},
+    }
+    defaults = {"conv_reparameterization": True, "position_bias_init_mean": 0.0, "position_bias_init_std": 0.0}
+    for name, change in changes.items():
+        assert {**defaults, **kernels[name]} == {**defaults, **models["aft-conv"], **change}
+    assert set(kernels) == set(changes)
 
 
 def test_shipped_plan_of_sub_pixels(tmp_path):
@@ -131,7 +143,7 @@ def test_shipped_plan_of_sub_pixels(tmp_path):
     assert plan.reference in entries and len({json.dumps(entry) for entry in entries.values()}) == len(entries)
     models = {name: entry["model_config"] for name, entry in entries.items()}
     for name, model in models.items():
-        assert (entries[name]["max_steps"], entries[name]["batch_size"]) == (1500, 8)
+        assert (entries[name]["max_steps"], entries[name]["batch_size"]) == (600, 4)
         sizes = [model[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings")]
         assert sizes == [257, 128, 4, 784]
     windows = [models[f"aft-local-{size}"]["window_size"] for size in ("28", "112", "112-table")]

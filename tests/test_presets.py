@@ -11,7 +11,13 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
+    PreTrainedConfig,
+)
 
 from aft.classifying_flags import add_recipe, picture_problems, read_flags
 from aft.model_configs import build_config
@@ -30,6 +36,7 @@ CLASSES = {"aft": (AFTConfig, AFTForCausalLM), "synthesizer": (SynthesizerConfig
 CONFIGURATION = Path(__file__).resolve().parent.parent / "configuration"
 MODELS = sorted(CONFIGURATION.glob("models/*.json"))
 IMAGES = sorted(CONFIGURATION.glob("images/*.json"))
+SEQ2SEQ = sorted(CONFIGURATION.glob("seq2seq/*.json"))
 RECIPES = sorted(CONFIGURATION.glob("recipes/*.yaml"))
 TRAINING = sorted(CONFIGURATION.glob("training/*.yaml"))
 ACCELERATE = sorted(CONFIGURATION.glob("accelerate/*.yaml"))
@@ -52,25 +59,37 @@ OVERRIDES = {name: cells for name, cells in table_rows().items() if "=" in name}
 
 
 def test_readme_names_every_file():
-    presets = {*MODELS, *IMAGES, *RECIPES, *TRAINING, *ACCELERATE, *COMPARE}
+    presets = {*MODELS, *IMAGES, *SEQ2SEQ, *RECIPES, *TRAINING, *ACCELERATE, *COMPARE}
     assert set(table_rows()) - set(OVERRIDES) == {str(path.relative_to(CONFIGURATION)) for path in presets}
     others = {path for path in CONFIGURATION.rglob("*") if path.is_file()} - presets
     assert others == {CONFIGURATION / "README.md"}
 
 
+def check_fields(config: PreTrainedConfig, written: dict, *inherited: str):
+    """What a file says is in fields of the configuration that it becomes, and those of its parts."""
+    assert set(written) <= {"model_type", *inherited, *(field.name for field in fields(type(config)))}
+    for name, value in written.items():
+        if isinstance(value, dict):
+            check_fields(getattr(config, name), value)
+        else:
+            assert getattr(config, name) == value, name
+
+
+def read_preset(path: Path, auto_class: type, *inherited: str):
+    """The model of a preset, without memory, after a look at its fields and at its row in the README."""
+    config = AutoConfig.from_pretrained(path)
+    check_fields(config, json.loads(path.read_text(encoding="utf-8")), *inherited)
+    with torch.device("meta"):
+        model = auto_class.from_config(config)
+    assert table_rows()[str(path.relative_to(CONFIGURATION))][1] == f"{model.num_parameters():,}"
+    return model
+
+
 @pytest.mark.parametrize("path", MODELS, ids=stem)
 def test_model_preset(path):
-    written = json.loads(path.read_text(encoding="utf-8"))
-    config_class, model_class = CLASSES[written["model_type"]]
-    assert set(written) <= {"model_type", *(field.name for field in fields(config_class))}
-    config = AutoConfig.from_pretrained(path)
-    assert type(config) is config_class
-    assert {name: getattr(config, name) for name in written} == written
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    assert type(model) is model_class
-    assert table_rows()[f"models/{path.name}"][1] == f"{model.num_parameters():,}"
+    model = read_preset(path, AutoModelForCausalLM)
+    config = model.config
+    assert (type(config), type(model)) == CLASSES[config.model_type]
     if path.stem.endswith("-small"):  # the models that are compared with each other; matrices per head are larger
         assert 1.9e6 < model.num_parameters() < (4.7e6 if "random" in config.to_json_string() else 2.9e6)
 
@@ -95,14 +114,55 @@ def test_preset_of_pictures_has_the_parameters_of_the_formula(name, depth, width
 
 @pytest.mark.parametrize("path", IMAGES, ids=stem)
 def test_image_model_preset(path):
-    written = json.loads(path.read_text(encoding="utf-8"))
-    config = AutoConfig.from_pretrained(path)
-    assert set(written) <= {"model_type", "num_labels", *(field.name for field in fields(type(config)))}
-    assert {name: getattr(config, name) for name in written} == written
-    with torch.device("meta"):
-        model = AutoModelForImageClassification.from_config(config)
+    model = read_preset(path, AutoModelForImageClassification, "num_labels")
     assert isinstance(model, AFTForImageClassification) == path.stem.startswith("aft-")
-    assert table_rows()[f"images/{path.name}"][1] == f"{model.num_parameters():,}"
+
+
+@pytest.mark.parametrize("path", SEQ2SEQ, ids=stem)
+def test_preset_of_encoder_decoders(path):
+    model = read_preset(path, AutoModelForSeq2SeqLM)
+    family, *_, size = path.stem.split("-")
+    assert model.config.model_type == ("aft_seq2seq" if family == "aft" else "synthesizer_seq2seq")
+    encoder, decoder = (stack.to_dict() for stack in (model.config.encoder, model.config.decoder))
+    assert {name for name in encoder if encoder[name] != decoder[name]} == {"is_decoder"}
+    if size == "small":  # those that are compared with each other
+        assert 2.1e6 < model.num_parameters() < 3e6
+    parts = model.config.decoder.components if family != "aft" else [model.config.decoder.aft_type]
+    name = path.stem.removesuffix(f"-{size}")
+    assert name == ("transformer" if parts == ["dot_product"] else "-".join([family, *parts]).replace("_", "-"))
+
+
+# Parameters of a mixer of the WMT models beside the values and the output, and the count of the paper, in millions.
+WIDTH, HEADS, LENGTH = 512, 8, 256
+DENSE = HEADS * (WIDTH // HEADS + 1) * LENGTH
+RANDOM = HEADS * LENGTH**2
+WMT = {
+    "transformer": (2 * WIDTH**2, 67),
+    "synthesizer-random": (RANDOM, 67),
+    "synthesizer-fixed-random": (0, 61),
+    "synthesizer-dense": (WIDTH**2 + DENSE, 62),
+    "synthesizer-factorized-random": (HEADS * 2 * 8 * LENGTH, 61),
+    "synthesizer-factorized-dense": (WIDTH**2 + DENSE * (16 + 16) // LENGTH, 61),
+    "synthesizer-random-dense": (WIDTH**2 + RANDOM + DENSE + 2 * HEADS, 67),
+    "synthesizer-random-dot-product": (2 * WIDTH**2 + RANDOM + 2 * HEADS, 73),
+    "synthesizer-dense-dot-product": (2 * WIDTH**2 + DENSE + 2 * HEADS, 74),
+}
+AS_THE_PAPER = [*WMT][:3] + ["synthesizer-factorized-random", "synthesizer-random-dot-product"]
+
+
+@pytest.mark.parametrize("name", WMT)
+def test_presets_of_wmt_have_the_parameters_of_the_formula(name):
+    """Tables of 44,000 tokens and of the positions of both stacks, whose norms end them; of a layer the values and the
+    output of the mixer, 8 D^2 of the feed-forward layer and its biases, norms, and in a decoder another attention."""
+    mixer, paper = WMT[name]
+    layer = mixer + 2 * WIDTH**2 + WIDTH + 8 * WIDTH**2 + 5 * WIDTH + 2 * 2 * WIDTH
+    between = 4 * WIDTH**2 + WIDTH + 2 * WIDTH
+    expected = (44_000 + 2 * LENGTH) * WIDTH + 2 * 2 * WIDTH + 6 * (2 * layer + between)
+    row = table_rows()[f"seq2seq/{name}-wmt.json"]
+    assert row[1] == f"{expected:,}" and row[2].startswith(f"paper ({paper}): ")
+    assert (round(expected / 1e6) == paper) == (name in AS_THE_PAPER)
+    claims = (CONFIGURATION.parent / "benchmarks" / "claims.md").read_text(encoding="utf-8")
+    assert re.search(rf"^\| .* \| {paper}†? \| {expected / 1e6:.1f} \|$", claims, re.MULTILINE)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=stem)
@@ -139,6 +199,15 @@ def test_model_preset_runs(path):
     loss.backward()
     # Small initial weights: the first guess is close to uniform over the vocabulary.
     assert loss.item() == pytest.approx(torch.tensor(config.vocab_size).log().item(), abs=0.5)
+
+
+@pytest.mark.parametrize("path", [path for path in SEQ2SEQ if path.stem.endswith("-small")], ids=stem)
+def test_small_preset_of_encoder_decoders_runs(path):
+    model = AutoModelForSeq2SeqLM.from_config(AutoConfig.from_pretrained(path))
+    ids = torch.randint(2, model.config.vocab_size, (1, 128))
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    assert loss.item() == pytest.approx(torch.tensor(model.config.vocab_size).log().item(), abs=0.5)
 
 
 @pytest.mark.parametrize("path", TRAINING, ids=stem)

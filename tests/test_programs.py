@@ -21,6 +21,10 @@ HEAVY = ["torch", "transformers", "accelerate", "datasets", "numpy", "pandas", "
 WRONG = {  # flags that are refused at once, and with what
     "addition.py": (["--output_dir", "out", "--model_preset", NOWHERE], "--model_preset: no such file: nowhere/"),
     "benchmark.py": (["train", "--models", NOWHERE], "--models must be files or of aft-simple,"),
+    "build_pairs.py": (
+        ["--task", "sections", "--output_dir", "out", "--lists_dir", NOWHERE],
+        "--lists_dir must be a folder, got nowhere/",
+    ),
     "roofline.py": (["--output_dir", NOWHERE], "--output_dir must hold operator-cpu.csv"),
     "score.py": (
         [NOWHERE, "--dtype", NOWHERE],
@@ -185,6 +189,7 @@ MISTAKES = {  # of the flags, and what is said of each, before anything heavy is
     "image-preset": (["classify", "--data", "runs", "--model", "aft-full-tin"], "did you mean aft-full-tiny?"),
     "recipe": (["classify", "--data", "runs", "--recipe", "smal"], "no such file or preset; did you mean small?"),
     "recipe-flag": (["classify", "--data", "runs", "--mixop", "1"], "did you mean --mixup?"),
+    "pair-preset": (["seq2seq", "--model", "transformer-smal"], "did you mean transformer-small?"),
     "no-pairs": (["seq2seq", "--model", "runs/tiny"], "--pairs_file must be given, or else --dataset or --text_file"),
     "pairs": (
         ["seq2seq", "--model", "runs/tiny", "--pairs_file", "note.txt"],

@@ -46,7 +46,8 @@ refresh"""
 AFT = """configuration_aft modeling_attention_free ops ops_chunks ops_cpu ops_full ops_grid ops_panel ops_reference
 ops_state ops_step ops_triton ops_windows"""
 SYNTHESIZER = "configuration_synthesizer modeling_synthesizer ops_synthesizer"
-SEQ2SEQ = "configuration_seq2seq configuration_{0}_seq2seq modeling_seq2seq modeling_{0}_seq2seq"
+SEQ2SEQ = """configuration_seq2seq configuration_{0}_seq2seq modeling_seq2seq modeling_seq2seq_heads
+modeling_{0}_seq2seq"""
 
 
 @pytest.mark.parametrize(("variant", "own"), [("conv", AFT), ("dense", SYNTHESIZER)], ids=["aft", "synthesizer"])
@@ -57,13 +58,15 @@ def test_a_model_carries_the_code_of_its_family_alone(variant, own, tmp_path):
 
 LOAD_SEQ2SEQ = """
 import torch
-from transformers import AutoModelForSeq2SeqLM, AutoModelForTextEncoding
+from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoModelForTextEncoding
 folder, out = sys.argv[1:]
 model = AutoModelForSeq2SeqLM.from_pretrained(folder, trust_remote_code=True)
 encoder = AutoModelForTextEncoding.from_pretrained(folder, trust_remote_code=True)
 assert "transformers_modules" in type(model.model.decoder).__module__
 ids = torch.load(out + "/ids.pt")
 made = model.generate(ids, max_new_tokens=4)
+classifier = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)
+assert classifier(ids.index_fill(1, torch.tensor([8]), classifier.config.eos_token_id)).logits.isfinite().all()
 torch.save(dict(made=made, states=encoder(ids).last_hidden_state), out + "/result.pt")
 """
 

@@ -7,6 +7,8 @@ import math
 import pytest
 import torch
 from families import make_config, make_ids, make_seq2seq, make_seq2seq_config
+from peft import LoraConfig, get_peft_model
+from torch.export import Dim
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
@@ -17,6 +19,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.generation.configuration_utils import CompileConfig
 
 from modeling_aft import AFTConfig, SynthesizerConfig, SynthesizerEncoderModel, SynthesizerSeq2SeqConfig
 
@@ -278,6 +281,59 @@ def test_what_generate_offers(variant):
     assert sampled.shape[0] == 8 and torch.equal(sampled, again)
 
 
+@pytest.mark.parametrize("variant", ["random+dot_product", "local"])
+def test_generate_compiles_the_decoding_step_once(variant):
+    """Not once per token, nor again for the next text."""
+    model, graphs = make_seq2seq(variant, dtype=torch.float32), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compile_config = CompileConfig(fullgraph=True, backend=backend, mode=None)
+    compile_config._compile_all_devices = True  # generate compiles by itself on accelerators only
+    options = {"cache_implementation": "static", "compile_config": compile_config}
+    torch._dynamo.reset()
+    for source in (make_source(), make_source(2)):
+        expected = model.generate(source, attention_mask=MASK, max_new_tokens=8)
+        assert torch.equal(model.generate(source, attention_mask=MASK, max_new_tokens=8, **options), expected)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("variant", ["random+dot_product", "simple"])
+def test_exported_program_equals_the_model_at_any_size(variant):
+    model = make_seq2seq(variant, dtype=torch.float32, of_decoder={"use_cache": False})
+    sizes = {0: Dim("batch"), 1: Dim("source", max=24)}
+    shapes = {"input_ids": sizes, "attention_mask": sizes, "decoder_input_ids": {0: sizes[0], 1: Dim("to", max=24)}}
+
+    def inputs(source, mask, length):
+        return {"input_ids": source, "attention_mask": mask, "decoder_input_ids": make_ids(length, len(source), 2)}
+
+    with torch.no_grad():
+        example = inputs(make_source(), MASK, 7)
+        program = torch.export.export(model, (), example, dynamic_shapes=shapes, strict=False).module()
+        for other in (
+            inputs(make_source()[:3, :5], MASK[:3, :5], 20),
+            inputs(make_ids(24, 1), make_ids(24, 1) > 40, 1),
+        ):
+            torch.testing.assert_close(program(**other)["logits"], model(**other).logits, rtol=1e-5, atol=2e-5)
+
+
+def test_low_rank_adapters_train_and_merge():
+    model, source = make_seq2seq("random+dot_product"), make_source()
+    settings = LoraConfig(task_type="SEQ_2_SEQ_LM", target_modules="all-linear", r=2, init_lora_weights=False)
+    adapted = get_peft_model(model, settings)
+    adapted(input_ids=source, attention_mask=MASK, labels=make_ids(5, 4, 3)).loss.backward()
+    trained = {name for name, p in adapted.named_parameters() if p.grad is not None}
+    assert trained == {name for name, _ in adapted.named_parameters() if "lora_" in name}
+    ids = make_ids(3, 4)
+    logits = adapted(input_ids=source, attention_mask=MASK, decoder_input_ids=ids).logits
+    made = adapted.generate(input_ids=source, attention_mask=MASK, max_new_tokens=4)
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(merged(source, MASK, ids).logits, logits)
+    assert torch.equal(merged.generate(source, attention_mask=MASK, max_new_tokens=4), made)
+
+
 def test_steps_give_the_logits_of_the_whole():
     model, source, ids = make_seq2seq("dense"), make_source(), make_ids(7, 4, 2)
     whole = model(source, MASK, ids).logits
@@ -343,6 +399,7 @@ def test_the_configuration_survives_json(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["encoder"]["synthesizer_type"] == "random"
     assert loaded.get_text_config(decoder=True) is loaded.decoder
     assert loaded.encoder.pad_token_id == 0
+    assert (loaded.hidden_size, loaded.num_hidden_layers, loaded.num_attention_heads) == (16, 2, 4)
     loaded.pad_token_id = 3
     assert loaded.encoder.pad_token_id == loaded.decoder.pad_token_id == 3
 
@@ -372,6 +429,10 @@ BAD_CONFIGS = {
         r"`relative_attention_max_distance` must be more than half of relative_attention_num_buckets \(8\), got 4",
     ),
     "scaling": ({"decoder": {**SMALL, "scaling": "x"}}, "`scaling` must be one of logits, weights, got 'x'"),
+    "beside-the-stacks": (
+        {"hidden_size": 16, "synthesizer_type": "random"},
+        "`hidden_size` must be given in `encoder` or `decoder`, got 16 beside them; `synthesizer_type`",
+    ),
     "no-encoder-decoder": ({"is_encoder_decoder": False}, "`is_encoder_decoder` must be True, got False"),
 }
 

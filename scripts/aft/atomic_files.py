@@ -118,6 +118,12 @@ def check_file(path: Path, name: str) -> None:
     raise ValueError(f"{name}: must be a file, got {kind}: {path}")
 
 
+def check_new_folder(path: Path, name: str) -> None:
+    """Raises a ValueError, which begins with `name`, if `path` is neither an empty folder nor free for a new one."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{name} must be a new or an empty folder, got {path}")
+
+
 def sync(path: Path) -> None:
     """Waits until a file, or the entries of a folder, are on the disk."""
     if path.is_dir() and os.name == "nt":  # Windows cannot open folders
