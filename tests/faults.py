@@ -32,6 +32,7 @@ ECOSYSTEM, STREAMING = "test_ecosystem.py", "test_streaming.py"
 LINEAR, CONVERTER = "test_linear.py", "test_convert_z1t.py"
 PICTURES, PROCESSOR = "test_pictures.py", "test_image_processing.py"
 SEQ2SEQ_HEADS, PAIRS = "test_seq2seq_heads.py", "test_build_pairs.py"
+SEQ2SEQ_PROGRAM = "test_seq2seq_program.py"
 
 FAULTS: list[Fault] = []
 
@@ -1007,6 +1008,34 @@ def _(original):
         return made
 
     return draw_pictures
+
+
+# Training of encoder-decoders
+
+
+@fault("a part of a step is divided by its own labels", "aft.seq2seq_trainer.mean_loss", SEQ2SEQ_PROGRAM)
+def _(original):
+    return lambda outputs, labels, num_items_in_batch=None, smoothing=0.0: original(outputs, labels, None, smoothing)
+
+
+@fault("written texts have special tokens", "aft.seq2seq_trainer.Seq2SeqFinetuningTrainer.decode", SEQ2SEQ_PROGRAM)
+def _(original):
+    return lambda self, tokens: self.processing_class.batch_decode(tokens)
+
+
+@fault("sources of a new tokenizer do not end", "aft.seq2seq_models.end_texts", SEQ2SEQ_PROGRAM)
+def _(original):
+    return lambda tokenizer: None
+
+
+@fault("every epoch takes out the same spans", "aft.span_corruption.CorruptedText.set_epoch", SEQ2SEQ_PROGRAM)
+def _(original):
+    return lambda self, epoch: None
+
+
+@fault("the end of a text is not counted", "aft.span_corruption.SpanCorruption.sizes", SEQ2SEQ_PROGRAM)
+def _(original):
+    return lambda self, length: tuple(size - 1 for size in original(self, length))
 
 
 def main(arguments: list[str] | None = None) -> int:

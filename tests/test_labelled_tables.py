@@ -157,7 +157,8 @@ def test_numbers_in_jsonl_are_labels(tmp_path):
         ("a.csv", "text,label\na,spam\nb,spam \n", "more than white space, got 'spam' and 'spam '"),
         ("a.csv", "text,label\na,big deal\nb,big  deal\n", "got 'big deal' and 'big  deal'"),
         ("a.csv", "text,label\na,caf\xc3\xa9\nb,cafe\xcc\x81\n", "labels must differ in more than white space"),
-        ("a.tsv", "text\tlabel\n", "must end in .csv or .jsonl"),
+        ("a.tsv", "text\tlabel\n", "must end in .csv, .jsonl or .parquet"),
+        ("a.parquet", "PAR1", "no .parquet table with rows: "),
         ("a.csv", "", "must have at least one row, is empty"),
     ],
 )

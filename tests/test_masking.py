@@ -24,7 +24,7 @@ from aft.protocols import Protocol
 from aft.run_log import read_log
 from aft.token_data import TokenData
 from aft.training_windows import TrainingWindows
-from aft.vocabulary import ByteVocabulary, TokenizerVocabulary, train_bpe
+from aft.vocabulary import ENDS, MASK_TOKEN, ByteVocabulary, TokenizerVocabulary, train_bpe
 from modeling_aft import AFTConfig, AFTForMaskedLM
 
 
@@ -95,7 +95,7 @@ def test_words_are_hidden_whole():
 
 
 def test_words_of_tokens_begin_where_their_text_has_a_space():
-    tokenizer = train_bpe([["the cat sat on the mat, the cat sat\n"] * 9], 270, masks=True)
+    tokenizer = train_bpe([["the cat sat on the mat, the cat sat\n"] * 9], 270, ENDS | {"mask_token": MASK_TOKEN})
     vocabulary = TokenizerVocabulary(tokenizer, "--tokenizer")
     [(ids, _)] = vocabulary.encode([" the cats mat,\nthe"])
     pieces = tokenizer.convert_ids_to_tokens(ids.tolist())

@@ -44,6 +44,7 @@ WRONG = {  # flags that are refused at once, and with what
     "draw_positions.py": ([NOWHERE, "--output", "a.svg"], "files: no such file: "),
     "generate.py": (["--model", "m", "--dtype", NOWHERE], "aft generate: --dtype must be float32, bfloat16 or "),
     "paint.py": (["m", "--output", NOWHERE], "aft paint: --output must be a file whose name ends with .png, got "),
+    "seq2seq.py": (["--model", "m.json", "--text_file", NOWHERE], "aft seq2seq: --text_file must be a file, got "),
     "stream.py": (
         [NOWHERE, "--dtype", NOWHERE],
         "aft stream: --dtype must be one of auto, float32, bfloat16, float16",
@@ -65,6 +66,7 @@ COMMANDS_OF = {  # programs that are a command of `aft`
     "push_to_hub.py": "aft push",
     "release.py": "aft release",
     "score.py": "aft evaluate",
+    "seq2seq.py": "aft seq2seq",
     "stream.py": "aft stream",
 }
 
@@ -187,6 +189,12 @@ MISTAKES = {  # of the flags, and what is said of each, before anything heavy is
     "image-preset": (["classify", "--data", "runs", "--model", "aft-full-tin"], "did you mean aft-full-tiny?"),
     "recipe": (["classify", "--data", "runs", "--recipe", "smal"], "no such file or preset; did you mean small?"),
     "recipe-flag": (["classify", "--data", "runs", "--mixop", "1"], "did you mean --mixup?"),
+    "pair-preset": (["seq2seq", "--model", "transformer-smal"], "did you mean transformer-small?"),
+    "no-pairs": (["seq2seq", "--model", "runs/tiny"], "--pairs_file must be given, or else --dataset or --text_file"),
+    "pairs": (
+        ["seq2seq", "--model", "runs/tiny", "--pairs_file", "note.txt"],
+        "--pairs_file must be a file, got 'note.txt'; did you mean notes.txt?",
+    ),
     "no-model": (["generate", "--model", "runs/empty"], "must be a folder with a saved model, and has no config.json"),
     "pushed": (["push", "runs/tinny", "me/m"], "folder runs/tinny: no such folder; did you mean runs/tiny?"),
     "name": (

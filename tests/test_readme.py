@@ -28,6 +28,8 @@ from modeling_aft import (
     AFTImageProcessor,
     AFTVisionConfig,
     ByteTokenizer,
+    SynthesizerForConditionalGeneration,
+    SynthesizerSeq2SeqConfig,
 )
 
 
@@ -168,6 +170,11 @@ def stand_in(tmp_path_factory):
     pictures.generation_config = processor.generation_config()
     for part in (pictures, processor):
         part.save_pretrained(folder / "photos")
+    stack = {"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 257}
+    ids = {"pad_token_id": 256, "eos_token_id": 255, "decoder_start_token_id": 256}
+    pair = SynthesizerSeq2SeqConfig(encoder=stack, decoder=stack, **ids)
+    for part in (SynthesizerForConditionalGeneration(pair), ByteTokenizer(padding_side="right")):
+        part.save_pretrained(folder / "en-de")
     return folder
 
 

@@ -19,6 +19,7 @@ COMMANDS = {
     "pretrain": "train a language model, and score it in bits per byte",
     "finetune": "go on with a saved model: on a text, or as a classifier of labelled texts",
     "classify": "train a classifier of pictures, from nothing or from a saved model",
+    "seq2seq": "train an encoder-decoder on pairs of texts, or by span corruption",
     "generate": "continue a prompt",
     "paint": "draw pictures with a language model of pictures, or complete some",
     "evaluate": "bits per byte of a saved model, by a named protocol",

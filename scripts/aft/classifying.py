@@ -25,20 +25,20 @@ from transformers import AutoModelForImageClassification, PreTrainedConfig, set_
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from aft.classifying_flags import (
+    PRESETS,
     SMALL,
     ClassifyingDefaults,
     PictureArguments,
     RecipeArguments,
     as_size,
     both_sides,
-    find_model,
-    is_preset,
     picture_problems,
     read_flags,
 )
 from aft.classifying_trainer import ClassifyingTrainer
 from aft.console import one_line, program
 from aft.finetuning_arguments import FinetuningArguments, parse_dataclasses, training_problems
+from aft.finetuning_flags import find_model, is_preset
 from aft.finetuning_run import (
     Task,
     accuracy_of_classes,
@@ -125,7 +125,7 @@ def preset_values(inputs: argparse.Namespace) -> dict:
     Raises:
         ValueError: the file is no configuration, or `--model_override` changes what the data say.
     """
-    values = read_json(find_model(inputs.model), "--model")
+    values = read_json(find_model(inputs.model, PRESETS), "--model")
     if "model_type" not in values:
         raise ValueError(f"--model {inputs.model}: must be a JSON object with a model_type")
     changed = {item.partition("=")[0] for item in inputs.model_override}
@@ -270,7 +270,7 @@ def load_base(inputs: argparse.Namespace, config: PreTrainedConfig) -> tuple[tor
 
 def find_processor(inputs: argparse.Namespace):
     """The image processor that was saved with a model, None if there is none."""
-    if is_preset(inputs.model) or (
+    if is_preset(inputs.model, PRESETS) or (
         Path(inputs.model).is_dir() and not (Path(inputs.model) / "preprocessor_config.json").is_file()
     ):
         return None
@@ -296,7 +296,7 @@ def choose_processor(inputs: argparse.Namespace, data: ImageData, config, indice
     channels = getattr(config, "num_channels", 3)
     if saved is not None:
         statistics = {"image_mean": saved.image_mean, "image_std": saved.image_std}
-    elif channels == 3 and not is_preset(inputs.model):
+    elif channels == 3 and not is_preset(inputs.model, PRESETS):
         statistics = IMAGENET
     else:
         statistics = measure(data.parts["train"], indices, channels)
@@ -336,11 +336,11 @@ def make_task(inputs: argparse.Namespace, args: ClassifyingArguments) -> tuple[I
     identity = identify_data(data)
     compute_metrics = accuracy_of_classes(inputs, args)
     set_seed(args.seed)  # the initial weights, or those of a new head
-    model, new = (new_model if is_preset(inputs.model) else saved_model)(inputs, data)
+    model, new = (new_model if is_preset(inputs.model, PRESETS) else saved_model)(inputs, data)
     channels = getattr(model.config, "num_channels", 3)
     if channels not in MODES:
         raise ValueError(f"--model {inputs.model}: num_channels must be 1 or 3, got {channels}")
-    interpolates = not is_preset(inputs.model) and must_interpolate(inputs, args, model)
+    interpolates = not is_preset(inputs.model, PRESETS) and must_interpolate(inputs, args, model)
     train, parts = data.parts["train"], data.parts
     if "validation" in parts:
         indices, validation = np.arange(len(train)), (parts["validation"], np.arange(len(parts["validation"])))

@@ -15,12 +15,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from aft.finetuning_flags import FinetuningDefaults, make_parser, names_of_training_arguments, pick
+from aft.finetuning_flags import (
+    FinetuningDefaults,
+    find_model,
+    is_preset,
+    make_parser,
+    names_of_training_arguments,
+    pick,
+)
 from aft.flags import (
-    CONFIGURATION,
     HUB_NAME,
     IMPORT_HELP,
-    check_model_name,
     did_you_mean,
     find_preset,
     flag,
@@ -29,6 +34,7 @@ from aft.flags import (
 from aft.settings_files import read_yaml
 
 
+PRESETS = "images"  # where those of --model are
 CROPS = ("none", "auto", "padded", "resized")
 SMALL = 32  # pixels of a side: up to here pictures are cropped with a margin, and not resized
 
@@ -145,29 +151,6 @@ def as_size(sides: Sequence[int]) -> int | list[int]:
     return sides[0] if len(sides) <= 2 and len({*sides}) == 1 else [*sides]
 
 
-def is_preset(model: str | None) -> bool:
-    """Whether `--model` is a configuration to begin with from nothing, and not a saved model."""
-    return model is None or Path(model).suffix == ".json" or (CONFIGURATION / "images" / f"{model}.json").is_file()
-
-
-def find_model(model: str) -> str:
-    """
-    The path of a preset, or the folder or name of a saved model.
-
-    Raises:
-        ValueError: there is neither.
-    """
-    if is_preset(model) and not Path(model).is_dir():
-        path = find_preset(model, "images", "--model")
-        if not Path(path).is_file():
-            raise ValueError(f"--model {model}: no such file{like_path(Path(model))}")
-        return path
-    if not Path(model).exists() and Path(model).name == model:
-        return find_preset(model, "images", "--model")
-    check_model_name(model)
-    return model
-
-
 def from_folder(folder: Path, name: str, value: str) -> str:
     """The value of a flag in a file of `folder`, where a relative path begins there."""
     may_be_path = name in ("data", "recipe") and (folder / value).exists()
@@ -203,7 +186,7 @@ def picture_problems(inputs: argparse.Namespace) -> list[str]:
             problems.append(f"--data {inputs.data}: no such folder{like_path(path)}")
     try:
         if inputs.model is not None:
-            find_model(inputs.model)
+            find_model(inputs.model, PRESETS)
     except ValueError as error:
         problems.append(str(error))
     return problems
@@ -218,7 +201,7 @@ def add_recipe(argv: list[str]) -> list[str]:
     """
     parser = make_parser("classify", "", GROUPS)
     found, _ = parser.parse_known_args([item for item in argv if item not in ("-h", "--help")])
-    name = found.recipe or ("small" if is_preset(found.model) else "finetune")
+    name = found.recipe or ("small" if is_preset(found.model, PRESETS) else "finetune")
     if name == "none":
         return argv
     path = find_preset(name, "recipes", "--recipe")

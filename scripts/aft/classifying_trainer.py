@@ -73,10 +73,6 @@ class ClassifyingTrainer(FinetuningTrainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return RepeatedSampler(self.train_dataset, times, seed)
 
-    def _run_epoch(self, *args, **options) -> None:
-        self.train_dataset.set_epoch(options["epoch"])
-        super()._run_epoch(*args, **options)
-
     # The average of the weights
 
     def averaged(self):

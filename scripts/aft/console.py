@@ -23,11 +23,12 @@ from pathlib import Path
 MISTAKES = (ValueError, OSError, ArithmeticError, MemoryError)
 # What libraries say that is no news to anybody, by their loggers: of each other when they are imported, and of a
 # head that is tied to the embedding and so is in no file.
+TIED = "'model.decoder.embed_tokens.weight'"  # of an encoder-decoder
 NOISE = {
     "torchao": "Failed to load",
     "torch.utils._pytree": "Enum subclass",
     "accelerate.utils.other": r"Removed shared tensor \{'lm_head.weight'\}",
-    "transformers.trainer": r"missing keys in the checkpoint model loaded: \['lm_head.weight'\]",
+    "transformers.trainer": rf"missing keys in the checkpoint model loaded: \[({TIED}, )?'lm_head.weight'\]",
     "transformers.trainer_utils": "The tokenizer has new PAD/BOS/EOS tokens",
 }
 CAN_FAIL = ("strict", "surrogateescape", "surrogatepass")  # error handlers of a stream that do not know every text

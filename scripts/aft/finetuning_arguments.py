@@ -22,6 +22,7 @@ from aft.finetuning_flags import FinetuningDefaults, InputArguments, input_probl
 MAY_DIFFER_ON_RESUME = {
     *("model", "imports", "trust_remote_code", "cache_dir"),
     *("text_file", "labelled_file", "chat_file", "validation_file", "predict_file"),
+    *("pairs_file", "dataset", "test_file", "tokenizer", "metrics"),
     *("output_dir", "resume_from_checkpoint", "restore_callback_states_from_checkpoint", "use_cpu", "local_rank"),
     *("save_strategy", "save_steps", "save_total_limit", "save_only_model", "save_on_each_node"),
     *("enable_jit_checkpoint", "per_device_eval_batch_size", "eval_accumulation_steps", "eval_do_concat_batches"),
@@ -40,7 +41,9 @@ MAY_DIFFER_ON_RESUME = {
 @dataclass
 class FinetuningArguments(FinetuningDefaults, TrainingArguments):
     def __post_init__(self):
-        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith("bits_per_byte"):
+        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(
+            ("bits_per_byte", "log_perplexity")
+        ):
             self.greater_is_better = False  # Trainer takes everything but a loss for a score
         super().__post_init__()
         if self.device.type == "cpu":  # for which torch warns of it, batch loader by batch loader

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 
-from aft.flags import IMPORT_HELP, FlagParser, check_model_name, flag, like_path
+from aft.flags import CONFIGURATION, IMPORT_HELP, FlagParser, check_model_name, find_preset, flag, like_path
 
 
 @dataclass
@@ -26,7 +26,7 @@ class InputArguments:
     imports: list[str] = field(default_factory=list, metadata={"help": IMPORT_HELP, "aliases": ["--import"]})
     trust_remote_code: bool = flag(False, "Run the code that comes with a model of an unknown type.")
     text_file: str | None = flag(None, "File to train a language model on; .zip and .gz are unpacked.")
-    labelled_file: str | None = flag(None, "Table (.csv, .jsonl) of texts and labels to train a classifier on.")
+    labelled_file: str | None = flag(None, "Table (.csv, .jsonl, .parquet) of texts and labels for a classifier.")
     chat_file: str | None = flag(
         None, "Table (.jsonl, .parquet) of chats (messages) or of prompt and completion, of which answers are trained."
     )
@@ -77,6 +77,36 @@ def names_of_training_arguments() -> list[str]:
     body = next(node.body for node in classes if node.name == "TrainingArguments")
     names = [node.target.id for node in body if isinstance(node, ast.AnnAssign)]
     return [name for name in names if not name.startswith("_")]
+
+
+def is_preset(model: str | None, kind: str) -> bool:
+    """
+    Whether `--model` is a configuration to begin with from nothing, and not a saved model.
+
+    Args:
+        kind: the folder of `configuration/` with the presets of a program.
+    """
+    if model is None or Path(model).suffix == ".json":
+        return True
+    return Path(model).name == model and (CONFIGURATION / kind / f"{model}.json").is_file()
+
+
+def find_model(model: str, kind: str) -> str:
+    """
+    The path of a configuration, or the folder or name of a saved model; `kind` as in `is_preset`.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    if is_preset(model, kind) and not Path(model).is_dir():
+        path = find_preset(model, kind, "--model")
+        if not Path(path).is_file():
+            raise ValueError(f"--model {model}: no such file{like_path(Path(model))}")
+        return path
+    if not Path(model).exists() and Path(model).name == model:
+        return find_preset(model, kind, "--model")
+    check_model_name(model)
+    return model
 
 
 def input_problems(inputs: InputArguments) -> list[str]:

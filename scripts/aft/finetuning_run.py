@@ -29,7 +29,12 @@ from aft.flags import import_files
 from aft.learning_rate_search import search_learning_rate
 
 
-SCORES = (("bits_per_byte", "bits per byte"), ("accuracy", "accuracy"))  # what a result is told by, and its unit
+# What a result is told by, and its unit.
+SCORES = (
+    ("bits_per_byte", "bits per byte"),
+    ("accuracy", "accuracy"),
+    ("log_perplexity", "nats per token of the targets"),
+)
 CLASSIFICATION = Path(__file__).resolve().parent / "metrics" / "classification" / "classification.py"
 
 
@@ -146,6 +151,8 @@ def train_and_evaluate(
         result = trainer.train(resume_from_checkpoint=checkpoint)
         if use_cache is not None:
             task.model.config.use_cache = use_cache  # which Trainer turned off
+        else:
+            vars(task.model.config).pop("use_cache", None)  # which it added
         trainer.save_result()
         trainer.save_state()
         parameters = {"num_parameters": task.model.num_parameters()}

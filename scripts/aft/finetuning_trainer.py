@@ -60,12 +60,12 @@ class Stopwatch(TrainerCallback):
 
     def __init__(self):
         self.seconds = self.seconds_read = self.before = 0.0
-        self.epoch = self.epoch_read = None  # as Trainer counts them
+        self.first = self.epoch = self.epoch_read = None  # as Trainer counts them
 
     def restart(self, args, state, control, **kwargs) -> None:
         self.before = perf_counter()
         if self.epoch is None:
-            self.epoch = self.epoch_read = state.epoch
+            self.first = self.epoch = self.epoch_read = state.epoch
 
     on_epoch_begin = on_evaluate = on_save = restart
 
@@ -121,6 +121,8 @@ class FinetuningTrainer(Trainer):
         return self.args.save_strategy == SaveStrategy.BEST
 
     def _run_epoch(self, *args, **options) -> None:
+        if hasattr(self.train_dataset, "set_epoch"):  # where accelerate finds a sampler, it tells only that
+            self.train_dataset.set_epoch(options["epoch"])
         # Trainer would make one step more of a run that continues from its last checkpoint.
         if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
             super()._run_epoch(*args, **options)
@@ -131,9 +133,13 @@ class FinetuningTrainer(Trainer):
             raise FloatingPointError(f"the loss is {loss.item()} at step {self.state.global_step + 1}: {ADVICE}")
         return loss
 
+    def rates(self, speed: float) -> dict[str, float]:
+        """What a line of the log says of a speed in epochs per second."""
+        return {"samples_per_second": round(speed * len(self.train_dataset), 3)}
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.is_in_train and (speed := self.stopwatch.speed()) is not None:
-            logs["samples_per_second"] = round(speed * len(self.train_dataset), 3)
+            logs |= self.rates(speed)
         if "train_runtime" in logs:
             logs["train_seconds"] = round(self.stopwatch.seconds, 4)
         super().log(logs, start_time)

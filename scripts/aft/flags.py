@@ -207,7 +207,7 @@ def find_preset(name: str, kind: str, flag_name: str) -> str:
     """
     if Path(name).is_file() or Path(name).name != name or Path(name).suffix:
         return name
-    presets = {path.stem: path for path in (CONFIGURATION / kind).iterdir()}
+    presets = {path.stem: path for path in (CONFIGURATION / kind).glob("*.*")}
     if name not in presets:
         known = ", ".join(sorted(presets))
         raise ValueError(f"{flag_name} {name}: no such file or preset{did_you_mean(name, presets)}; presets: {known}")

@@ -16,11 +16,11 @@ from typing import TextIO
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, TextStreamer, set_seed
 from transformers.generation.streamers import BaseStreamer
 
 from aft.atomic_files import write_whole
-from aft.model_configs import has_length_limit
+from aft.model_configs import has_length_limit, stack_limits
 from aft.saved_models import load, load_config, load_model
 from aft.vocabulary import BYTE_END, vocabulary_of_model
 
@@ -92,9 +92,49 @@ def make_streamer(vocabulary, output: TextIO, skip_prompt: bool = False) -> Base
     return TextStreamer(vocabulary.tokenizer, skip_prompt, **options)
 
 
+def prepare_model(auto_class, args: argparse.Namespace, device: str):
+    """The model on its device, and what `generate` gets of the flags, of which the seed counts from here on."""
+    trust = {"trust_remote_code": args.trust_remote_code}
+    model, _ = load_model(auto_class, args.model, dtype=getattr(torch, args.dtype), **trust)
+    set_seed(args.seed)
+    sampling = {"do_sample": True, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    if args.greedy:
+        sampling = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+    return model.to(device), {"repetition_penalty": args.repetition_penalty, **sampling}
+
+
+def write_target(args: argparse.Namespace, prompt: bytes, config, device: str) -> None:
+    """
+    Writes the target of an encoder-decoder for a prompt, its source.
+
+    Raises:
+        ValueError: there is a file of prompts, or a chat; or the prompt is no text, or too long.
+    """
+    if args.chat or args.batch_file:
+        name = "chat" if args.chat else "batch_file"
+        allowed = "left out with an encoder-decoder, for which aft seq2seq --predict_file writes many targets"
+        raise ValueError(f"--{name} must be {allowed}, got {getattr(args, name)}")
+    tokenizer = load(AutoTokenizer, args.model, trust_remote_code=args.trust_remote_code)
+    try:
+        source = tokenizer(prompt.decode("utf-8"), return_tensors="pt")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the prompt must be text in UTF-8, and is not at byte {error.start}") from None
+    longest, length = stack_limits(config)[0], source.input_ids.shape[1]
+    if longest is not None and length > longest:
+        raise ValueError(f"the prompt must have at most {longest} tokens, the tables of the encoder, got {length}")
+    model, options = prepare_model(AutoModelForSeq2SeqLM, args, device)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    ids, mask = source.input_ids.to(device), source.attention_mask.to(device)
+    if args.max_new_tokens is not None:
+        options["max_new_tokens"] = args.max_new_tokens
+    made = model.generate(ids, attention_mask=mask, streamer=streamer, num_beams=1, **options)
+    if args.output_file is not None:
+        write_whole(args.output_file.resolve(), tokenizer.decode(made[0], skip_special_tokens=True).encode())
+
+
 def generate(args: argparse.Namespace) -> None:
     """
-    Continues a prompt with the flags of `aft generate`.
+    Continues a prompt with the flags of `aft generate`, or answers it with an encoder-decoder.
 
     Raises:
         ValueError: the device is not there, the prompt empty or too long or no text for the tokenizer, or the model
@@ -106,6 +146,8 @@ def generate(args: argparse.Namespace) -> None:
     prompt = read_prompt(args) if alone else b""
     trust = {"trust_remote_code": args.trust_remote_code}
     config = load_config(args.model, **trust)
+    if config.is_encoder_decoder:
+        return write_target(args, prompt, config, device)
     vocabulary = vocabulary_of_model(args.model, config, **trust)
     prompt = vocabulary.encode_prompt(prompt) if alone else []
     max_new_tokens = args.max_new_tokens or 500
@@ -117,13 +159,8 @@ def generate(args: argparse.Namespace) -> None:
                 f"--max_new_tokens {max_new_tokens} after a prompt of {length} tokens: together at most the "
                 f"max_position_embeddings of the model, {limit}"
             )
-    model, _ = load_model(AutoModelForCausalLM, args.model, dtype=getattr(torch, args.dtype), **trust)
-    model.to(device)
-    set_seed(args.seed)
-    sampling = {"do_sample": True, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-    if args.greedy:
-        sampling = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
-    options = {"max_new_tokens": max_new_tokens, "repetition_penalty": args.repetition_penalty, **sampling}
+    model, options = prepare_model(AutoModelForCausalLM, args, device)
+    options["max_new_tokens"] = max_new_tokens
     if not alone:
         tokenizer = load(AutoTokenizer, args.model, **trust)
         limit = config.max_position_embeddings if has_length_limit(config) else None

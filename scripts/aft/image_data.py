@@ -21,12 +21,13 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from aft.console import one_line
-from aft.flags import did_you_mean, like_path
+from aft.data_sets import PARTS, choose_parts, load_tables
+from aft.flags import did_you_mean
 from aft.raw_files import file_bytes
 
 
 IDX = re.compile(r"(train|t10k|test)-(images|labels)[-.]idx[13]-ubyte(\.gz)?")
-FOLDERS = {"train": ("train", "training"), "validation": ("valid", "validation", "val", "dev"), "test": ("test",)}
+FOLDERS = {"train": ("train", "training"), **PARTS}
 MOST_PIXELS = 64**2  # of pictures that are kept in memory
 MOST_BYTES = 1 << 30  # of all of them
 QUARTER_TURNS = (5, 6, 7, 8)  # orientations of EXIF in which width and height change places
@@ -293,22 +294,6 @@ def read_tree(tree: dict[str, list[Path]], name: str) -> ImageData:
 # Data sets
 
 
-def load_table(inputs, name: str) -> datasets.DatasetDict:
-    """The parts of what `datasets` reads."""
-    path = Path(inputs.data)
-    try:
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            found = datasets.load_from_disk(inputs.data)
-        else:
-            found = datasets.load_dataset(inputs.data, inputs.data_config)
-    except Exception as error:  # of files, columns, servers
-        like = "" if path.exists() else like_path(path)
-        raise ValueError(
-            f"{name}: no pictures in folders of classes, no IDX files, and no data set: {one_line(error)}{like}"
-        ) from error
-    return found if isinstance(found, dict) else datasets.DatasetDict({"train": found})
-
-
 def choose_tables(inputs, name: str) -> tuple[datasets.DatasetDict, dict[str, str]]:
     """
     What `datasets` reads, and which of it is "train" and, where there are such, "validation" and "test".
@@ -316,21 +301,9 @@ def choose_tables(inputs, name: str) -> tuple[datasets.DatasetDict, dict[str, st
     Raises:
         ValueError: it does not load, or there is no such part, or an empty one.
     """
-    tables = load_table(inputs, name)
-    chosen = {"train": inputs.train_split}
-    for part, asked in (("validation", inputs.validation_split), ("test", inputs.test_split)):
-        known = next((split for split in FOLDERS[part] if split in tables and split != inputs.train_split), None)
-        if split := asked or known:
-            chosen[part] = split
-    for part, split in chosen.items():
-        if split not in tables:
-            allowed = f"one of {', '.join(tables)}"
-            raise ValueError(
-                f"--{part}_split must be {allowed} for {name}, got {split!r}{did_you_mean(split, tables)}"
-            )
-        if not len(tables[split]):
-            raise ValueError(f"{name}: {split} must have at least one picture, is empty")
-    return tables, chosen
+    problem = "no pictures in folders of classes, no IDX files, and no data set"
+    tables = load_tables(inputs.data, inputs.data_config, name, problem)
+    return tables, choose_parts(tables, inputs, name)
 
 
 def read_table(inputs, name: str) -> ImageData:

@@ -6,18 +6,19 @@
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
-"""Tables of texts and labels: what stands in a .csv or .jsonl file, all of it, and as it stands there."""
+"""Tables of texts, maybe with labels: what stands in a file, all of it, and as it stands there."""
 
 import hashlib
 import io
 import json
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas
+import pyarrow.parquet
 import torch
 
 from aft.atomic_files import check_file
@@ -54,61 +55,96 @@ def read_table(path: Path, flag_name: str, text_column: str, label_column: str, 
     Raises:
         ValueError: it is not readable or empty, lacks a column, or has something else than texts and labels there.
     """
+    columns = {"text": text_column, "label": label_column}
+    name, content, found = read_columns(path, flag_name, columns, set() if with_labels else {"label"})
+    labels = [str(label) for label in found["label"]] if "label" in found else None
+    if labels is not None:
+        check_labels(labels, name)
+    return Table(name, hashlib.sha256(content).hexdigest(), found["text"], labels)
+
+
+def read_columns(
+    path: Path, flag_name: str, columns: dict[str, str], optional: Collection[str] = ()
+) -> tuple[str, bytes, dict[str, list]]:
+    """
+    Columns of the table in a file.
+
+    Args:
+        columns: by what each is for, their names; that of a field in a column of objects is `column.field`.
+        optional: those that need not be there, by what they are for.
+
+    Returns:
+        What errors begin with (the flag and the file), the content of the file, and the values of the columns that
+        are there, by what they are for.
+
+    Raises:
+        ValueError: it is not readable or empty, lacks a column, or has values there that may not be.
+    """
     name, suffix = f"--{flag_name} {path}", path.suffix.lower()
     if suffix not in READERS:
-        raise ValueError(f"{name}: must end in {' or '.join(READERS)}")
+        raise ValueError(f"{name}: must end in {', '.join(list(READERS)[:-1])} or {list(READERS)[-1]}")
     check_file(path, f"--{flag_name}")
     content = path.read_bytes()
     if not content:
         raise ValueError(f"{name}: must have at least one row, is empty")
     try:
-        text = content.decode("utf-8-sig")
-        names, found = READERS[suffix](text, (text_column, label_column))
+        names, found = READERS[suffix](content, tuple(columns.values()))
     except UnicodeDecodeError as error:
         where = f"byte {error.object[error.start]:#04x} at position {error.start}"
         raise ValueError(f"{name}: must be UTF-8, and {where} is not") from None
     except (ValueError, RecursionError) as error:  # the latter of brackets in brackets
         raise ValueError(f"{name}: no {suffix} table with rows: {one_line(error)}") from error
-    for column, role in ((text_column, "text"), (label_column, "label")):
+    return name, content, check_columns(names, found, columns, optional, name)
+
+
+def check_columns(
+    names: list[str], found: dict[str, list], columns: dict[str, str], optional: Collection[str], name: str
+) -> dict[str, list]:
+    """
+    The values of columns by what they are for; `names` are those of all columns, the rest is as in `read_columns`.
+
+    Raises:
+        ValueError: a column is missing, is there twice, or has values that may not be; begins with `name`.
+    """
+    for role, column in columns.items():
         if (count := names.count(column)) > 1:
             raise ValueError(f"{name}: column {column!r} must be there once, is {count} times")
         if count == 1:
             check_values(found[column], f"{name}: column {column!r}", role)
-        elif role == "text" or with_labels:
-            columns = ", ".join(map(repr, names))
-            raise ValueError(f"{name}: no column {column!r}, only {columns}; --{role}_column says which to take")
-    labels = [str(label) for label in found[label_column]] if label_column in found else None
-    if labels is not None:
-        check_labels(labels, name)
-    return Table(name, hashlib.sha256(content).hexdigest(), found[text_column], labels)
+        elif role not in optional:
+            known = ", ".join(map(repr, names))
+            raise ValueError(f"{name}: no column {column!r}, only {known}; --{role}_column says which to take")
+    return {role: found[column] for role, column in columns.items() if column in found}
 
 
-def read_csv(text: str, wanted: tuple[str, ...]) -> tuple[list[str], dict[str, list]]:
+def read_csv(content: bytes, wanted: tuple[str, ...]) -> tuple[list[str], dict[str, list]]:
     """
     The names of all columns of a .csv file, and the values of those that are wanted and there. Neither "null" nor
     "007" nor a date is anything but these characters.
 
     Raises:
-        ValueError: there are no rows, a row has more fields than the first line, or a quotation does not end.
+        ValueError: it is not UTF-8, there are no rows, a row has more fields than the first line, or a quotation does
+            not end.
     """
     options = {"dtype": str, "keep_default_na": False, "na_filter": False}
-    table = pandas.read_csv(io.StringIO(text), header=None, **options).to_numpy()
+    table = pandas.read_csv(io.StringIO(content.decode("utf-8-sig")), header=None, **options).to_numpy()
     if len(table) < 2:
         raise ValueError("there is only the line with the names of the columns")
     names = table[0].tolist()
     return names, {name: table[1:, names.index(name)].tolist() for name in wanted if name in names}
 
 
-def read_jsonl(text: str, wanted: tuple[str, ...]) -> tuple[list[str], dict[str, list]]:
+def read_jsonl(content: bytes, wanted: tuple[str, ...]) -> tuple[list[str], dict[str, list]]:
     """
     The names of all columns of a .jsonl file, an object in each line, and the values of those that are wanted and
     there, None where a row has none.
 
     Raises:
-        ValueError: there are no rows, or a line is no JSON or no object, or has a name twice.
+        ValueError: it is not UTF-8, there are no rows, or a line is no JSON or no object, or has a name twice.
     """
     names, values = {}, {name: [] for name in wanted}
-    for number, line in enumerate(text.split("\n"), start=1):  # splitlines knows other ends, which texts may have
+    # splitlines knows other ends, which texts may have
+    for number, line in enumerate(content.decode("utf-8-sig").split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -117,6 +153,9 @@ def read_jsonl(text: str, wanted: tuple[str, ...]) -> tuple[list[str], dict[str,
                 raise ValueError(f"must be an object, got {type(row).__name__}")
         except ValueError as error:
             raise ValueError(f"line {number}: {error}") from error
+        for column, value in list(row.items()):
+            if isinstance(value, dict):
+                row |= {f"{column}.{field}": inner for field, inner in value.items()}
         names |= dict.fromkeys(row)
         for name in wanted:
             values[name].append(row.get(name))
@@ -125,7 +164,18 @@ def read_jsonl(text: str, wanted: tuple[str, ...]) -> tuple[list[str], dict[str,
     return list(names), {name: values[name] for name in wanted if name in names}
 
 
-READERS = {".csv": read_csv, ".jsonl": read_jsonl}
+def read_parquet(content: bytes, wanted: tuple[str, ...]) -> tuple[list[str], dict[str, list]]:
+    """The same of a .parquet file; a ValueError if it is none, or has no rows."""
+    try:
+        table = pyarrow.parquet.read_table(io.BytesIO(content)).flatten()
+    except Exception as error:  # of pyarrow, of any type
+        raise ValueError(one_line(error)) from error
+    if not len(table):
+        raise ValueError("there is none")
+    return table.column_names, {name: table[name].to_pylist() for name in wanted if name in table.column_names}
+
+
+READERS = {".csv": read_csv, ".jsonl": read_jsonl, ".parquet": read_parquet}
 
 
 def check_values(values: list, where: str, role: str) -> None:
@@ -133,9 +183,9 @@ def check_values(values: list, where: str, role: str) -> None:
     Checks the values of a column.
 
     Raises:
-        ValueError: one is empty, or no string, nor, of labels, an integer, or there are both.
+        ValueError: one is empty, or no string, nor, of a label, an integer, or there are both.
     """
-    allowed = {"text": ("strings", {str}), "label": ("strings or integers", {str, int})}[role]
+    allowed = ("strings or integers", {str, int}) if role == "label" else ("strings", {str})
     for row, value in enumerate(values, start=1):
         if value is None or value == "" or (role == "label" and isinstance(value, str) and not value.strip()):
             raise ValueError(f"{where} must not be empty, got {value!r} in row {row}")

@@ -82,15 +82,19 @@ class Masking:
         return hidden
 
 
+def number_of_spans(length: int, count: int, mean: float) -> int:
+    """Into how many spans `count` of `length` tokens are put, with at least one token between two."""
+    return min(max(round(count / mean), 1), count, length - count + 1)
+
+
 def spans(length: int, count: int, mean: float, generator: np.random.Generator) -> np.ndarray:
     """
-    Which of `length` tokens are in spans, bool [length]: `count` of them, in round(count / mean) spans, each of a
-    random length and at a random place, with at least one token between two.
+    Which of `length` tokens are in spans, bool [length]: `count` of them, in `number_of_spans` spans, each of a random
+    length and at a random place, with at least one token between two.
     """
-    left = length - count
-    number = min(max(round(count / mean), 1), count, left + 1)
     if count == 0:
         return np.zeros(length, dtype=bool)
+    left, number = length - count, number_of_spans(length, count, mean)
     cuts = np.sort(generator.permutation(count - 1)[: number - 1]) + 1
     sizes = np.diff(cuts, prepend=0, append=count)  # of the spans, at least 1
     # Of the tokens outside, one stands between two spans; the others are shared out among the places around them.

@@ -9,6 +9,8 @@
 """The configuration of a model to train: from a preset and changes of it, and what it allows."""
 
 import argparse
+import copy
+import functools
 import json
 import math
 
@@ -70,12 +72,19 @@ def override(values: dict, items: list[str], name: str) -> PreTrainedConfig:
         ValueError: a field or its value is not allowed; begins with `name`, or with the flag.
     """
     overrides = read_overrides(items, make_config(values, name))
-    return make_config({**values, **overrides}, f"{name} with --model_override" if overrides else name)
+    changed = copy.deepcopy(values)
+    for key, value in overrides.items():
+        *outer, field = key.split(".")
+        fields = changed
+        for part in outer:
+            fields = fields.setdefault(part, {})
+        fields[field] = value
+    return make_config(changed, f"{name} with --model_override" if overrides else name)
 
 
 def read_overrides(items: list[str], config: PreTrainedConfig) -> dict:
     """
-    What `--model_override` says, by fields of this configuration.
+    What `--model_override` says, by fields of this configuration; `decoder.key` is one of a configuration in it.
 
     Raises:
         ValueError: an item is no key=value, or stands there twice.
@@ -83,7 +92,9 @@ def read_overrides(items: list[str], config: PreTrainedConfig) -> dict:
     overrides = {}
     for item in items:
         key, equals, text = item.partition("=")
-        if not equals or key == "model_type" or not hasattr(config, key):
+        *outer, field = key.split(".")
+        owner = functools.reduce(lambda found, part: getattr(found, part, None), outer, config)
+        if not equals or field == "model_type" or not hasattr(owner, field):
             raise ValueError(f"--model_override {item!r}: must be key=value with a field of {type(config).__name__}")
         if key in overrides:
             raise ValueError(f"--model_override {item!r}: {key} stands there twice")
@@ -121,3 +132,9 @@ def has_fixed_state(config: PreTrainedConfig) -> bool:
 def has_length_limit(config: PreTrainedConfig) -> bool:
     """Whether the model has tables that end at `max_position_embeddings`: a config may say so, else they do."""
     return getattr(config, "has_position_table", hasattr(config, "max_position_embeddings"))
+
+
+def stack_limits(config: PreTrainedConfig) -> tuple[int | None, int | None]:
+    """How many tokens encoder and decoder can read, None for any number."""
+    stacks = config.get_text_config(encoder=True), config.get_text_config(decoder=True)
+    return tuple(stack.max_position_embeddings if has_length_limit(stack) else None for stack in stacks)

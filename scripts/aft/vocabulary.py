@@ -12,6 +12,7 @@ bytes of the text as its offsets say. Which tokenizer fits a model, and how many
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,6 +28,7 @@ from aft.saved_models import check_reads_text, load
 
 END_OF_TEXT = "<|endoftext|>"
 MASK_TOKEN = "[MASK]"
+ENDS = {"eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT}  # the special tokens of a BPE for causal models
 START_OF_PICTURE = 256  # the id of the token before the sub-pixels of a picture, whose ids are their values
 BYTE_END = 255  # the id of the end of a text in a model of bytes: no text in UTF-8 has this byte
 WHITESPACE = b" \t\n\r\f\v"
@@ -290,13 +292,16 @@ def vocabulary_of_model(name: str | Path, config, flag: str = "--model", **optio
     return vocabulary
 
 
-def train_bpe(texts: Iterable[list[str]], size: int, masks: bool = False) -> PreTrainedTokenizerFast:
+def train_bpe(
+    texts: Iterable[list[str]], size: int, special_tokens: dict[str, str | list[str]] = ENDS
+) -> PreTrainedTokenizerFast:
     """
-    A byte-level BPE of `size` tokens, as GPT-2 has it: all bytes, the end of a text, a mask token if it `masks`, and
-    the pairs that are the most frequent. What it encodes can be decoded exactly.
+    A byte-level BPE of `size` tokens, as GPT-2 has it: special tokens, whose ids are the first, all bytes, and the
+    pairs that are the most frequent. What it encodes can be decoded exactly.
 
     Args:
         texts: lists of texts, of which the first `MOST_TRAINING_CHARACTERS` characters are read.
+        special_tokens: as arguments of the tokenizer, such as `eos_token` and `extra_special_tokens`.
 
     Raises:
         ValueError: the text has not so many different pairs.
@@ -305,9 +310,10 @@ def train_bpe(texts: Iterable[list[str]], size: int, masks: bool = False) -> Pre
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    special = itertools.chain(*([value] if isinstance(value, str) else value for value in special_tokens.values()))
     trainer = trainers.BpeTrainer(
         vocab_size=size,
-        special_tokens=[END_OF_TEXT, MASK_TOKEN] if masks else [END_OF_TEXT],
+        special_tokens=list(dict.fromkeys(special)),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -324,14 +330,13 @@ def train_bpe(texts: Iterable[list[str]], size: int, masks: bool = False) -> Pre
     tokenizer.train_from_iterator(first_texts(), trainer)
     if (found := tokenizer.get_vocab_size()) != size:
         raise ValueError(f"--vocab_size must be at most {found}, the tokens that this text gives, got {size}")
-    mask = {"mask_token": MASK_TOKEN} if masks else {}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT, **mask)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special_tokens)
 
 
 def trained_vocabulary(text, size: int, cache_dir: str | Path, masks: bool = False) -> TokenizerVocabulary:
     """
-    The BPE of `size` tokens of the train split of a text, which is kept in `cache_dir` by the content of the text.
-    The arguments are those of `train_bpe`.
+    The BPE of `size` tokens of the train split of a text, which is kept in `cache_dir` by the content of the text. It
+    has a token that ends texts, and if it `masks` a mask token.
 
     Raises:
         ValueError: the text does not give so many tokens.
@@ -341,7 +346,7 @@ def trained_vocabulary(text, size: int, cache_dir: str | Path, masks: bool = Fal
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     folder = Path(cache_dir) / f"bpe-{key}"
     if not (folder / "tokenizer.json").is_file():
-        tokenizer = train_bpe(text.training_texts(), size, masks)
+        tokenizer = train_bpe(text.training_texts(), size, ENDS | ({"mask_token": MASK_TOKEN} if masks else {}))
         with new_folder(folder, replace=folder.exists()) as new:  # one that is not whole
             tokenizer.save_pretrained(new)
     vocabulary = load_vocabulary(str(folder))

@@ -19,8 +19,9 @@ Fine-tunes a saved model with `transformers.Trainer`, as a language model, on ch
 --chat_file: .jsonl or .parquet, with messages (role: system, user or assistant; content) or prompt and completion. The
 answers are trained, and scored in bits per byte of them. A tokenizer without a chat template gets one. `aft generate
 --chat` talks with the result.
---labelled_file: .csv or .jsonl, UTF-8, with a column of texts and one of labels, strings or integers. The model gets a
-new head, with the names of the labels in its config; one that is a classifier already goes on with the labels it has.
+--labelled_file: .csv, .jsonl or .parquet, UTF-8, with a column of texts and one of labels, strings or integers. The
+model gets a new head, with the names of the labels in its config; one that is a classifier already goes on with the
+labels it has.
 
 Every flag of TrainingArguments is a flag here. By default each epoch ends with a checkpoint and an evaluation, and the
 best checkpoint becomes the result; --num_train_epochs 0 only evaluates and predicts. A run is continued only with the

@@ -17,6 +17,7 @@ Continues a prompt, and prints the text while it is made.
 
 Of a model of bytes a prompt is any bytes, UTF-8 or not; what is not UTF-8 is printed as U+FFFD, and --output_file gets
 the bytes as they are. Of other models it is text. Line ends at the end of standard input do not count.
+Of an encoder-decoder the prompt is the source, and its target is printed.
 --chat talks with a model that aft finetune --chat_file has made: its state goes from turn to turn, and nothing is read
 twice.
 """
