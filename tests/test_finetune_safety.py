@@ -18,6 +18,7 @@ from transformers.trainer_callback import TrainerState
 from aft import finetuning_arguments
 from aft.finetuning_trainer import FinetuningTrainer
 from aft.folder_lock import locked
+from aft.seq2seq_flags import Seq2SeqInputs
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -221,7 +222,8 @@ def test_what_changes_no_weights_may_change(base, stopped, tmp_path):
 
 def test_flags_that_may_change_exist():
     known = set(vars(finetuning_arguments.parse_arguments(["--model", "m", "--text_file", __file__])[1]))
-    known |= {entry for entry in finetuning_arguments.InputArguments.__dataclass_fields__}
+    for inputs in (finetuning_arguments.InputArguments, Seq2SeqInputs):
+        known |= set(inputs.__dataclass_fields__)
     assert finetuning_arguments.MAY_DIFFER_ON_RESUME <= known
 
 
