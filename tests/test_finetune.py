@@ -602,7 +602,7 @@ def wrong(few, tmp_path_factory) -> dict[str, Path]:
         pytest.param(
             {"text_file": "good.txt", "max_length": 49}, r"--max_length must be at most .*\(48\), got 49", id="window"
         ),
-        pytest.param({"labelled_file": "table.tsv"}, "table.tsv: must end in .csv or .jsonl", id="suffix"),
+        pytest.param({"labelled_file": "table.tsv"}, "table.tsv: must end in .csv, .jsonl or .parquet", id="suffix"),
         pytest.param({"labelled_file": "empty.csv"}, "empty.csv: must have at least one row", id="empty-table"),
         pytest.param({"labelled_file": "header.csv"}, "header.csv: no .csv table with rows", id="no-rows"),
         pytest.param({"labelled_file": "ragged.csv"}, "ragged.csv: .*Expected 2 fields in line 3, saw 3", id="ragged"),
