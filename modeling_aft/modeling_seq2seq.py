@@ -303,6 +303,17 @@ class MixerSeq2SeqModel(MixerEncoderDecoder):
         if self.config.tie_word_embeddings:
             self.decoder.set_input_embeddings(value)
 
+    def read_source(self, *args, **kwargs) -> Tokens:
+        """
+        What is known of the tokens of the encoder; the arguments are those of [`MixerModel.read`].
+
+        Raises:
+            ValueError: for what the encoder cannot read, or the decoder not attend to.
+        """
+        tokens = self.encoder.read(*args, **kwargs)
+        _check_source(tokens)
+        return tokens
+
     @can_return_tuple
     def forward(
         self,
@@ -335,7 +346,8 @@ class MixerSeq2SeqModel(MixerEncoderDecoder):
             use_cache (`bool`, *optional*): whether to return it; `config.decoder.use_cache` outside of training.
             token_type_ids (`LongTensor` [B, S], *optional*): all 0, as tokenizers of other models make them.
             past_key_values (`EncoderDecoderCache`, *optional*): the older name of `cache`.
-            kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
+            kwargs: `output_hidden_states`, `output_attentions`, `return_dict`. Heads pass what `read_source` has given
+                them as `tokens`.
 
         Returns:
             `Seq2SeqModelOutput` with `last_hidden_state` [B, T, D].
@@ -344,7 +356,7 @@ class MixerSeq2SeqModel(MixerEncoderDecoder):
             ValueError: for inputs that do not fit together, or positions beyond `max_position_embeddings` of a stack.
             TypeError: for a keyword that is not among these.
         """
-        refuse_unknown(self, kwargs, RECORDED)
+        refuse_unknown(self, kwargs, RECORDED | {"tokens"})
         cache = one_cache(cache, past_key_values)
         if (decoder_input_ids is None) == (decoder_inputs_embeds is None):
             raise ValueError("Specify exactly one of `decoder_input_ids` and `decoder_inputs_embeds`.")
@@ -356,8 +368,9 @@ class MixerSeq2SeqModel(MixerEncoderDecoder):
             "token_type_ids": token_type_ids,
         }
         if encoder_outputs is None:
-            tokens = self.encoder.read(attention_mask=attention_mask, **of_encoder)
-            check_source(tokens)
+            tokens = kwargs.get("tokens")
+            if tokens is None:
+                tokens = self.read_source(attention_mask=attention_mask, **of_encoder)
             encoder_outputs = self.encoder(input_ids, inputs_embeds=inputs_embeds, tokens=tokens, **recorded)
         else:
             if given := [name for name, value in of_encoder.items() if value is not None]:
@@ -365,7 +378,7 @@ class MixerSeq2SeqModel(MixerEncoderDecoder):
             if not isinstance(encoder_outputs, BaseModelOutput):
                 encoder_outputs = BaseModelOutput(*encoder_outputs[:3])
             tokens = read_tokens(encoder_outputs[0], attention_mask)
-            check_source(tokens)
+            _check_source(tokens)
         outputs = self.decoder(
             decoder_input_ids,
             decoder_attention_mask,
@@ -389,7 +402,7 @@ class MixerSeq2SeqModel(MixerEncoderDecoder):
         )
 
 
-def check_source(tokens: Tokens) -> None:
+def _check_source(tokens: Tokens) -> None:
     """Raises a ValueError for what a decoder cannot attend to: several documents, or a mask of pairs."""
     _refuse_documents(tokens, "attention_mask")
     if tokens.pairs is not None:

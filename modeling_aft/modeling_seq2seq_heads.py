@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqSequenceClassi
 from transformers.utils.generic import can_return_tuple
 
 from .compatibility import refuse_unknown
-from .modeling_seq2seq import RECORDED, MixerEncoderDecoder, MixerSeq2SeqModel, check_source
+from .modeling_seq2seq import RECORDED, MixerEncoderDecoder, MixerSeq2SeqModel
 from .ops_modes import can_read
 from .ops_tokens import Tokens, compact, expand, refused
 
@@ -75,8 +75,9 @@ class MixerSeq2SeqForSequenceClassification(MixerEncoderDecoder):
         """
         refuse_unknown(self, kwargs, RECORDED | {"num_items_in_batch"})
         number = kwargs.pop("num_items_in_batch", None)
+        tokens = None
         if encoder_outputs is None:
-            tokens = self.model.encoder.read(
+            tokens = self.model.read_source(
                 input_ids,
                 inputs_embeds,
                 attention_mask,
@@ -84,8 +85,6 @@ class MixerSeq2SeqForSequenceClassification(MixerEncoderDecoder):
                 token_type_ids=token_type_ids,
                 infer_padding=True,
             )
-            check_source(tokens)
-            attention_mask = tokens.keep
         if decoder_input_ids is None and decoder_inputs_embeds is None:
             if input_ids is None or encoder_outputs is not None:
                 raise refused("decoder_input_ids", "given where there are no `input_ids` to make them of", None)
@@ -109,6 +108,7 @@ class MixerSeq2SeqForSequenceClassification(MixerEncoderDecoder):
             decoder_inputs_embeds=decoder_inputs_embeds,
             use_cache=False,
             token_type_ids=token_type_ids,
+            tokens=tokens,
             return_dict=True,
             **kwargs,
         )
