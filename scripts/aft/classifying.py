@@ -38,7 +38,7 @@ from aft.classifying_flags import (
 from aft.classifying_trainer import ClassifyingTrainer
 from aft.console import one_line, program
 from aft.finetuning_arguments import FinetuningArguments, parse_dataclasses, training_problems
-from aft.finetuning_flags import find_model, is_preset
+from aft.finetuning_flags import is_preset, read_preset
 from aft.finetuning_run import (
     Task,
     accuracy_of_classes,
@@ -63,7 +63,6 @@ from aft.image_training import (
 )
 from aft.model_configs import override
 from aft.saved_models import load, load_config, load_model
-from aft.settings_files import read_json
 
 
 METRICS = ("loss", "accuracy", "macro_f1")
@@ -125,9 +124,7 @@ def preset_values(inputs: argparse.Namespace) -> dict:
     Raises:
         ValueError: the file is no configuration, or `--model_override` changes what the data say.
     """
-    values = read_json(find_model(inputs.model, PRESETS), "--model")
-    if "model_type" not in values:
-        raise ValueError(f"--model {inputs.model}: must be a JSON object with a model_type")
+    values = read_preset(inputs.model, PRESETS)
     changed = {item.partition("=")[0] for item in inputs.model_override}
     if fixed := sorted(changed & {"num_labels", "id2label", "label2id", "problem_type"}):
         raise ValueError(f"--model_override {fixed[0]}: must be left out, --data says it")

@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from aft.flags import CONFIGURATION, IMPORT_HELP, FlagParser, check_model_name, find_preset, flag, like_path
+from aft.settings_files import read_json
 
 
 @dataclass
@@ -107,6 +108,19 @@ def find_model(model: str, kind: str) -> str:
         return find_preset(model, kind, "--model")
     check_model_name(model)
     return model
+
+
+def read_preset(model: str, kind: str) -> dict:
+    """
+    The fields of a configuration to begin with from nothing; the arguments are those of `is_preset`.
+
+    Raises:
+        ValueError: there is none, or it is no configuration.
+    """
+    values = read_json(find_model(model, kind), "--model")
+    if "model_type" not in values:
+        raise ValueError(f"--model {model}: must be a JSON object with a model_type")
+    return values
 
 
 def input_problems(inputs: InputArguments) -> list[str]:

@@ -14,11 +14,10 @@ import torch
 from tokenizers import processors
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
-from aft.finetuning_flags import find_model, is_preset
+from aft.finetuning_flags import is_preset, read_preset
 from aft.model_configs import override, stack_limits
 from aft.saved_models import load, load_config, load_model
 from aft.seq2seq_flags import PRESETS, Seq2SeqInputs
-from aft.settings_files import read_json
 from aft.span_corruption import SENTINELS
 from aft.vocabulary import train_bpe
 from modeling_aft import ByteTokenizer
@@ -45,9 +44,8 @@ def read_config(inputs: Seq2SeqInputs) -> PreTrainedConfig:
     if fixed := sorted(changed & set(FROM_TOKENIZER)):
         raise ValueError(f"--model_override {fixed[0]}: must be left out, the tokenizer says it")
     if is_new(inputs):
-        values = read_json(find_model(inputs.model, PRESETS), "--model")
-        if "model_type" not in values:
-            raise ValueError(f"{name}: must be a JSON object with a model_type")
+        # Without a first id of its own the configuration gets that of the tokenizer, not the default of its class.
+        values = {"decoder_start_token_id": None, **read_preset(inputs.model, PRESETS)}
         config = override(values, inputs.model_override, name)
     else:
         config = load_config(inputs.model, trust_remote_code=inputs.trust_remote_code)
@@ -144,11 +142,10 @@ def fit_config(config: PreTrainedConfig, tokenizer, inputs: Seq2SeqInputs) -> No
             allowed = f"at least that of its tokenizer, {size}"
             raise ValueError(f"--model {inputs.model}: its vocab_size must be {allowed}, got {config.vocab_size}")
         return
-    written = read_json(find_model(inputs.model, PRESETS), "--model")
     config.vocab_size = size
     for name in FROM_TOKENIZER[1:]:
         setattr(config, name, getattr(tokenizer, name))
-    if written.get("decoder_start_token_id") is None:
+    if config.decoder_start_token_id is None:
         config.decoder_start_token_id = tokenizer.pad_token_id
 
 
