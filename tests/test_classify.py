@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
-from accelerate.state import AcceleratorState
 from PIL import ExifTags, Image
 from safetensors.torch import load_file
+from test_finetune import leave_no_state  # noqa: F401
 from torch.utils.data import BatchSampler
 from transformers import (
     AutoModelForImageClassification,
@@ -42,12 +42,6 @@ SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 CLASSES = ("columns", "flat", "rows")
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "kernel_size": 3, "patch_size": 4}
 TINY = ["--model_override", *(f"{name}={value}" for name, value in SMALL.items())]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def leave_no_state():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def draw(label: int, seed: int, shape=(12, 12, 3)) -> np.ndarray:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from families import make_config, make_ids, make_seq2seq, make_seq2seq_config
 from peft import LoraConfig, get_peft_model
+from test_static_cache import compilations, compiled, counting_backend
 from torch.export import Dim
 from torch.nn import functional as F
 from transformers import (
@@ -19,7 +20,6 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
-from transformers.generation.configuration_utils import CompileConfig
 
 from modeling_aft import AFTConfig, SynthesizerConfig, SynthesizerEncoderModel, SynthesizerSeq2SeqConfig
 
@@ -284,20 +284,13 @@ def test_what_generate_offers(variant):
 @pytest.mark.parametrize("variant", ["random+dot_product", "local"])
 def test_generate_compiles_the_decoding_step_once(variant):
     """Not once per token, nor again for the next text."""
-    model, graphs = make_seq2seq(variant, dtype=torch.float32), []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    compile_config = CompileConfig(fullgraph=True, backend=backend, mode=None)
-    compile_config._compile_all_devices = True  # generate compiles by itself on accelerators only
-    options = {"cache_implementation": "static", "compile_config": compile_config}
+    model, options = make_seq2seq(variant, dtype=torch.float32), compiled(counting_backend)
     torch._dynamo.reset()
+    compilations.clear()
     for source in (make_source(), make_source(2)):
         expected = model.generate(source, attention_mask=MASK, max_new_tokens=8)
         assert torch.equal(model.generate(source, attention_mask=MASK, max_new_tokens=8, **options), expected)
-    assert len(graphs) == 1
+    assert len(compilations) == 1
 
 
 @pytest.mark.parametrize("variant", ["random+dot_product", "simple"])

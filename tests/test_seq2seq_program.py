@@ -9,10 +9,10 @@ import pandas
 import pytest
 import sacrebleu
 import torch
-from accelerate.state import AcceleratorState
 from launching import ROOT, run_on_two_processes
 from rouge_score.rouge_scorer import RougeScorer
 from safetensors.torch import load_file
+from test_finetune import leave_no_state  # noqa: F401
 from torch.nn import functional as F
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -35,12 +35,6 @@ MODEL = {
 }
 T5 = {"model_type": "t5", "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0}
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on.\n" * 40
-
-
-@pytest.fixture(scope="module", autouse=True)
-def leave_no_state():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def seq2seq(output_dir: Path, *flags: str, **values) -> dict:
@@ -312,6 +306,19 @@ def test_a_saved_tokenizer_learns_to_end_texts_and_gets_sentinels(inputs, tmp_pa
     assert ids[-1] == tokenizer.eos_token_id and tokenizer.decode(ids[:-1]) == "the fox" and ids[-2] != ids[-1]
     with pytest.raises(ValueError, match=r"--model m: its tokenizer must have sentinels \(<extra_id_0>, ...\)"):
         sentinel_ids(AutoTokenizer.from_pretrained(tmp_path / "saved"), "--model m")
+
+
+@pytest.mark.parametrize("model", [MODEL, {"model_type": "bart"}], ids=["synthesizer", "bart"])
+@pytest.mark.parametrize("said", ["nowhere", "in the file", "by a flag"])
+def test_the_first_id_of_a_decoder_is_that_of_padding_unless_it_is_said(model, said, tmp_path):
+    (tmp_path / "m.json").write_text(
+        json.dumps({**model, **({"decoder_start_token_id": 7} if "file" in said else {})})
+    )
+    override = ["decoder_start_token_id=7"] if "flag" in said else []
+    inputs = Seq2SeqInputs(model=str(tmp_path / "m.json"), model_override=override)
+    config, tokenizer = read_config(inputs), train_bpe([[TEXT]], 270, {"pad_token": "<pad>", "eos_token": "</s>"})
+    fit_config(config, tokenizer, inputs)
+    assert config.decoder_start_token_id == (tokenizer.pad_token_id if said == "nowhere" else 7)
 
 
 # Pairs
