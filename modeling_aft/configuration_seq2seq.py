@@ -22,7 +22,7 @@ class Seq2SeqConfig(CheckedConfig):
     """Fields of every encoder-decoder; see [`SynthesizerSeq2SeqConfig`], which documents them. Subclasses have the
     fields `encoder` and `decoder`, and name the class of both in `sub_configs`."""
 
-    keys_to_ignore_at_inference = TextMixerConfig.keys_to_ignore_at_inference
+    keys_to_ignore_at_inference = [*TextMixerConfig.keys_to_ignore_at_inference, "encoder_last_hidden_state"]
     sub_configs: ClassVar[dict[str, type[PreTrainedConfig]]] = {}
 
     num_cross_attention_heads: int = 8

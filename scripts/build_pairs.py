@@ -21,9 +21,9 @@ Of what Debian's packages say of themselves, which apt fetches into a folder of 
 
 A source package is in one split alone, with all that has its name up to digits (gcc-11, gcc-12): a hash of that name
 says in which. Of pairs that stand in a split twice one is left out, and from valid and test those whose source text
-stands in an earlier split. A text is a line, or of several paragraphs a line each. sources.json has the sums of the
-files that were read and how much was left out. The texts are under the licences of their packages: nothing of them
-comes with this repository.
+stands in an earlier split. --longest leaves out pairs with a text of more characters, in all splits. A text is a line,
+or of several paragraphs a line each. sources.json has the sums of the files that were read and how much was left out.
+The texts are under the licences of their packages: nothing of them comes with this repository.
 
 Of random letters, with spaces between them:
 
@@ -88,12 +88,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--lists_dir", type=Path, help="folder of index files as apt keeps them, instead of the network"
     )
+    parser.add_argument("--longest", type=int, help="characters of a text of a description; pairs with a longer one are left out")
     parser.add_argument("--count", type=int, help=f"strings in all three splits (default: {DEFAULTS['count']})")
     parser.add_argument("--length", type=int, help=f"letters of the longest (default: {DEFAULTS['length']})")
     parser.add_argument("--seed", type=int, help=f"of the strings (default: {DEFAULTS['seed']})")
     args = parser.parse_args(argv)
     is_synthetic, translates = args.task in SYNTHETIC, args.task == "translation"
-    unread = ["language"] * (not translates) + (["lists_dir"] if is_synthetic else [*DEFAULTS])
+    unread = ["language"] * (not translates) + (["lists_dir", "longest"] if is_synthetic else [*DEFAULTS])
     problems = [
         f"--{name} must not be given with --task {args.task}, got {getattr(args, name)}"
         for name in unread
@@ -103,6 +104,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         problems.append(f"--language must be one other than en, e.g. de or pt_BR, got {args.language}")
     if args.lists_dir is not None and not args.lists_dir.is_dir():
         problems.append(f"--lists_dir must be a folder, got {args.lists_dir}")
+    if args.longest is not None and args.longest < 1:
+        problems.append(f"--longest must be at least 1, got {args.longest}")
     if is_synthetic:
         for name, value in DEFAULTS.items():
             setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
@@ -180,8 +183,12 @@ def describe(args: argparse.Namespace) -> tuple[Iterator[tuple[str, str, str]], 
         unequal = sum(len(one.translated) != len(one.english) for one in translated)
         origin |= {"translated": len(translated), "left_out_as_of_unequal_paragraphs": unequal}
     pair = DESCRIBED[args.task]
-    pairs = ((re.sub(r"[\d.]+", "", one.source), *texts) for one in found for texts in pair(one) if all(texts))
-    return pairs, origin
+    pairs = [(re.sub(r"[\d.]+", "", one.source), *texts) for one in found for texts in pair(one) if all(texts)]
+    if args.longest is not None:
+        short = [one for one in pairs if max(map(len, one[1:])) <= args.longest]
+        origin |= {"left_out_as_longer": len(pairs) - len(short)}
+        pairs = short
+    return iter(pairs), origin
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict]:

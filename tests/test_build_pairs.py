@@ -146,6 +146,18 @@ def test_other_pairs_of_descriptions(task, columns, row, lists, tmp_path):
     assert list(json.loads((tmp_path / "out" / "train.jsonl").read_text().splitlines()[0])) == columns
 
 
+def test_pairs_with_a_long_text_are_left_out(lists, tmp_path):
+    flags = ["--task", "translation", "--language", "pt_BR", "--lists_dir", lists]
+    everything = build(tmp_path / "a" / "out", *flags)
+    short = build(tmp_path / "b" / "out", *flags, "--longest", len(SHARED))
+    assert short == {
+        name: [pair for pair in found if max(map(len, pair)) <= len(SHARED)]
+        for name, found in everything.items()
+    }
+    known = json.loads((tmp_path / "b" / "out" / "sources.json").read_text())
+    assert known["left_out_as_longer"] == COUNT - 1  # what each says it does
+
+
 def test_what_has_no_pair_is_left_out():
     of = Description("a", "a", "", ["Alone"], ["Allein", "Mehr"])
     assert not [*build_pairs.pair_translations(of), *build_pairs.pair_summary(of), *build_pairs.pair_section(of)]
@@ -219,6 +231,8 @@ WRONG_FLAGS = {
         "--language must not be given with --task sections, got de; --seed must not be given with",
     ),
     "lists-unread": (["--task", "copy", "--lists_dir", "."], "--lists_dir must not be given with --task copy"),
+    "longest": (["--task", "sections", "--longest", "0"], "--longest must be at least 1, got 0"),
+    "longest-unread": (["--task", "copy", "--longest", "9"], "--longest must not be given with --task copy, got 9"),
     "no-lists": (["--task", "sections", "--lists_dir", "nowhere"], "--lists_dir must be a folder, got nowhere"),
     "counts": (["--task", "sort", "--count", "0", "--seed", "-1"], "--count must be at least 1, got 0; --seed must"),
     "length": (["--task", "sort", "--length", "0"], "--length must be at least 1, got 0"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from families import make_config, make_ids, make_seq2seq, make_seq2seq_config
 from peft import LoraConfig, get_peft_model
+from test_export import run, session
 from test_static_cache import compilations, compiled, counting_backend
 from torch.export import Dim
 from torch.nn import functional as F
@@ -294,8 +295,9 @@ def test_generate_compiles_the_decoding_step_once(variant):
 
 
 @pytest.mark.parametrize("variant", ["random+dot_product", "simple"])
-def test_exported_program_equals_the_model_at_any_size(variant):
-    model = make_seq2seq(variant, dtype=torch.float32, of_decoder={"use_cache": False})
+def test_exported_program_and_its_onnx_graph_equal_the_model_at_any_size(variant):
+    one = {"num_hidden_layers": 1}
+    model = make_seq2seq(variant, dtype=torch.float32, of_encoder=one, of_decoder={"use_cache": False, **one})
     sizes = {0: Dim("batch"), 1: Dim("source", max=24)}
     shapes = {"input_ids": sizes, "attention_mask": sizes, "decoder_input_ids": {0: sizes[0], 1: Dim("to", max=24)}}
 
@@ -304,12 +306,16 @@ def test_exported_program_equals_the_model_at_any_size(variant):
 
     with torch.no_grad():
         example = inputs(make_source(), MASK, 7)
-        program = torch.export.export(model, (), example, dynamic_shapes=shapes, strict=False).module()
+        program = torch.export.export(model, (), example, dynamic_shapes=shapes, strict=False)
+        graph = session(torch.onnx.export(program, (), dynamo=True, verbose=False))
         for other in (
             inputs(make_source()[:3, :5], MASK[:3, :5], 20),
-            inputs(make_ids(24, 1), make_ids(24, 1) > 40, 1),
+            inputs(make_ids(24, 1), (make_ids(24, 1) > 40).long(), 1),
         ):
-            torch.testing.assert_close(program(**other)["logits"], model(**other).logits, rtol=1e-5, atol=2e-5)
+            expected = model(**other).logits
+            in_onnx = torch.from_numpy(next(iter(run(graph, other).values())))
+            for logits in (program.module()(**other)["logits"], in_onnx):
+                torch.testing.assert_close(logits, expected, rtol=1e-5, atol=2e-5)
 
 
 def test_low_rank_adapters_train_and_merge():

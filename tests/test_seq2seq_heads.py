@@ -4,9 +4,14 @@ import pytest
 import torch
 from families import make_ids, make_seq2seq, make_seq2seq_config, spread
 from torch.nn import functional as F
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, pipeline
 
-from modeling_aft import AFTSeq2SeqForSequenceClassification, SynthesizerSeq2SeqForSequenceClassification
+from aft.seq2seq_models import end_texts
+from modeling_aft import (
+    AFTSeq2SeqForSequenceClassification,
+    ByteTokenizer,
+    SynthesizerSeq2SeqForSequenceClassification,
+)
 
 
 END, START = 1, 0  # as the tests of all encoder-decoders have them; padding is 0 too
@@ -54,6 +59,19 @@ def test_padding_at_the_ends_is_found_without_a_mask():
 def test_the_end_may_be_one_of_several_ids():
     model, source = make_classifier("dense", eos_token_id=[END, 300]), make_source()
     torch.testing.assert_close(model(source, MASK).logits, make_classifier("dense")(source, MASK).logits)
+
+
+def test_pipeline_classifies_texts_of_any_length():
+    tokenizer = ByteTokenizer()
+    end_texts(tokenizer)
+    ids = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    model = make_classifier("random+dot_product", torch.float32, pad_token_id=tokenizer.pad_token_id, **ids)
+    texts = ["A tool", "Tool for texts", "x"]
+    found = pipeline("text-classification", model=model, tokenizer=tokenizer)(texts, top_k=None, batch_size=2)
+    for text, scores in zip(texts, found, strict=True):
+        logits = model(torch.tensor([[*text.encode(), tokenizer.eos_token_id]])).logits[0]
+        expected = {f"LABEL_{index}": value for index, value in enumerate(logits.softmax(-1).tolist())}
+        assert {score["label"]: score["score"] for score in scores} == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_decoder_may_read_another_text():

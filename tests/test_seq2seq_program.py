@@ -14,8 +14,9 @@ from rouge_score.rouge_scorer import RougeScorer
 from safetensors.torch import load_file
 from test_finetune import leave_no_state  # noqa: F401
 from torch.nn import functional as F
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 
+from aft.commands.finetune import main as finetune
 from aft.commands.generate import main as generate
 from aft.commands.seq2seq import main
 from aft.seq2seq_flags import Seq2SeqInputs
@@ -406,3 +407,28 @@ def test_long_texts_are_cut_before_their_end(inputs, tmp_path):
     assert [line["target"] for line in lines] == [row["translation"]["de"] for row in make_rows(10, 1)]
     assert max(len(line["prediction"].encode()) for line in lines) <= 6  # two bytes, each shown as U+FFFD
     assert metrics["predict_exact_match"] == 0.0
+
+
+# What other programs do with such a model
+
+
+@pytest.mark.parametrize("kind", ["ours", "t5"])
+def test_finetune_makes_a_classifier_of_it(kind, finished, tmp_path):
+    """Of which Trainer gets more than the scores of the classes; --max_length ends at the shorter table."""
+    base = finished[0]
+    if kind == "t5":
+        ids = {"vocab_size": 257, "eos_token_id": 255, "pad_token_id": 256, "decoder_start_token_id": 256}
+        AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(**T5, **ids)).save_pretrained(tmp_path / "t5")
+        AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "t5")
+        base = tmp_path / "t5"
+    table = write_jsonl(tmp_path / "table.jsonl", [{"text": letter * 3, "label": letter} for letter in "ab" * 10])
+    flags = {"model": base, "labelled_file": table, "validation_file": table, "predict_file": table, "use_cpu": True}
+    flags |= {"output_dir": tmp_path / "run", "cache_dir": tmp_path / "cache", "num_train_epochs": 5}
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    metrics = finetune([*words, "--learning_rate", "0.02", "--disable_tqdm", "true"])
+    found = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
+    right = [line["label"] == line["text"][0] for line in found]
+    assert metrics["eval_accuracy"] == np.mean(right) == 1 and set(found[0]["scores"]) == {"a", "b"}
+    if kind == "ours":
+        with pytest.raises(ValueError, match=r"--max_length must be at most max_position_embeddings \(32\), got 40"):
+            finetune([*words, "--max_length", "40", "--output_dir", str(tmp_path / "other")])

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from aft import classifying_flags, picture_arguments, pretraining_arguments
+from aft import classifying_flags, picture_arguments, pretraining_arguments, seq2seq_flags
 from aft.atomic_files import check_file
 from aft.finetuning_flags import names_of_training_arguments
 from aft.flags import find_preset
@@ -82,6 +82,17 @@ COMMANDS = {
         set_by_compare={"model", "model_override", "seed", "output_dir", "resume_from_checkpoint"},
         same_in_all_runs=names_of(classifying_flags.PictureArguments) - {"image_size", "crop_ratio", "search_steps"},
         from_folder=classifying_flags.from_folder,
+        more_flags=names_of_training_arguments,
+    ),
+    "seq2seq": Rules(
+        program="aft.compare_seq2seq:EncoderDecoders",
+        groups=seq2seq_flags.GROUPS,
+        model="model",
+        resume="resume_from_checkpoint",
+        presets={"model": "seq2seq"},
+        set_by_compare={"model", "model_override", "seed", "output_dir", "resume_from_checkpoint"},
+        same_in_all_runs=names_of(seq2seq_flags.Seq2SeqInputs) - {"length_penalty", "search_steps"},
+        from_folder=seq2seq_flags.from_folder,
         more_flags=names_of_training_arguments,
     ),
 }

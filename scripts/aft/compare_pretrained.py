@@ -15,7 +15,7 @@ import numpy as np
 
 from aft.checkpointing import EARLIER
 from aft.compare_program import RESULT, Program
-from aft.model_configs import build_config
+from aft.model_configs import build_config, changed_fields
 from aft.picture_data import load_source
 from aft.pretraining import pretrain
 from aft.pretraining_arguments import MAY_DIFFER_WHEN_CONTINUED, check_arguments, parse_arguments
@@ -31,7 +31,7 @@ class Pretrained(Program):
     best = staticmethod(min)
     note = "train is what the last tenth of the training read, as it went by, with dropout where there is any."
     counts = {"parameters": "{:,}", "steps": "{:,}", "tokens": "{:,}"}
-    more_scores = ("train",)
+    more_scores = {"train": form}
 
     def __init__(self):
         self.data = None  # its checksum: no run of a plan has data of its own
@@ -42,8 +42,7 @@ class Pretrained(Program):
     def describe(self, flags: list[str], whole: bool) -> dict:
         args = parse_arguments(flags)
         config = check_arguments(args, num_processes=1) if whole else build_config(args)
-        model = config.to_diff_dict()
-        model.pop("transformers_version", None)
+        model = changed_fields(config)
         if not whole:
             return {"model_config": model}
         self.data = self.data or load_source(args).sha256

@@ -10,7 +10,9 @@
 
 import pkgutil
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from aft.compare_plan import COMMANDS
 from aft.settings_files import read_json
@@ -31,7 +33,9 @@ class Program(ABC):
         best: of several scores, the best one.
         note: sentence on the scores, for the table.
         counts: columns that all seeds of a run have in common, and how each is printed.
-        more_scores: columns of scores beside `valid` and `test`.
+        more_scores: columns of scores beside `valid` and `test`, and how each is printed.
+        with_spread: those of scores of which the deviation over the seeds is told, too.
+        more_speeds: columns of other speeds, in tokens or whatever they say per second.
     """
 
     amount: str
@@ -39,7 +43,9 @@ class Program(ABC):
     form: str
     note: str
     counts: dict[str, str]
-    more_scores: tuple[str, ...] = ()
+    more_scores: Mapping[str, str] = MappingProxyType({})
+    with_spread: tuple[str, ...] = ("valid", "test")
+    more_speeds: tuple[str, ...] = ()
 
     @staticmethod
     @abstractmethod

@@ -26,10 +26,12 @@ ORIGINS = ("data", "data_sha256", "date", "command")
 
 def columns_of(program: Program) -> tuple[str, ...]:
     """The columns of the csv."""
+    scores = []
+    for column in (*program.more_scores, "valid", "test"):
+        scores += [column, f"{column}_std"] if column in program.with_spread else [column]
     return (
-        *("run", *program.counts, "seeds", *program.more_scores, "valid", "valid_std", "test", "test_std"),
-        *("seconds", "equal_seconds", "valid_at_equal_seconds", program.speed, "peak_bytes"),
-        *(*CONDITIONS, *ORIGINS),
+        *("run", *program.counts, "seeds", *scores, "seconds", "equal_seconds", "valid_at_equal_seconds"),
+        *(program.speed, *program.more_speeds, "peak_bytes", *CONDITIONS, *ORIGINS),
     )
 
 
@@ -38,15 +40,20 @@ def shown(program: Program) -> list[tuple[str, str, str]]:
     return [
         ("run", "run", "{}"),
         *((column, column, form) for column, form in program.counts.items()),
-        *((column, column, program.form) for column in program.more_scores),
+        *((heading(column), column, form) for column, form in program.more_scores.items()),
         (program.held_out, "valid", program.form),
         ("test", "test", program.form),
         (f"{program.held_out} at equal wall-clock", "valid_at_equal_seconds", program.form),
         ("training seconds", "seconds", "{:,.0f}"),
-        (f"{program.amount}/s", program.speed, "{:,.0f}"),
+        *((heading(column), column, "{:,.0f}") for column in (program.speed, *program.more_speeds)),
         ("peak MiB", "peak_bytes", "{:,.0f}"),
         ("seeds", "seeds", "{}"),
     ]
+
+
+def heading(column: str) -> str:
+    """What stands above a column of scores or speeds."""
+    return column.replace("_per_second", "/s").replace("_", " ")
 
 
 def value_at(curve: np.ndarray, amount: float) -> float | None:
@@ -76,10 +83,12 @@ def join_seeds(program: Program, name: str, runs: list[dict]) -> dict:
         row[column] = "; ".join(dict.fromkeys(run[column] for run in runs))
     for column in (*program.more_scores, "valid", "test"):
         row[column] = mean_of([run[column] for run in runs])
-    for column in ("valid", "test"):
+    for column in program.with_spread:
         there = len(runs) > 1 and row[column] is not None
         row[f"{column}_std"] = stdev(run[column] for run in runs) if there else None
-    row[program.speed] = max(run[program.speed] for run in runs)
+    for column in (program.speed, *program.more_speeds):
+        speeds = [run[column] for run in runs]
+        row[column] = None if None in speeds else max(speeds)
     row["seconds"] = row[program.amount] / row[program.speed]
     peaks = [run["peak_bytes"] for run in runs]
     row["peak_bytes"] = None if None in peaks else min(peaks)

@@ -53,7 +53,7 @@ from aft.finetuning_run import (
 )
 from aft.folder_lock import locked
 from aft.labelled_tables import describe_labels, encode_table, read_table
-from aft.model_configs import has_length_limit
+from aft.model_configs import length_limit
 from aft.raw_files import file_bytes
 from aft.saved_models import check_reads_text, load, load_model
 from aft.vocabulary import rows_needed
@@ -80,9 +80,9 @@ def load_config_and_tokenizer(inputs: InputArguments):
             f"--model {inputs.model}: its vocab_size must be at least that of its tokenizer, {needed}, got "
             f"{config.vocab_size}"
         )
-    if has_length_limit(config) and (inputs.max_length or 0) > config.max_position_embeddings:
+    if (table := length_limit(config)) is not None and (inputs.max_length or 0) > table:
         raise ValueError(
-            f"--max_length must be at most max_position_embeddings ({config.max_position_embeddings}), "
+            f"--max_length must be at most max_position_embeddings ({table}), "
             f"got {inputs.max_length}"
         )
     return config, tokenizer
@@ -225,7 +225,7 @@ def chat_task(inputs: InputArguments, args: FinetuningArguments, config, tokeniz
     prepare_tokenizer(tokenizer, f"--model {inputs.model}")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # what is padded has no labels
-    limit = inputs.max_length or (config.max_position_embeddings if has_length_limit(config) else None)
+    limit = inputs.max_length or length_limit(config)
     tables = {
         name: read_chats(Path(path), name)
         for name in ("chat_file", "validation_file")
@@ -286,7 +286,7 @@ def classifier_task(inputs: InputArguments, args: FinetuningArguments, config, t
     labels = tables["labelled_file"].labels
     names = label_names(labels, config, inputs)
     label2id = {name: index for index, name in enumerate(names)}
-    limit = inputs.max_length or (config.max_position_embeddings if has_length_limit(config) else None)
+    limit = inputs.max_length or length_limit(config)
     rows = {
         flag_name: encode_table(table, label2id, tokenizer, inputs.truncation, limit)
         for flag_name, table in tables.items()
@@ -312,8 +312,14 @@ def classifier_task(inputs: InputArguments, args: FinetuningArguments, config, t
         collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=compute_metrics,
         identity={**identity, **{name: tables[name].sha256 for name in tables if name != "predict_file"}},
+        reduce_logits=only_logits,
         prediction=rows.get("predict_file"),
     )
+
+
+def only_logits(outputs, labels) -> torch.Tensor:
+    """Those of the classes, without what else an encoder-decoder returns."""
+    return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
 def write_predictions(path: Path, texts: list[str], logits: np.ndarray, names: dict[int, str]) -> None:

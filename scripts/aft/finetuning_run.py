@@ -27,6 +27,7 @@ from aft.finetuning_checkpoints import check_identity, find_checkpoint
 from aft.finetuning_trainer import FinetuningTrainer, RunIdentity
 from aft.flags import import_files
 from aft.learning_rate_search import search_learning_rate
+from aft.model_configs import changed_fields
 
 
 # What a result is told by, and its unit.
@@ -76,9 +77,7 @@ def identify_model(model: torch.nn.Module, new: set[str]) -> dict:
         if name not in new:
             digest.update(name.encode())
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    config = model.config.to_diff_dict()
-    config.pop("transformers_version", None)
-    return {"model_config": config, "model_weights": digest.hexdigest()}
+    return {"model_config": changed_fields(model.config), "model_weights": digest.hexdigest()}
 
 
 def split_rows(count: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -124,6 +124,13 @@ def make_config(values: dict, name: str) -> PreTrainedConfig:
         raise ValueError(f"{name}: {one_line(error)}") from error
 
 
+def changed_fields(config: PreTrainedConfig) -> dict:
+    """The fields of a configuration that are not their defaults, without the version of the library."""
+    fields = config.to_diff_dict()
+    fields.pop("transformers_version", None)
+    return fields
+
+
 def has_fixed_state(config: PreTrainedConfig) -> bool:
     """Whether each layer of the model keeps what it has read in AFT's state of fixed size."""
     return set(getattr(config, "layer_types", None) or ()) == {"aft_state"}
@@ -138,3 +145,8 @@ def stack_limits(config: PreTrainedConfig) -> tuple[int | None, int | None]:
     """How many tokens encoder and decoder can read, None for any number."""
     stacks = config.get_text_config(encoder=True), config.get_text_config(decoder=True)
     return tuple(stack.max_position_embeddings if has_length_limit(stack) else None for stack in stacks)
+
+
+def length_limit(config: PreTrainedConfig) -> int | None:
+    """How many tokens every stack of the model can read, None for any number."""
+    return min((limit for limit in stack_limits(config) if limit is not None), default=None)

@@ -55,7 +55,7 @@ from aft.folder_lock import locked
 from aft.machine import hardware_name
 from aft.masking import MaskedWindows, Masking, make_masking
 from aft.masking_arguments import complete_masking
-from aft.model_configs import has_length_limit
+from aft.model_configs import changed_fields, has_length_limit
 from aft.optimization import all_finite, create_optimizers, learning_rate, set_learning_rate
 from aft.painting import draw_completions, draw_samples, save_picture
 from aft.picture_arguments import source_flags
@@ -617,8 +617,7 @@ def set_up(args, argv: list[str], config) -> Run:
 
     identity = {key: value for key, value in vars(args).items() if key not in MAY_DIFFER_ON_RESUME}
     identity |= {"data": data.sha256, "num_processes": accelerator.num_processes}
-    identity |= {"mixed_precision": accelerator.mixed_precision, "model_config": config.to_diff_dict()}
-    identity["model_config"].pop("transformers_version", None)
+    identity |= {"mixed_precision": accelerator.mixed_precision, "model_config": changed_fields(config)}
     state = {"step": 0, "log_lines": 0, "training_seconds": 0.0}
     if checkpoint is not None:
         state = read_state(checkpoint, identity)

@@ -130,13 +130,19 @@ class Data:
     longest: int
 
 
-def pair_data(inputs: Seq2SeqInputs, config: PreTrainedConfig) -> Data:
-    """Pairs of texts as token ids."""
-    limits = check_lengths(inputs, config)
+def split_pairs(inputs: Seq2SeqInputs) -> dict[str, Pairs]:
+    """The pairs of each part, of which validation is a share of those to train on where there is no other."""
     pairs = read_pairs(inputs)
     if "validation" not in pairs:
         rows = split_rows(len(pairs["train"]), inputs.validation_share, inputs.split_seed)
         pairs["train"], pairs["validation"] = map(pairs["train"].select, rows)
+    return pairs
+
+
+def pair_data(inputs: Seq2SeqInputs, config: PreTrainedConfig) -> Data:
+    """Pairs of texts as token ids."""
+    limits = check_lengths(inputs, config)
+    pairs = split_pairs(inputs)
     tokenizer = make_tokenizer(inputs, config, texts_of(pairs["train"], inputs.source_prefix))
     fit_config(config, tokenizer, inputs)
     encoded = {
@@ -168,6 +174,22 @@ def read_text(path: str, flag: str) -> bytes:
     return content
 
 
+def split_texts(inputs: Seq2SeqInputs) -> dict[str, bytes]:
+    """The text of each part, of which validation is the end of that to train on where there is no other."""
+    flags = {"train": "text_file", "validation": "validation_file", "test": "test_file"}
+    texts = {part: read_text(path, flag) for part, flag in flags.items() if (path := getattr(inputs, flag))}
+    if "validation" not in texts:
+        texts["train"], texts["validation"] = split_text(texts["train"], inputs.validation_share)
+    return texts
+
+
+def identify_data(inputs: Seq2SeqInputs) -> dict[str, str]:
+    """The sha256 of the pairs or the text of each part."""
+    if inputs.text_file:
+        return {part: sha256(text) for part, text in split_texts(inputs).items()}
+    return {part: pairs.sha256() for part, pairs in split_pairs(inputs).items()}
+
+
 def token_ids(content: bytes, tokenizer, name: str) -> np.ndarray:
     """
     The ids of the tokens of a text [N], without special ones.
@@ -188,10 +210,7 @@ def corrupted_data(inputs: Seq2SeqInputs, config: PreTrainedConfig, seed: int) -
     source_limit, target_limit = check_lengths(inputs, config)
     if source_limit is None:
         raise ValueError("--max_source_length must be given for a model without tables of positions, got None")
-    flags = {"train": "text_file", "validation": "validation_file", "test": "test_file"}
-    texts = {part: read_text(path, flag) for part, flag in flags.items() if (path := getattr(inputs, flag))}
-    if "validation" not in texts:
-        texts["train"], texts["validation"] = split_text(texts["train"], inputs.validation_share)
+    texts = split_texts(inputs)
     tokenizer = make_tokenizer(inputs, config, ([piece] for piece in pieces(texts["train"].decode("utf-8"))))
     fit_config(config, tokenizer, inputs)
     mean = inputs.mean_span_length or (20.0 if is_byte_tokenizer(tokenizer) else 3.0)

@@ -23,6 +23,7 @@ PRESETS = "seq2seq"  # where those of --model are
 SOURCES = ("pairs_file", "dataset", "text_file")
 METRICS = {"bleu": "sacrebleu", "chrf": "sacrebleu", "rouge": "rouge_score"}  # and what computes them
 TRUNCATIONS = ("none", "right")
+FILES = ("pairs_file", "text_file", "validation_file", "test_file", "predict_file")
 
 
 @dataclass
@@ -100,6 +101,12 @@ class Seq2SeqDefaults(FinetuningDefaults):
 GROUPS = (Seq2SeqInputs, Seq2SeqDefaults)
 
 
+def from_folder(folder: Path, name: str, value: str) -> str:
+    """The value of a flag in a file of `folder`, where a relative path begins there."""
+    may_be_path = name in (*FILES, "dataset", "tokenizer") and (folder / value).exists()
+    return str(folder / value) if value and (name == "cache_dir" or may_be_path) else value
+
+
 def seq2seq_problems(inputs: Seq2SeqInputs) -> list[str]:
     """What is wrong with the flags of the model and the data by themselves."""
     problems = []
@@ -132,7 +139,7 @@ def seq2seq_problems(inputs: Seq2SeqInputs) -> list[str]:
         check_left_out(("tokenizer",), "with a saved model, which has its own")
     if inputs.tokenizer not in (None, "bpe") or (inputs.model and not is_preset(inputs.model, PRESETS)):
         check_left_out(("vocab_size",), "without --tokenizer bpe")
-    for name in ("pairs_file", "text_file", "validation_file", "test_file", "predict_file"):
+    for name in FILES:
         path = getattr(inputs, name)
         if path is not None and not Path(path).is_file():
             problems.append(f"--{name} must be a file, got {path!r}{like_path(Path(path))}")

@@ -70,6 +70,8 @@ class Seq2SeqFinetuningTrainer(FinetuningTrainer, Seq2SeqTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         watch = self.stopwatch
+        if "train_runtime" in logs:
+            logs["train_tokens"] = self.train_dataset.num_tokens
         if "train_runtime" in logs and watch.seconds:
             speed = (watch.epoch - watch.first) / watch.seconds
             logs["train_tokens_per_second"] = self.rates(speed)["tokens_per_second"]

@@ -16,6 +16,7 @@ Trains the models of a plan on the same data, and writes one table and one pictu
         --max_hours 2
     aft compare configuration/compare/variants.yaml --table_only --output_dir benchmarks
     aft compare configuration/compare/images.yaml --data FOLDER
+    aft compare configuration/compare/translation.yaml --jobs 2
 
 Each run is `aft pretrain`, or what the plan says, in a process of its own, with the folder
 <runs_dir>/<plan>/<run>-seed<k>. Flags that are not listed below go to every run, and win over the plan. A finished
@@ -27,7 +28,7 @@ its folder then, in output.txt. The times of runs can be compared if all had as 
 
 A plan is a YAML file:
 
-    command: pretrain                            # the default; or classify, see below
+    command: pretrain                            # the default; or classify or seq2seq, see below
     training_preset: ../training/small.yaml      # optional; paths start at the plan's folder
     training: {batch_size: 16, max_steps: 300}   # flags of `aft pretrain`
     seeds: [0]
@@ -38,9 +39,10 @@ A plan is a YAML file:
       other: {model_preset: ../models/a.json, model_override: {window_size: 8}, training: {batch_size: 8}}
 
 With `command: classify` the runs are classifiers of pictures that begin from nothing: `training` has flags of
-`aft classify`, its recipe among them, and a run has `model` in place of model_preset.
+`aft classify`, its recipe among them, and a run has `model` in place of model_preset. With `command: seq2seq` they are
+encoder-decoders, with flags of `aft seq2seq`; the table has the scores of what they write for test, too.
 
-Whatever is chosen is chosen on valid, or on held-out pictures; test is scored once, when a run ends.
+Whatever is chosen is chosen on valid, or on what is held out; test is scored once, when a run ends.
 """
 
 import argparse
