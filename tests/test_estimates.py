@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import modeling_aft  # noqa: F401  (registers the model types)
 from aft.commands.pretrain import main
-from aft.estimates import Estimate, estimate
+from aft.estimates import Estimate, bound, estimate
 from aft.machine import peak_bytes
 from aft.memory_needs import activation_problems
 from aft.pretraining_arguments import parse_arguments
@@ -42,6 +42,7 @@ def test_memory_is_about_what_a_step_takes(preset):
     step()  # whose gradients stay
     found = estimate(config, LENGTH)
     assert found.state_bytes == 16 * sum(parameter.numel() for parameter in model.parameters())
+    assert found.needed(windows) <= bound(config, windows, LENGTH)
     kept = found.needed(windows) - found.state_bytes
     if (peak := peak_bytes(step, "cpu")) is not None:
         assert 0.65 * peak < kept < 1.35 * peak
@@ -71,7 +72,8 @@ def test_a_model_that_cannot_be_traced_has_no_estimate(monkeypatch):
         raise NotImplementedError("needs values")
 
     monkeypatch.setattr("transformers.GPT2LMHeadModel.forward", forward)
-    assert estimate(AutoConfig.for_model("gpt2", n_layer=1, n_embd=8, n_head=1), 8) is None
+    config = AutoConfig.for_model("gpt2", n_layer=1, n_embd=8, n_head=1)
+    assert estimate(config, 8) is bound(config, 1, 8) is None
 
 
 FOUND = Estimate(flops_per_token=1.0, state_bytes=1000, window_bytes=100, batch_bytes=50)

@@ -9,6 +9,7 @@
 """What a training step will take, told before the first: its operations, and its memory, from shapes alone."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -46,11 +47,9 @@ class Estimate:
         return max(0, (memory - self.state_bytes - self.batch_bytes) // max(self.window_bytes, 1))
 
 
-def trace(config: PreTrainedConfig, objective: str, windows: int, length: int) -> tuple[float, int, int]:
-    """The operations of a step on the device "meta", the bytes that it keeps, and those of the parameters."""
-    with torch.device("meta"):
-        model = LANGUAGE_MODELS[objective].from_config(config).train()
-        ids = torch.zeros(windows, length, dtype=torch.long)
+def kept_bytes(model: torch.nn.Module, objective: str, windows: int, length: int) -> tuple[int, torch.Tensor]:
+    """What a step on the device "meta" keeps for its backward pass, in bytes, and its loss."""
+    ids = torch.zeros(windows, length, dtype=torch.long, device="meta")
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     kept, sizes = [], {}
 
@@ -61,37 +60,65 @@ def trace(config: PreTrainedConfig, objective: str, windows: int, length: int) -
         kept.append(tensor)  # so that no other tensor gets its address
         return tensor
 
-    with (
-        FlopCounterMode(display=False) as counter,
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-    ):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         logits = model(input_ids=ids, **without_cache(objective)).logits
-        F.cross_entropy(logits.float().flatten(0, 1), ids.flatten(), reduction="sum").backward()
-    return (
-        counter.get_total_flops(),
-        sum(sizes.values()) + logits.numel() * 4,  # and the gradient of the logits
-        sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
-    )
+        loss = F.cross_entropy(logits.float().flatten(0, 1), ids.flatten(), reduction="sum")
+    return sum(sizes.values()) + logits.numel() * 4, loss  # and the gradient of the logits
+
+
+def make(config: PreTrainedConfig, objective: str) -> torch.nn.Module:
+    """The model on the device "meta"."""
+    with torch.device("meta"):
+        return LANGUAGE_MODELS[objective].from_config(config).train()
+
+
+def state_bytes(model: torch.nn.Module) -> int:
+    """Weights, gradients and the averages of AdamW."""
+    return 4 * sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def of_all_layers(config: PreTrainedConfig, measure: Callable[[PreTrainedConfig], tuple]) -> tuple | None:
+    """What `measure` says of the model, of very many layers as follows from two; None if it needs data for it."""
+
+    def of_layers(number: int) -> tuple:
+        changed = copy.deepcopy(config)
+        changed.num_hidden_layers = number
+        return measure(changed)
+
+    try:
+        layers = getattr(config, "num_hidden_layers", 1)
+        if layers <= MOST_LAYERS:
+            return measure(config)
+        first, second = of_layers(1), of_layers(2)
+        return tuple(a + (b - a) * (layers - 1) for a, b in zip(first, second, strict=True))
+    except Exception:  # of a library's model: what it does may need values
+        return None
+
+
+def bound(config: PreTrainedConfig, windows: int, length: int, objective: str = "causal") -> int | None:
+    """
+    The bytes of memory that a forward and backward pass of so many windows needs at most, which is found sooner than
+    an estimate: all of what a window keeps is counted for each. None for a model that cannot be traced without data.
+    """
+
+    def measure(config: PreTrainedConfig) -> tuple[int, int]:
+        model = make(config, objective)
+        return state_bytes(model), kept_bytes(model, objective, 1, length)[0]
+
+    found = of_all_layers(config, measure)
+    return None if found is None else found[0] + windows * found[1]
 
 
 def estimate(config: PreTrainedConfig, length: int, objective: str = "causal") -> Estimate | None:
     """What a step on windows of `length` tokens takes; None for a model that cannot be traced without data."""
 
-    def of_layers(number: int | None) -> tuple[float, int, int, int]:
-        changed = copy.deepcopy(config)
-        if number is not None:
-            changed.num_hidden_layers = number
-        (_, one, _), (flops, two, weights) = (trace(changed, objective, windows, length) for windows in (1, 2))
-        return flops / (2 * length), two - one, max(2 * one - two, 0), weights
+    def measure(config: PreTrainedConfig) -> tuple[float, int, int, int]:
+        model = make(config, objective)
+        one, _ = kept_bytes(model, objective, 1, length)
+        with FlopCounterMode(display=False) as counter:
+            two, loss = kept_bytes(model, objective, 2, length)
+            loss.backward()
+        return counter.get_total_flops() / (2 * length), state_bytes(model), two - one, max(2 * one - two, 0)
 
-    try:
-        layers = getattr(config, "num_hidden_layers", 1)
-        if layers <= MOST_LAYERS:
-            found = of_layers(None)
-        else:
-            first, second = of_layers(1), of_layers(2)
-            found = tuple(a + (b - a) * (layers - 1) for a, b in zip(first, second, strict=True))
-    except Exception:  # of a library's model: what it does may need values
-        return None
-    flops, window, batch, weights = found
-    return Estimate(flops, 4 * weights, int(window), int(batch))
+    found = of_all_layers(config, measure)
+    return None if found is None else Estimate(found[0], *map(int, found[1:]))

@@ -16,7 +16,7 @@ import torch
 from accelerate.utils import parse_flag_from_env
 from transformers import PreTrainedConfig
 
-from aft.estimates import Estimate, estimate
+from aft.estimates import Estimate, bound, estimate
 from aft.saved_models import LANGUAGE_MODELS
 
 
@@ -84,7 +84,10 @@ def check_memory(args, config: PreTrainedConfig, num_processes: int) -> list[str
         windows = getattr(args, name)
         check(windows * of_window, f"--{name} {windows} with --sequence_length {args.sequence_length}")
     check((args.sample_bytes or 0) * 8, f"--sample_bytes {args.sample_bytes}")
-    return problems or activation_problems(args, estimate(config, args.sequence_length, args.objective), memory)
+    most = bound(config, args.micro_batch_size, args.sequence_length, args.objective)
+    if problems or most is None or most <= memory:
+        return problems
+    return activation_problems(args, estimate(config, args.sequence_length, args.objective), memory)
 
 
 def activation_problems(args, found: Estimate | None, memory: int) -> list[str]:
