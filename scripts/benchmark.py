@@ -15,6 +15,7 @@ Measures side by side, and writes a row per contestant and length to benchmarks/
     python scripts/benchmark.py decode       # decoding steps of whole models after a context of T tokens
     python scripts/benchmark.py memory       # the most memory that two training steps hold, weights included
     python scripts/benchmark.py images       # classifiers of images beside ViT; T is the side of an image in pixels
+    python scripts/benchmark.py seq2seq      # encoder-decoders beside T5 and BART: training steps, and `generate`
     python scripts/benchmark.py ceiling      # what the processor can do: copies, exp, matrix products
     python scripts/benchmark.py pictures     # draws what the others have written
 
@@ -54,6 +55,7 @@ from aft.benchmark_contestants import (
     train_contestants,
 )
 from aft.benchmark_rows import add_rows, read_rows
+from aft.benchmark_seq2seq import seq2seq_configs, seq2seq_contestants
 from aft.console import any_text, is_out_of_memory, run_program
 from aft.machine import peak_bytes, processor_name
 
@@ -65,13 +67,15 @@ SUITES = {
     "decode": decode_contestants,
     "memory": train_contestants,
     "images": image_contestants,
+    "seq2seq": seq2seq_contestants,
     "ceiling": ceiling_contestants,
 }
-OF_MODELS = ("train", "decode", "memory", "images")
-BATCHES = {"decode": 1, "memory": 1, "ceiling": 1, "images": 4}  # where --batch_size is not given; else by --tokens
+OF_MODELS = ("train", "decode", "memory", "images", "seq2seq")
+BATCHES = {"decode": 1, "memory": 1, "ceiling": 1, "images": 4, "seq2seq": 4}  # where --batch_size is not given; else by --tokens
 LENGTHS = {
     "decode": [64, 256, 1024, 4096, 16384, 65536],
     "images": [224, 384],
+    "seq2seq": [128],
     "ceiling": [2**26],
 }
 # The longest T of those with [T, T] tables, and of those that are a Python loop over the tokens without their kernels.
@@ -234,7 +238,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("suite", choices=[*SUITES, "pictures"], help="what to measure")
     parser.add_argument("--lengths", type=int, nargs="+", help="values of T; of ceiling: elements of the large copy")
     parser.add_argument(
-        "--models", nargs="+", help="models of train, decode, memory and images: names, or files of presets"
+        "--models", nargs="+", help="models of train, decode, memory, images and seq2seq: names, or files"
     )
     defaults = ", ".join(f"{name}={length}" for name, length in LONGEST.items())
     parser.add_argument(
@@ -245,7 +249,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="NAME=LENGTH",
         help=f"contestants that are left out beyond a length; unless given here, {defaults}",
     )
-    parser.add_argument("--batch_size", type=int, help="sequences; else by --tokens, 1 in decode and memory, 4 images")
+    parser.add_argument("--batch_size", type=int, help="sequences; else by --tokens, 1 in decode and memory, 4 in images and seq2seq")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of a batch, at least one sequence")
     parser.add_argument("--layers", type=int, default=6, help="blocks of a model")
     parser.add_argument("--width", type=int, default=256, help="channels D")
@@ -285,7 +289,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if args.models and args.suite not in OF_MODELS:
         problems.append(f"--models must go with {', '.join(OF_MODELS)}, got {args.suite}")
     if not problems:
-        names = model_names(args)
+        names = [*seq2seq_configs(args, 1)] if args.suite == "seq2seq" else model_names(args)
         args.models = args.models or names
         unknown = [name for name in args.models if name not in names and not Path(name).is_file()]
         if unknown:

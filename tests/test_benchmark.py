@@ -98,6 +98,19 @@ def test_images_suite_measures_classifiers_and_vit(tmp_path):
     assert {row["width"] for row in rows} == {"192"}
 
 
+def test_seq2seq_suite_measures_training_and_writing_of_models_of_equal_size(tmp_path):
+    rows = rows_of(tmp_path, "seq2seq", "--lengths", "6", "--repeats", "1")
+    models = ["synthesizer-random", "synthesizer-factorized-random", "synthesizer-dense"]
+    models += ["synthesizer-random-dot-product", "transformer", "aft-conv-4-3", "t5", "bart"]
+    assert names(rows, 6) == [f"{model}-{part}" for part in ("training", "generation") for model in models]
+    assert {row["batch_size"] for row in rows} == {"4"}
+    sizes = [int(row["parameters"]) for row in rows]
+    assert max(sizes) < 1.05 * min(sizes)
+    for row in rows:
+        tokens = 4 * 6 * (2 if row["contestant"].endswith("training") else 1)
+        assert float(row["rate"]) * float(row["p50"]) == pytest.approx(tokens, rel=1e-2)
+
+
 def test_memory_suite_measures_each_model_in_its_own_process(tmp_path):
     flags = ["--models", "aft-simple", "gpt2", "--longest", "gpt2=1024", "--width", "64"]
     [row] = rows_of(tmp_path, "memory", "--lengths", "2048", *flags)
@@ -266,7 +279,7 @@ def test_a_file_of_other_columns_is_refused_before_the_work(tmp_path):
         (["train", "--batch_size", "0", "--lengths", "0"], "--batch_size .* least 1, got 0; --lengths .* 1, got 0"),
         (["train", "--models", "gpt3"], "--models must be files or of aft-simple, .*, got gpt3"),
         (["decode", "--models", "mamba"], "--models must be files or of aft-simple, .*, llama, got mamba"),
-        (["operator", "--models", "gpt2"], "--models must go with train, decode, memory, images, got operator"),
+        (["operator", "--models", "gpt2"], "--models must go with train, decode, memory, images, seq2seq, got operator"),
         (["operator", "--compile"], "--compile must go with train, decode, .*, got operator on cpu"),
         (["memory", "--compile"], "--compile must go with .* memory on cuda, got memory on cpu"),
     ],
