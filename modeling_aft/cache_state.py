@@ -95,6 +95,8 @@ class StateLayer(CacheLayerMixin):
         self.unfinished = False
         self.kind: str | None = None
 
+    has_fixed_size = True  # the tensors of the state, however many tokens there are
+
     @property
     def is_compileable(self) -> bool:
         return not self.record_past
@@ -219,8 +221,9 @@ class StateLayer(CacheLayerMixin):
         else:
             self.state = state
             self.in_graph = torch.is_grad_enabled()
-            for tensor in filter(torch.is_tensor, state):
-                self._keep_address(tensor)
+            if self.has_fixed_size:
+                for tensor in filter(torch.is_tensor, state):
+                    self._keep_address(tensor)
         self.spare = None
 
     @staticmethod
@@ -330,8 +333,12 @@ class GrowingStateLayer(StateLayer):
     per_token: dict[str, tuple[int, float]]
 
     @property
+    def has_fixed_size(self) -> bool:
+        return self.max_cache_len is not None
+
+    @property
     def is_compileable(self) -> bool:
-        return self.max_cache_len is not None and not self.record_past
+        return self.has_fixed_size and super().is_compileable
 
     def get_max_length(self) -> int:
         """The number of tokens that a static cache has room for; -1 if it grows."""

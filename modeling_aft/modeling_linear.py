@@ -13,12 +13,35 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization
 
-from .ops_modes import is_exporting, is_transformed
+from .ops_modes import is_exporting, is_static, is_transformed
 
 
 def activated(tensor: torch.Tensor, activation: str) -> torch.Tensor:
     """tanh of a tensor, or with "none" the tensor."""
     return tensor.tanh() if activation == "tanh" else tensor
+
+
+class Linear(nn.Linear):
+    """
+    `torch.nn.Linear` that is faster on CPUs for a few rows, as decoding steps of a batch have them: libraries of matrix
+    products share the work out by rows of the result, so the outputs are made the rows.
+    """
+
+    few_rows = range(3, 9)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[..., in] to [..., out]."""
+        if is_static() or hidden_states.numel() // self.in_features not in self.few_rows or not self._fits(hidden_states):
+            return super().forward(hidden_states)
+        rows = hidden_states.reshape(-1, self.in_features).T
+        out = self.weight @ rows if self.bias is None else torch.addmm(self.bias[:, None], self.weight, rows)
+        return out.T.contiguous().view(*hidden_states.shape[:-1], self.out_features)
+
+    def _fits(self, hidden_states: torch.Tensor) -> bool:
+        """Whether plain tensors of float32 on a CPU are multiplied, of which no gradient is taken."""
+        plain = type(self.weight) is nn.Parameter and self.weight.dtype == hidden_states.dtype == torch.float32
+        on_cpu = hidden_states.device.type == "cpu" and not torch.is_grad_enabled()
+        return plain and on_cpu and not is_transformed()
 
 
 def make_linear(config, in_features: int, out_features: int, bias: bool | None = None) -> nn.Module:
@@ -27,7 +50,7 @@ def make_linear(config, in_features: int, out_features: int, bias: bool | None =
     bias = config.linear_bias if bias is None else bias
     fan_in = config.linear_fan_in
     if fan_in is None or fan_in >= in_features:
-        return nn.Linear(in_features, out_features, bias=bias)
+        return Linear(in_features, out_features, bias=bias)
     return SparseLinear(in_features, out_features, fan_in, bias=bias)
 
 

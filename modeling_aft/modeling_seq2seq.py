@@ -28,7 +28,7 @@ from .compatibility import (
     refuse_unknown,
 )
 from .modeling_causal_lm import MixerGenerationMixin
-from .modeling_linear import activated, make_linear
+from .modeling_linear import Linear, activated, make_linear
 from .modeling_stack import (
     MixerBlock,
     MixerPreTrainedModel,
@@ -451,7 +451,7 @@ class MixerForConditionalGeneration(MixerEncoderDecoder):
         self.model = self.model_class(config)
         self.loss_type = "ForMaskedLM"  # that which does not shift labels
         width, bias = config.decoder.hidden_size, config.decoder.lm_head_bias
-        self.lm_head = nn.Linear(width, config.decoder.vocab_size, bias=bias)
+        self.lm_head = Linear(width, config.decoder.vocab_size, bias=bias)
         self.post_init()
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor) -> torch.LongTensor:

@@ -26,7 +26,7 @@ from .modeling_stack import Mixer, MixerBlock, MixerPreTrainedModel, scale_queri
 from .modeling_text import MixerModel
 from .modeling_tokens import read_tokens
 from .ops_modes import leading
-from .ops_synthesizer import Logits, SynthesizerState, advance, attend, attend_fused, columns, outer
+from .ops_synthesizer import Logits, SynthesizerState, advance, attend, attend_fused, columns, outer, product_by_head
 from .ops_tokens import Tokens, compact, expand, refused
 
 
@@ -62,7 +62,7 @@ class DenseLogits(ComponentLogits):
         initialization.zeros_(self.bias)
 
     def whole(self, query: Tensor, positions: Tensor | None) -> Tensor:
-        return query.relu() @ self.weight + self.bias[:, None]
+        return product_by_head(query.relu(), self.weight) + self.bias[:, None]
 
     def parts(self, query: Tensor, positions: Tensor | None) -> Logits:
         table = torch.cat([self.weight.transpose(1, 2), self.bias[..., None]], -1)  # [H, N, d + 1]
@@ -116,7 +116,8 @@ class FactorizedRandomLogits(ComponentLogits):
         initialization.normal_(self.key_factors, mean=0.0, std=factor_std)
 
     def whole(self, query: Tensor, positions: Tensor | None) -> Tensor:
-        return _rows(self.query_factors, positions, query.shape[2]) @ self.key_factors.transpose(1, 2)
+        rows = _rows(self.query_factors, positions, query.shape[2])
+        return product_by_head(rows, self.key_factors.transpose(1, 2))
 
     def parts(self, query: Tensor, positions: Tensor | None) -> Logits:
         length = query.shape[2]
@@ -375,7 +376,7 @@ class SynthesizerMixer(Mixer):
             else:
                 visible = visible & (pairs > torch.finfo(pairs.dtype).min)
                 logits = logits + pairs.masked_fill(~visible, 0)
-        elif self.is_causal:
+        elif self.is_causal and length > 1:  # a single token stands behind all others
             places = torch.arange(state.key_position.shape[1], device=query.device)
             visible = visible & (places <= places[-length:, None])
         out, weights = attend(logits, state.value, visible.expand(-1, -1, length, -1))

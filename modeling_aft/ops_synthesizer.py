@@ -107,6 +107,12 @@ def outer(first: Tensor, second: Tensor) -> Tensor:
     return (first[..., :, None] * second[..., None, :]).flatten(-2)
 
 
+def product_by_head(rows: Tensor, weight: Tensor) -> Tensor:
+    """[B, H, T, d] and [H, d, N] to [B, H, T, N], as `rows @ weight`, which would copy the weights for every row."""
+    batch, _, length, _ = rows.shape
+    return (rows.transpose(0, 1).flatten(1, 2) @ weight).unflatten(1, (batch, length)).transpose(0, 1)
+
+
 def columns(logits: Tensor, key_position: Tensor | None, length: int) -> Tensor:
     """The columns of logits [1 or B, H, T, N] at the key positions [B, S], or the first `length` for None."""
     if key_position is None:
