@@ -257,6 +257,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--conv_heads", type=int, default=32, help="heads of AFT-conv")
     parser.add_argument("--window", type=int, default=32, help="window size s of AFT-local and AFT-conv")
     parser.add_argument("--rank", type=int, default=64, help="rank of the position biases of AFT-local and AFT-full")
+    parser.add_argument("--dropout", type=float, help="seq2seq: where each model has it (default: 0.1)")
     parser.add_argument("--steps", type=int, default=8, help="decoding steps in a turn")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of all tensors")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
@@ -283,6 +284,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("heads", "conv_heads"):
         if args.width % max(getattr(args, name), 1):
             problems.append(f"--{name} must divide --width {args.width}, got {getattr(args, name)}")
+    if args.dropout is not None and not (args.suite == "seq2seq" and 0 <= args.dropout < 1):
+        problems.append(f"--dropout must be in [0, 1), and go with seq2seq, got {args.dropout} with {args.suite}")
+    args.dropout = 0.1 if args.dropout is None else args.dropout
     if args.compile and (args.suite not in OF_MODELS[:3] or (args.suite, args.device) == ("memory", "cpu")):
         # On a CPU, the memory of the compiler cannot be told from that of the model.
         problems.append(f"--compile must go with train, decode, or memory on cuda, got {args.suite} on {args.device}")

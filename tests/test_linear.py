@@ -1,4 +1,4 @@
-"""Linear layers of few inputs per output: the formula, its gradients, what is drawn, what is saved."""
+"""Linear layers, of few rows and of few inputs per output: the formula, its gradients, what is drawn, what is saved."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch import nn
 from torch.func import grad
 
 from modeling_aft import AFTForCausalLM
-from modeling_aft.modeling_linear import SparseLinear, make_linear
+from modeling_aft.modeling_linear import Linear, SparseLinear, make_linear
 
 
 def make_sparse(in_features=11, out_features=7, fan_in=3, bias=True, dtype=torch.float64):
@@ -82,7 +82,7 @@ def test_outputs_begin_as_large_as_those_of_a_dense_layer():
 
 
 @pytest.mark.parametrize(
-    ("fan_in", "expected"), [(None, nn.Linear), (3, SparseLinear), (8, nn.Linear), (9, nn.Linear)], ids=str
+    ("fan_in", "expected"), [(None, Linear), (3, SparseLinear), (8, Linear), (9, Linear)], ids=str
 )
 def test_a_layer_is_sparse_where_it_has_more_inputs(fan_in, expected):
     assert type(make_linear(make_config("conv", linear_fan_in=fan_in), 8, 5)) is expected
@@ -109,3 +109,53 @@ def test_the_dense_model_with_the_same_weights_says_the_same():
             weights[f"{name}.weight"] = dense_weight(module)
     dense.load_state_dict(weights)
     torch.testing.assert_close(sparse(make_ids(20)).logits, dense(make_ids(20)).logits)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (2, 2), (8, 1), (9, 1), (4, 0)], ids=str)
+def test_a_few_rows_are_multiplied_as_any(shape, bias):
+    """Also in layers of the library that need a last dimension without gaps; with gradients it is torch's own."""
+    torch.manual_seed(0)
+    layer, hidden = Linear(6, 10, bias=bias), torch.randn(*shape, 6)
+    expected = nn.functional.linear(hidden, layer.weight, layer.bias)
+    with torch.no_grad():
+        found = layer(hidden)
+    torch.testing.assert_close(found, expected)
+    assert found.is_contiguous() and found.shape == (*shape, 10)
+    given = hidden.clone().requires_grad_()
+    layer(given).sum().backward()
+    torch.testing.assert_close(given.grad, layer.weight.sum(0).expand_as(hidden))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda layer, x: (layer.double(), x.double()), id="float64"),
+        pytest.param(lambda layer, x: (layer.bfloat16(), x.bfloat16()), id="bfloat16"),
+        pytest.param(lambda layer, x: (torch.compile(layer, backend="eager", fullgraph=True), x), id="compiled"),
+        pytest.param(lambda layer, x: (torch.func.vmap(layer), x[None]), id="vmap"),
+    ],
+)
+def test_what_else_a_linear_layer_meets(change):
+    torch.manual_seed(0)
+    layer, hidden = Linear(6, 10), torch.randn(4, 6)
+    with torch.no_grad():
+        expected = nn.functional.linear(hidden, layer.weight, layer.bias)
+        layer, hidden = change(layer, hidden)
+        torch.testing.assert_close(layer(hidden).reshape(4, 10).float(), expected, rtol=0.02, atol=0.02)
+
+
+def test_weights_of_another_kind_are_multiplied_by_themselves():
+    """As those that are quantized: their class says how."""
+
+    class Doubled(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            out = super().__torch_function__(function, types, args, kwargs or {})
+            return 2 * out if function is nn.functional.linear else out
+
+    layer, hidden = Linear(6, 10, bias=False), torch.randn(4, 6)
+    expected = 2 * (hidden @ layer.weight.detach().T)
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Doubled), requires_grad=False)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(hidden).as_subclass(torch.Tensor), expected)

@@ -25,8 +25,8 @@ PAD, END = 0, 1
 
 def seq2seq_configs(args, positions: int) -> dict[str, Callable[[], PreTrainedConfig]]:
     """
-    The models by name: two stacks of `args.layers` blocks, feed-forward layers of 4 D, no dropout, one embedding for
-    source, target and head.
+    The models by name: two stacks of `args.layers` blocks, feed-forward layers of 4 D, one embedding for source, target
+    and head, and `args.dropout` at the places where a model has it.
 
     Args:
         positions: length of the learned tables.
@@ -40,7 +40,7 @@ def seq2seq_configs(args, positions: int) -> dict[str, Callable[[], PreTrainedCo
         "num_attention_heads": heads,
         "max_position_embeddings": positions,
         "position_embedding_type": "learned",
-        "hidden_dropout_prob": 0.0,
+        "hidden_dropout_prob": args.dropout,
     }
 
     def synthesizer(**fields):
@@ -65,7 +65,7 @@ def seq2seq_configs(args, positions: int) -> dict[str, Callable[[], PreTrainedCo
             **{**ids, "vocab_size": VOCABULARY, "d_model": width, "d_kv": width // heads, "d_ff": 4 * width},
             num_layers=args.layers,
             num_heads=heads,
-            dropout_rate=0.0,
+            dropout_rate=args.dropout,
         ),
         "bart": partial(
             BartConfig,
@@ -76,7 +76,7 @@ def seq2seq_configs(args, positions: int) -> dict[str, Callable[[], PreTrainedCo
             **{f"{stack}_ffn_dim": 4 * width for stack in ("encoder", "decoder")},
             **{f"{stack}_attention_heads": heads for stack in ("encoder", "decoder")},
             max_position_embeddings=positions,
-            **{"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0},
+            dropout=args.dropout,
         ),
     }
 
