@@ -52,6 +52,7 @@ bench: $(INSTALLED)
 	$(BIN)/python scripts/benchmark.py train
 	$(BIN)/python scripts/benchmark.py decode --compile
 	$(BIN)/python scripts/benchmark.py memory
+	$(BIN)/python scripts/benchmark.py seq2seq --layers 4
 	$(BIN)/python scripts/benchmark.py pictures
 
 style: $(INSTALLED)

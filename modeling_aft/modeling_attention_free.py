@@ -20,7 +20,7 @@ from .compatibility import list_in_library
 from .configuration_aft import AFTConfig
 from .modeling_causal_lm import MixerForCausalLM, StateGenerationMixin
 from .modeling_heads import MixerForMaskedLM, MixerForSequenceClassification, MixerForTokenClassification
-from .modeling_linear import activated, make_linear
+from .modeling_linear import activated, make_linear, project
 from .modeling_stack import Mixer, MixerBlock, MixerPreTrainedModel
 from .modeling_text import MixerModel
 from .modeling_tokens import read_tokens
@@ -319,7 +319,7 @@ class AFTMixer(Mixer):
                 "`output_attentions` must be False where a cache holds tokens, got True: AFT keeps sums of them, and "
                 "no weights. Give the whole text with `use_cache=False`."
             )
-        query, key, value = self.split(self.qkv_proj(hidden_states))
+        query, key, value = self.split(project(self.qkv_proj, hidden_states))
         weights_of_keys = None
         if output_attentions:
             weights_of_keys = self._weights(key, tokens)
@@ -330,7 +330,7 @@ class AFTMixer(Mixer):
             mixed, state = attend(call._replace(state=state, return_state=cache is not None))
         if cache is not None:
             commit_state(cache, self.layer_idx, state, NewTokens(key, value, tokens, call.decay))
-        return activated(self.o_proj(mixed), self.linear_activation), weights_of_keys
+        return activated(project(self.o_proj, mixed), self.linear_activation), weights_of_keys
 
     def split(self, projected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries [B, T, D], keys [B, T, D or H] and values [B, T, D] for the operator, from what `qkv_proj` gives."""

@@ -31,7 +31,7 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .compatibility import CACHE_NAME, CausalLMOutputWithPast, one_cache
-from .modeling_linear import Linear
+from .modeling_linear import project
 from .modeling_text import MixerWithHead, head_input
 from .refresh import check_refresh, window_start
 
@@ -61,7 +61,7 @@ class MixerForCausalLM(MixerWithHead):
             raise ValueError("`is_decoder` must be True for a causal language model, got False.")
         self.model = self.model_class(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
     @can_return_tuple
@@ -104,7 +104,7 @@ class MixerForCausalLM(MixerWithHead):
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         states = head_input(outputs.last_hidden_state[:, kept], self.config, self.config.tie_word_embeddings)
-        logits = self.lm_head(states)
+        logits = project(self.lm_head, states)
         loss = None
         if labels is not None:
             if tokens.continues is not None:

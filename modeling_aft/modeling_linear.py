@@ -11,9 +11,13 @@
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 from transformers import initialization
 
 from .ops_modes import is_exporting, is_static, is_transformed
+
+
+FEW_ROWS = range(3, 9)
 
 
 def activated(tensor: torch.Tensor, activation: str) -> torch.Tensor:
@@ -21,27 +25,28 @@ def activated(tensor: torch.Tensor, activation: str) -> torch.Tensor:
     return tensor.tanh() if activation == "tanh" else tensor
 
 
-class Linear(nn.Linear):
+def project(layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     """
-    `torch.nn.Linear` that is faster on CPUs for a few rows, as decoding steps of a batch have them: libraries of matrix
-    products share the work out by rows of the result, so the outputs are made the rows.
+    `layer(hidden_states)`, [..., in] to [..., out]. A few rows, as decoding steps of a batch have them, are multiplied
+    faster on CPUs if the outputs are the rows: libraries of matrix products share the work out by these.
     """
+    if is_static() or not _is_sooner_transposed(layer, hidden_states):
+        return layer(hidden_states)
+    rows = hidden_states.reshape(-1, layer.in_features).T
+    out = layer.weight @ rows if layer.bias is None else torch.addmm(layer.bias[:, None], layer.weight, rows)
+    return out.T.contiguous().view(*hidden_states.shape[:-1], layer.out_features)
 
-    few_rows = range(3, 9)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[..., in] to [..., out]."""
-        if is_static() or hidden_states.numel() // self.in_features not in self.few_rows or not self._fits(hidden_states):
-            return super().forward(hidden_states)
-        rows = hidden_states.reshape(-1, self.in_features).T
-        out = self.weight @ rows if self.bias is None else torch.addmm(self.bias[:, None], self.weight, rows)
-        return out.T.contiguous().view(*hidden_states.shape[:-1], self.out_features)
-
-    def _fits(self, hidden_states: torch.Tensor) -> bool:
-        """Whether plain tensors of float32 on a CPU are multiplied, of which no gradient is taken."""
-        plain = type(self.weight) is nn.Parameter and self.weight.dtype == hidden_states.dtype == torch.float32
-        on_cpu = hidden_states.device.type == "cpu" and not torch.is_grad_enabled()
-        return plain and on_cpu and not is_transformed()
+def _is_sooner_transposed(layer: nn.Module, hidden_states: torch.Tensor) -> bool:
+    """Whether this is a plain layer with plain weights of float32 on a CPU, which nobody watches and of which no
+    gradient is taken, and there are a few rows."""
+    if torch.is_grad_enabled() or type(layer) is not nn.Linear or hidden_states.device.type != "cpu":
+        return False
+    if hidden_states.numel() // layer.in_features not in FEW_ROWS:
+        return False
+    plain = type(layer.weight) is nn.Parameter and layer.weight.dtype == hidden_states.dtype == torch.float32
+    watched = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
+    return plain and not watched and not _has_any_global_hook() and not is_transformed()
 
 
 def make_linear(config, in_features: int, out_features: int, bias: bool | None = None) -> nn.Module:
@@ -50,7 +55,7 @@ def make_linear(config, in_features: int, out_features: int, bias: bool | None =
     bias = config.linear_bias if bias is None else bias
     fan_in = config.linear_fan_in
     if fan_in is None or fan_in >= in_features:
-        return Linear(in_features, out_features, bias=bias)
+        return nn.Linear(in_features, out_features, bias=bias)
     return SparseLinear(in_features, out_features, fan_in, bias=bias)
 
 

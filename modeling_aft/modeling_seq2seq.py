@@ -28,7 +28,7 @@ from .compatibility import (
     refuse_unknown,
 )
 from .modeling_causal_lm import MixerGenerationMixin
-from .modeling_linear import Linear, activated, make_linear
+from .modeling_linear import activated, make_linear, project
 from .modeling_stack import (
     MixerBlock,
     MixerPreTrainedModel,
@@ -105,11 +105,11 @@ class CrossAttention(nn.Module):
             mask = None if visible is None else visible.expand(-1, -1, query.shape[2], -1)
             mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scaling)
         mixed = mixed.transpose(1, 2).flatten(2)
-        return activated(self.o_proj(mixed), self.linear_activation), weights
+        return activated(project(self.o_proj, mixed), self.linear_activation), weights
 
     def _heads(self, projection: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
         """[B, H, T, d] of [B, T, D]."""
-        projected = activated(projection(hidden_states), self.linear_activation)
+        projected = activated(project(projection, hidden_states), self.linear_activation)
         return projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def _keys_and_values(self, states: torch.Tensor, cache: EncoderDecoderCache | None):
@@ -451,7 +451,7 @@ class MixerForConditionalGeneration(MixerEncoderDecoder):
         self.model = self.model_class(config)
         self.loss_type = "ForMaskedLM"  # that which does not shift labels
         width, bias = config.decoder.hidden_size, config.decoder.lm_head_bias
-        self.lm_head = Linear(width, config.decoder.vocab_size, bias=bias)
+        self.lm_head = nn.Linear(width, config.decoder.vocab_size, bias=bias)
         self.post_init()
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor) -> torch.LongTensor:
@@ -524,7 +524,7 @@ class MixerForConditionalGeneration(MixerEncoderDecoder):
             **kwargs,
         )
         states = head_input(outputs.last_hidden_state, self.config.decoder, self.config.tie_word_embeddings)
-        logits = self.lm_head(states)
+        logits = project(self.lm_head, states)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **of_loss)

@@ -21,7 +21,7 @@ from .compatibility import list_in_library
 from .configuration_synthesizer import SynthesizerConfig
 from .modeling_causal_lm import MixerForCausalLM, StateGenerationMixin
 from .modeling_heads import MixerForMaskedLM, MixerForSequenceClassification, MixerForTokenClassification
-from .modeling_linear import activated, make_linear
+from .modeling_linear import activated, make_linear, project
 from .modeling_stack import Mixer, MixerBlock, MixerPreTrainedModel, scale_queries
 from .modeling_text import MixerModel
 from .modeling_tokens import read_tokens
@@ -301,12 +301,12 @@ class SynthesizerMixer(Mixer):
         if tokens is None:
             tokens = read_tokens(hidden_states, limit=self.limit)
         mixture = self.mixture_weights()  # here, as hooks that fetch offloaded weights do so for `forward` alone
-        projected = activated(self.qkv_proj(hidden_states), self.linear_activation)
+        projected = activated(project(self.qkv_proj, hidden_states), self.linear_activation)
         if tokens.packing is not None:
             mix = partial(self._mix_documents, mixture, relative)
             weights = tokens.packing.map_pairs(partial(mix, True), projected) if output_attentions else None
             out = tokens.packing.map(partial(mix, False), projected)
-            return activated(self.o_proj(out), self.linear_activation), weights
+            return activated(project(self.o_proj, out), self.linear_activation), weights
         state = read_state(cache, self.layer_idx)
         if state is not None or output_attentions or tokens.pairs is not None:
             query, key, value = self._split(projected)
@@ -322,7 +322,7 @@ class SynthesizerMixer(Mixer):
         if cache is not None:
             commit_state(cache, self.layer_idx, state, new)
             weights = None if weights is None else cache.layers[self.layer_idx].columns(weights)
-        return activated(self.o_proj(out), self.linear_activation), weights
+        return activated(project(self.o_proj, out), self.linear_activation), weights
 
     def _mix_documents(self, mixture, relative, output_attentions, group, projected):
         if not output_attentions:

@@ -133,11 +133,12 @@ def attend(logits: Tensor, value: Tensor, visible: Tensor | None) -> tuple[Tenso
         The output [B, H, T, d] and the weights [1 or B, H, T, S]. A query that sees nothing gets 0 for both.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if visible is not None:
-        logits = logits.masked_fill(~visible, torch.finfo(logits.dtype).min)
+    hidden = None if visible is None else ~visible
+    if hidden is not None:
+        logits = logits.masked_fill(hidden, torch.finfo(logits.dtype).min)
     weights = logits.softmax(-1)
-    if visible is not None:
-        weights = weights.masked_fill(~visible, 0)
+    if hidden is not None:
+        weights = weights.masked_fill(hidden, 0)
     weights = weights.to(value.dtype)
     if weights.shape[0] < value.shape[0]:  # one product for the batch: a broadcast one would copy the weights
         columns = value.permute(1, 2, 0, 3)  # [H, S, B, d]

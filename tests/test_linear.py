@@ -1,4 +1,6 @@
-"""Linear layers, of few rows and of few inputs per output: the formula, its gradients, what is drawn, what is saved."""
+"""Linear layers of few inputs per output: the formula, its gradients, what is drawn, what is saved."""
+
+import math
 
 import pytest
 import torch
@@ -7,7 +9,7 @@ from torch import nn
 from torch.func import grad
 
 from modeling_aft import AFTForCausalLM
-from modeling_aft.modeling_linear import Linear, SparseLinear, make_linear
+from modeling_aft.modeling_linear import SparseLinear, make_linear, project
 
 
 def make_sparse(in_features=11, out_features=7, fan_in=3, bias=True, dtype=torch.float64):
@@ -82,7 +84,7 @@ def test_outputs_begin_as_large_as_those_of_a_dense_layer():
 
 
 @pytest.mark.parametrize(
-    ("fan_in", "expected"), [(None, Linear), (3, SparseLinear), (8, Linear), (9, Linear)], ids=str
+    ("fan_in", "expected"), [(None, nn.Linear), (3, SparseLinear), (8, nn.Linear), (9, nn.Linear)], ids=str
 )
 def test_a_layer_is_sparse_where_it_has_more_inputs(fan_in, expected):
     assert type(make_linear(make_config("conv", linear_fan_in=fan_in), 8, 5)) is expected
@@ -111,42 +113,22 @@ def test_the_dense_model_with_the_same_weights_says_the_same():
     torch.testing.assert_close(sparse(make_ids(20)).logits, dense(make_ids(20)).logits)
 
 
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (2, 2), (8, 1), (9, 1), (4, 0)], ids=str)
-def test_a_few_rows_are_multiplied_as_any(shape, bias):
-    """Also in layers of the library that need a last dimension without gaps; with gradients it is torch's own."""
-    torch.manual_seed(0)
-    layer, hidden = Linear(6, 10, bias=bias), torch.randn(*shape, 6)
-    expected = nn.functional.linear(hidden, layer.weight, layer.bias)
-    with torch.no_grad():
-        found = layer(hidden)
-    torch.testing.assert_close(found, expected)
-    assert found.is_contiguous() and found.shape == (*shape, 10)
-    given = hidden.clone().requires_grad_()
-    layer(given).sum().backward()
-    torch.testing.assert_close(given.grad, layer.weight.sum(0).expand_as(hidden))
+# A few rows on a CPU
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        pytest.param(lambda layer, x: (layer.double(), x.double()), id="float64"),
-        pytest.param(lambda layer, x: (layer.bfloat16(), x.bfloat16()), id="bfloat16"),
-        pytest.param(lambda layer, x: (torch.compile(layer, backend="eager", fullgraph=True), x), id="compiled"),
-        pytest.param(lambda layer, x: (torch.func.vmap(layer), x[None]), id="vmap"),
-    ],
-)
-def test_what_else_a_linear_layer_meets(change):
-    torch.manual_seed(0)
-    layer, hidden = Linear(6, 10), torch.randn(4, 6)
-    with torch.no_grad():
-        expected = nn.functional.linear(hidden, layer.weight, layer.bias)
-        layer, hidden = change(layer, hidden)
-        torch.testing.assert_close(layer(hidden).reshape(4, 10).float(), expected, rtol=0.02, atol=0.02)
+def hooked(layer):
+    layer.register_forward_hook(lambda module, inputs, out: 2 * out)
+    return layer
 
 
-def test_weights_of_another_kind_are_multiplied_by_themselves():
-    """As those that are quantized: their class says how."""
+def replaced(layer):
+    """As libraries do that move weights where they are needed."""
+    layer.forward = lambda inputs: 2 * nn.Linear.forward(layer, inputs)
+    return layer
+
+
+def quantized(layer):
+    """With weights that say themselves how they are multiplied."""
 
     class Doubled(torch.Tensor):
         @classmethod
@@ -154,8 +136,59 @@ def test_weights_of_another_kind_are_multiplied_by_themselves():
             out = super().__torch_function__(function, types, args, kwargs or {})
             return 2 * out if function is nn.functional.linear else out
 
-    layer, hidden = Linear(6, 10, bias=False), torch.randn(4, 6)
-    expected = 2 * (hidden @ layer.weight.detach().T)
     layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Doubled), requires_grad=False)
+    return layer
+
+
+class Adapted(nn.Linear):
+    def forward(self, hidden_states):
+        return 2 * super().forward(hidden_states)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("shape", [(1,), (3,), (2, 2), (8, 1), (9,), (4, 0), ()], ids=str)
+def test_any_number_of_rows_gives_what_the_layer_gives(shape, bias, seen):
+    torch.manual_seed(0)
+    layer, hidden = nn.Linear(6, 10, bias=bias), torch.randn(*shape, 6)
+    expected = layer(hidden)
+    found = project(layer, hidden)
+    assert torch.equal(found, expected) and found.requires_grad
     with torch.no_grad():
-        torch.testing.assert_close(layer(hidden).as_subclass(torch.Tensor), expected)
+        del seen[:]
+        found = project(layer, hidden)
+    torch.testing.assert_close(found, expected.detach())
+    assert found.is_contiguous() and found.shape == (*shape, 10)
+    assert bool(seen) != (math.prod(shape) in (3, 4, 8))
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The calls of `nn.Linear`."""
+    calls, forward = [], nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, inputs: calls.append(inputs.shape) or forward(self, inputs))
+    return calls
+
+
+def adapted(layer):
+    return Adapted(6, 10)
+
+
+@pytest.mark.parametrize("change", [hooked, replaced, quantized, adapted])
+def test_a_layer_that_does_more_is_called(change):
+    torch.manual_seed(0)
+    layer, hidden = change(nn.Linear(6, 10)), torch.randn(4, 6)
+    with torch.no_grad():
+        plain = hidden @ layer.weight.as_subclass(torch.Tensor).T + layer.bias
+        torch.testing.assert_close(project(layer, hidden).as_subclass(torch.Tensor), 2 * plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_other_dtypes_and_graphs_take_the_layer_itself(dtype):
+    layer, hidden = nn.Linear(6, 10, dtype=dtype), torch.randn(4, 6, dtype=dtype)
+    with torch.no_grad():
+        assert torch.equal(project(layer, hidden), layer(hidden))
+        layer, hidden = layer.float(), hidden.float()
+        traced = torch.compile(project, backend="eager", fullgraph=True)
+        assert torch.equal(traced(layer, hidden), layer(hidden))
+        rows = torch.func.vmap(lambda rows: project(layer, rows))(hidden[None])
+        torch.testing.assert_close(rows[0], layer(hidden))
