@@ -126,7 +126,7 @@ def test_table_says_what_the_runs_have_left(finished):
         assert [len(each) for each in speeds] == [steps] * 2
         assert float(row["tokens_per_second"]) == pytest.approx(max(map(median, speeds)), rel=1e-5)
         assert row["parameters"] == str(results[0]["num_parameters"])
-        assert row["valid_protocol"].startswith("6 pairs") and row["test_protocol"].startswith("5 pairs")
+        assert row["valid_protocol"] == "6 rows, best of 2 checkpoints by loss" and row["test_protocol"] == "5 rows"
         assert row["data"] == "pairs.jsonl" and row["data_sha256"].count(", ") == 3
     text = (finished / "out" / "compare-plan.md").read_text(encoding="utf-8")
     assert "Scores are nats per token of the targets" in text and "generated tokens/s" in text and "| bleu |" in text

@@ -106,7 +106,7 @@ def flags_of_command(command: str) -> set[str]:
     with contextlib.redirect_stdout(printed), pytest.raises(SystemExit, match="^0$"):
         aft([command, "--help"])
     found = set(re.findall(r"--[\w-]+", printed.getvalue()))
-    runs = ("pretrain", "classify") if command == "compare" else ()  # which gives them their flags
+    runs = ("pretrain", "classify", "seq2seq") if command == "compare" else ()  # which gives them their flags
     return found.union(*map(flags_of_command, runs))
 
 

@@ -24,7 +24,7 @@ from aft.seq2seq_models import make_tokenizer, read_config
 
 
 class EncoderDecoders(Trained):
-    amount, rows = "tokens", "pairs or windows of text"
+    amount, rows = "tokens", "rows"
     form = "{:.3f}"
     best = staticmethod(min)
     note = (
