@@ -71,7 +71,13 @@ SUITES = {
     "ceiling": ceiling_contestants,
 }
 OF_MODELS = ("train", "decode", "memory", "images", "seq2seq")
-BATCHES = {"decode": 1, "memory": 1, "ceiling": 1, "images": 4, "seq2seq": 4}  # where --batch_size is not given; else by --tokens
+BATCHES = {
+    "decode": 1,
+    "memory": 1,
+    "ceiling": 1,
+    "images": 4,
+    "seq2seq": 4,
+}  # where --batch_size is not given; else by --tokens
 LENGTHS = {
     "decode": [64, 256, 1024, 4096, 16384, 65536],
     "images": [224, 384],
@@ -249,7 +255,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="NAME=LENGTH",
         help=f"contestants that are left out beyond a length; unless given here, {defaults}",
     )
-    parser.add_argument("--batch_size", type=int, help="sequences; else by --tokens, 1 in decode and memory, 4 in images and seq2seq")
+    parser.add_argument(
+        "--batch_size", type=int, help="sequences; else by --tokens, 1 in decode and memory, 4 in images and seq2seq"
+    )
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of a batch, at least one sequence")
     parser.add_argument("--layers", type=int, default=6, help="blocks of a model")
     parser.add_argument("--width", type=int, default=256, help="channels D")

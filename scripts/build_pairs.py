@@ -88,7 +88,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--lists_dir", type=Path, help="folder of index files as apt keeps them, instead of the network"
     )
-    parser.add_argument("--longest", type=int, help="characters of a text of a description; pairs with a longer one are left out")
+    parser.add_argument(
+        "--longest", type=int, help="characters of a text of a description; pairs with a longer one are left out"
+    )
     parser.add_argument("--count", type=int, help=f"strings in all three splits (default: {DEFAULTS['count']})")
     parser.add_argument("--length", type=int, help=f"letters of the longest (default: {DEFAULTS['length']})")
     parser.add_argument("--seed", type=int, help=f"of the strings (default: {DEFAULTS['seed']})")

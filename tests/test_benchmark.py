@@ -279,7 +279,10 @@ def test_a_file_of_other_columns_is_refused_before_the_work(tmp_path):
         (["train", "--batch_size", "0", "--lengths", "0"], "--batch_size .* least 1, got 0; --lengths .* 1, got 0"),
         (["train", "--models", "gpt3"], "--models must be files or of aft-simple, .*, got gpt3"),
         (["decode", "--models", "mamba"], "--models must be files or of aft-simple, .*, llama, got mamba"),
-        (["operator", "--models", "gpt2"], "--models must go with train, decode, memory, images, seq2seq, got operator"),
+        (
+            ["operator", "--models", "gpt2"],
+            "--models must go with train, decode, memory, images, seq2seq, got operator",
+        ),
         (["train", "--dropout", "0.1"], r"--dropout must be in \[0, 1\), and go with seq2seq, got 0.1 with train"),
         (["seq2seq", "--dropout", "1"], r"--dropout must be in \[0, 1\), and go with seq2seq, got 1.0 with seq2seq"),
         (["operator", "--compile"], "--compile must go with train, decode, .*, got operator on cpu"),

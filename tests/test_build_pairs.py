@@ -151,8 +151,7 @@ def test_pairs_with_a_long_text_are_left_out(lists, tmp_path):
     everything = build(tmp_path / "a" / "out", *flags)
     short = build(tmp_path / "b" / "out", *flags, "--longest", len(SHARED))
     assert short == {
-        name: [pair for pair in found if max(map(len, pair)) <= len(SHARED)]
-        for name, found in everything.items()
+        name: [pair for pair in found if max(map(len, pair)) <= len(SHARED)] for name, found in everything.items()
     }
     known = json.loads((tmp_path / "b" / "out" / "sources.json").read_text())
     assert known["left_out_as_longer"] == COUNT - 1  # what each says it does

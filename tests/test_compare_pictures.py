@@ -153,7 +153,9 @@ def test_shipped_plan_of_sub_pixels(tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        pytest.param({"command": "finetune"}, "must be one of pretrain, classify, seq2seq, got 'finetune'", id="command"),
+        pytest.param(
+            {"command": "finetune"}, "must be one of pretrain, classify, seq2seq, got 'finetune'", id="command"
+        ),
         pytest.param({"training_preset": "small"}, "the plan has unknown keys training_preset", id="preset"),
         pytest.param({"training": {"batch_size": 2}}, "training has unknown keys batch_size", id="flag-of-pretrain"),
         pytest.param({"training": {"seed": 2}}, "training has unknown keys seed", id="flag-set-here"),

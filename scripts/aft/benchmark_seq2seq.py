@@ -25,8 +25,8 @@ PAD, END = 0, 1
 
 def seq2seq_configs(args, positions: int) -> dict[str, Callable[[], PreTrainedConfig]]:
     """
-    The models by name: two stacks of `args.layers` blocks, feed-forward layers of 4 D, one embedding for source, target
-    and head, and `args.dropout` at the places where a model has it.
+    The models by name: two stacks of `args.layers` blocks, feed-forward layers of 4 D, one embedding for source,
+    target and head, and `args.dropout` at the places where a model has it.
 
     Args:
         positions: length of the learned tables.

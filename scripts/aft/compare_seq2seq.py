@@ -28,8 +28,8 @@ class EncoderDecoders(Trained):
     form = "{:.3f}"
     best = staticmethod(min)
     note = (
-        "tokens are those of sources and targets without padding, in all epochs; exact match, BLEU, chrF and ROUGE are "
-        "of what was written for test, and generated tokens/s is how fast."
+        "tokens are those of sources and targets without padding, in all epochs; exact match, BLEU, chrF and ROUGE "
+        "are of what was written for test, and generated tokens/s is how fast."
     )
     counts = {"parameters": "{:,}", "epochs": "{:.3g}", "steps": "{:,}", "tokens": "{:,}"}
     more_scores = {"exact_match": "{:.3f}"} | {name: "{:.2f}" for names in SCORES.values() for name in names}

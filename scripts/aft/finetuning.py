@@ -81,10 +81,7 @@ def load_config_and_tokenizer(inputs: InputArguments):
             f"{config.vocab_size}"
         )
     if (table := length_limit(config)) is not None and (inputs.max_length or 0) > table:
-        raise ValueError(
-            f"--max_length must be at most max_position_embeddings ({table}), "
-            f"got {inputs.max_length}"
-        )
+        raise ValueError(f"--max_length must be at most max_position_embeddings ({table}), got {inputs.max_length}")
     return config, tokenizer
 
 
