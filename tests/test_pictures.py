@@ -27,9 +27,11 @@ from aft.commands.paint import main as paint
 from aft.commands.pretrain import main as pretrain
 from aft.commands.stream import main as stream
 from aft.painting import GAP, TRIES, draw_completions, draw_pictures
+from aft.picture_arguments import SplitArguments
 from aft.picture_data import PictureData, PictureTokens, PictureWindows, load_pictures
 from aft.protocols import Protocol
 from aft.run_log import read_log
+from aft.text_arguments import flag_words
 
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
@@ -118,6 +120,12 @@ def test_idx_files_need_no_labels(tmp_path):
     (tmp_path / "train-images-idx3-ubyte").write_bytes(head + pictures.tobytes())
     data = load_pictures(source(tmp_path, test_size=1))
     assert data.shape == GREY and [len(data.splits[split]) for split in COUNTS] == [38, 1, 1]
+
+
+def test_whole_numbers_of_flags_are_written_as_such():
+    """In the commands of a card: --test_size is a share or a number."""
+    for size, words in ((4.0, ["--test_size", "4"]), (0.25, ["--test_size", "0.25"])):
+        assert flag_words(source("photos", test_size=size), SplitArguments) == words
 
 
 def test_columns_of_a_data_set_need_no_labels(tmp_path):

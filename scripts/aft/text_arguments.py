@@ -76,6 +76,8 @@ def flag_words(args: argparse.Namespace, *groups: type) -> list[str]:
         value = getattr(args, entry.name)
         if entry.name == "cache_dir" or value == entry.default or (entry.name == "dataset" and value in NAMED[::2]):
             continue
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # a number of pictures, where the flag may be a share as well
         words += [f"--{entry.name}", *map(str, value if isinstance(value, list) else [value])]
     return words
 
