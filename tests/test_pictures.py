@@ -125,7 +125,7 @@ def test_idx_files_need_no_labels(tmp_path):
 def test_whole_numbers_of_flags_are_written_as_such():
     """In the commands of a card: --test_size is a share or a number."""
     for size, words in ((4.0, ["--test_size", "4"]), (0.25, ["--test_size", "0.25"])):
-        assert flag_words(source("photos", test_size=size), SplitArguments) == words
+        assert flag_words(source("photos", test_size=size, cache_dir=""), SplitArguments) == words
 
 
 def test_columns_of_a_data_set_need_no_labels(tmp_path):
