@@ -13,6 +13,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate.commands.launch import launch_command_parser
@@ -198,15 +199,23 @@ def first_examples() -> list:
 
 
 @pytest.mark.parametrize("example", first_examples())
-def test_first_example_writes_text(example, tmp_path):
+def test_first_example_writes_text_or_draws(example, tmp_path):
     """In a process of its own, which has imported nothing yet."""
     assert "model_cards/" in example
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_MODULES_CACHE": str(tmp_path)}
+    (tmp_path / "model_cards").symlink_to(ROOT / "model_cards")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_MODULES_CACHE": str(tmp_path / "modules")}
     command = [sys.executable, "-c", "import torch; torch.manual_seed(0)\n" + example]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    words = re.findall(r"[a-z]+", done.stdout)  # a model that has learned nothing writes few letters in a row
-    assert len(words) > 10 and sum(map(len, words)) > 0.5 * len(done.stdout)
+    pictures = [np.asarray(Image.open(path)) for path in sorted(tmp_path.glob("*.png"))]
+    if pictures:
+        completed, drawn = pictures
+        assert drawn.shape == completed.shape == (28, 28) and (completed[:14] == drawn[:14]).all()
+        # Clothes in the middle of a black ground, which a model that has learned nothing does not draw.
+        assert (drawn[:, [0, -1]] < 32).mean() > 0.5 and drawn[:, 10:18].mean() > 32
+    else:
+        words = re.findall(r"[a-z]+", done.stdout)  # a model that has learned nothing writes few letters in a row
+        assert len(words) > 10 and sum(map(len, words)) > 0.5 * len(done.stdout)
 
 
 def anchors(text: str) -> set[str]:
