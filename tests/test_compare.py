@@ -1,6 +1,5 @@
 """scripts/compare.py: plans, which runs are trained, and that the table says what the logs of the runs say."""
 
-import csv
 import json
 import os
 import re
@@ -12,7 +11,15 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import small_runs
-from accelerate.state import AcceleratorState
+from comparisons import (
+    check_that_changed_entries_are_refused,
+    finish,
+    in_this_process,
+    no_training,
+    plan_flags,
+    table,
+    without_processes,  # noqa: F401
+)
 
 from aft import comparison
 from aft.checkpointing import complete_checkpoints
@@ -49,22 +56,6 @@ runs:
 NUMBERED = [(1, "local"), (2, "simple"), (3, "wrong")]
 
 
-def in_this_process(run, command, seconds):
-    """In place of `run_process`, without the time in which a new process imports everything."""
-    comparison.train(run, command)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return True
-
-
-def no_training(run, command, seconds):
-    raise AssertionError(f"{run.folder} must not be trained")
-
-
-@pytest.fixture(autouse=True)
-def without_processes(on_the_cpu, monkeypatch):
-    monkeypatch.setattr(comparison, "run_process", in_this_process)
-
-
 def make_inputs(folder: Path) -> Path:
     small_runs.make_inputs(folder)
     (folder / "plan.yaml").write_text(PLAN)
@@ -72,20 +63,15 @@ def make_inputs(folder: Path) -> Path:
 
 
 def flags(folder: Path, *more: str, data: bool = True) -> list[str]:
-    own = [str(folder / "plan.yaml"), "--runs_dir", str(folder / "runs"), "--output_dir", str(folder / "out")]
-    paths = ["--dataset_path", str(folder / "text.bin"), "--cache_dir", str(folder / "cache")]
-    return [*own, *(paths if data else []), *more]
+    text = ["--dataset_path", str(folder / "text.bin")] if data else []
+    return plan_flags(folder, *text, *more, data=data)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     """A folder with a plan, of which all runs are finished."""
     folder = make_inputs(tmp_path_factory.mktemp("comparison"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        patch.setattr(comparison, "run_process", in_this_process)
-        main(flags(folder))
-    return folder
+    return finish(folder, flags(folder))
 
 
 @pytest.fixture
@@ -95,11 +81,6 @@ def inputs(tmp_path) -> Path:
 
 def events(folder: Path, name: str) -> list[dict]:
     return [event for event in read_log(folder / "run.jsonl") if event["event"] == name]
-
-
-def table(folder: Path) -> dict[str, dict]:
-    with open(folder / "out" / "compare-plan.csv", newline="", encoding="utf-8") as file:
-        return {row["run"]: row for row in csv.DictReader(file)}
 
 
 # Plans
@@ -323,12 +304,7 @@ def other_model(folder: Path) -> None:
     ],
 )
 def test_changed_entries_are_refused(finished, tmp_path, monkeypatch, change, more, message):
-    monkeypatch.setattr(comparison, "run_process", no_training)
-    folder = shutil.copytree(finished, tmp_path / "copy")
-    if change is not None:
-        change(folder)
-    with pytest.raises(ValueError, match=message):
-        main(flags(folder, *more, data="--table_only" not in more))
+    check_that_changed_entries_are_refused(finished, tmp_path / "copy", monkeypatch, change, more, message, flags)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """aft compare with classifiers of pictures: plans, entries, and that the table says what the runs have left."""
 
-import csv
 import json
 import shutil
 from pathlib import Path
@@ -9,8 +8,17 @@ from xml.etree import ElementTree
 
 import pytest
 import yaml
+from comparisons import (
+    check_that_changed_entries_are_refused,
+    check_that_nothing_is_trained_again,
+    finish,
+    no_training,
+    plan_flags,
+    run_folder,
+    table,
+    without_processes,  # noqa: F401
+)
 from test_classify import save_idx
-from test_compare import in_this_process, no_training
 
 from aft import comparison
 from aft.commands.compare import main
@@ -21,6 +29,7 @@ from aft.compare_table import columns_of
 from aft.comparison import describe_entries, plan_runs
 from aft.finetuning_trainer import FinetuningTrainer, Stopwatch
 from aft.flags import CONFIGURATION
+from aft.settings_files import read_json
 
 
 VIT = {
@@ -54,11 +63,6 @@ PLAN = {
 SPLITS = {"valid": "eval_accuracy", "test": "test_accuracy"}
 
 
-@pytest.fixture(autouse=True)
-def without_processes(on_the_cpu, monkeypatch):
-    monkeypatch.setattr(comparison, "run_process", in_this_process)
-
-
 def make_inputs(folder: Path, **changes) -> Path:
     (folder / "vit.json").write_text(json.dumps(VIT))
     (folder / "plan.yaml").write_text(yaml.safe_dump({**PLAN, **changes}, sort_keys=False))
@@ -75,33 +79,11 @@ def inputs(tmp_path) -> Path:
 def finished(tmp_path_factory) -> Path:
     """A folder with a plan, of which all runs are finished."""
     folder = make_inputs(tmp_path_factory.mktemp("comparison"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        patch.setattr(comparison, "run_process", in_this_process)
-        main(flags(folder))
-    return folder
-
-
-def flags(folder: Path, *more: str, data: bool = True) -> list[str]:
-    own = [str(folder / "plan.yaml"), "--runs_dir", str(folder / "runs"), "--output_dir", str(folder / "out")]
-    return [*own, *(["--cache_dir", str(folder / "cache")] if data else []), *more]
-
-
-def run_folder(folder: Path, name: str, seed: int) -> Path:
-    return folder / "runs" / "plan" / f"{name}-seed{seed}"
-
-
-def read(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return finish(folder, plan_flags(folder))
 
 
 def log(folder: Path) -> list[dict]:
-    return read(folder / "trainer_state.json")["log_history"]
-
-
-def table(folder: Path) -> dict[str, dict]:
-    with open(folder / "out" / "compare-plan.csv", newline="", encoding="utf-8") as file:
-        return {row["run"]: row for row in csv.DictReader(file)}
+    return read_json(folder / "trainer_state.json", "run")["log_history"]
 
 
 # Plans
@@ -187,7 +169,7 @@ def test_wrong_plan_is_refused(tmp_path, changes, message):
 def test_wrong_flags_are_refused_before_any_training(inputs, monkeypatch, more, message):
     monkeypatch.setattr(comparison, "run_process", no_training)
     with pytest.raises(ValueError, match=message):
-        main(flags(inputs, *more))
+        main(plan_flags(inputs, *more))
     assert not (inputs / "runs").exists()
 
 
@@ -199,7 +181,7 @@ def test_table_says_what_the_runs_have_left(finished):
     assert list(rows) == ["vit", "simple"] and tuple(rows["vit"]) == columns_of(Classified())
     for name, steps in (("vit", 4), ("simple", 6)):
         folders, row = [run_folder(finished, name, seed) for seed in (0, 1)], rows[name]
-        results = [read(folder / "all_results.json") for folder in folders]
+        results = [read_json(folder / "all_results.json", "run") for folder in folders]
         for split, key in SPLITS.items():
             scores = [result[key] for result in results]
             assert float(row[split]) == pytest.approx(fmean(scores), rel=1e-5)
@@ -236,14 +218,10 @@ def test_document_and_picture(finished):
 
 
 def test_finished_runs_are_skipped_and_a_table_needs_no_data(finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(comparison, "run_process", no_training)
-    before = table(finished)
-    main(flags(finished))
-    assert table(finished) == before
-    copy = shutil.copytree(finished, tmp_path / "copy")
-    shutil.rmtree(copy / "pictures")
-    main(flags(copy, "--table_only", data=False))
-    assert table(copy) == before
+    def lose_data(folder: Path) -> None:
+        shutil.rmtree(folder / "pictures")
+
+    check_that_nothing_is_trained_again(finished, tmp_path / "copy", monkeypatch, lose_data)
 
 
 def other_data(folder: Path) -> None:
@@ -264,12 +242,7 @@ def other_model(folder: Path) -> None:
     ],
 )
 def test_changed_entries_are_refused(finished, tmp_path, monkeypatch, change, more, message):
-    monkeypatch.setattr(comparison, "run_process", no_training)
-    folder = shutil.copytree(finished, tmp_path / "copy")
-    if change is not None:
-        change(folder)
-    with pytest.raises(ValueError, match=message):
-        main(flags(folder, *more, data="--table_only" not in more))
+    check_that_changed_entries_are_refused(finished, tmp_path / "copy", monkeypatch, change, more, message)
 
 
 def test_an_entry_of_another_version_of_transformers(finished, tmp_path, monkeypatch):
@@ -277,10 +250,10 @@ def test_an_entry_of_another_version_of_transformers(finished, tmp_path, monkeyp
     monkeypatch.setattr(comparison, "run_process", no_training)
     folder = shutil.copytree(finished, tmp_path / "copy")
     path = run_folder(folder, "vit", 0) / "entry.json"
-    entry = read(path)
+    entry = read_json(path, "run")
     entry["gone"] = entry.pop("neftune_noise_alpha")
     path.write_text(json.dumps(entry), encoding="utf-8")
-    main(flags(folder))
+    main(plan_flags(folder))
     assert table(folder) == table(finished)
 
 
@@ -288,11 +261,11 @@ def test_interrupted_run_continues(finished, tmp_path):
     """After the first of two epochs: the weights are those of a run that never stopped, and the speed is known."""
     folder = shutil.copytree(finished, tmp_path / "copy")
     run = run_folder(folder, "vit", 0)
-    before = read(run / "all_results.json")
+    before = read_json(run / "all_results.json", "run")
     (run / "result.json").unlink()
     shutil.rmtree(run / "checkpoint-4")
-    main(flags(folder, "--only", "vit"))
-    after = read(run / "all_results.json")
+    main(plan_flags(folder, "--only", "vit"))
+    after = read_json(run / "all_results.json", "run")
     assert [after[key] for key in ("train_samples", "eval_loss", "test_loss")] == [
         before[key] for key in ("train_samples", "eval_loss", "test_loss")
     ]
@@ -303,8 +276,8 @@ def test_interrupted_run_continues(finished, tmp_path):
 def test_a_run_that_only_scored_has_no_peak_of_training(finished, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "copy")
     (run_folder(folder, "vit", 0) / "result.json").unlink()
-    main(flags(folder))
-    assert read(run_folder(folder, "vit", 0) / "result.json")["peak_bytes"] is None
+    main(plan_flags(folder))
+    assert read_json(run_folder(folder, "vit", 0) / "result.json", "run")["peak_bytes"] is None
     assert table(folder)["vit"]["peak_bytes"] == "" and table(folder)["simple"]["peak_bytes"] != ""
 
 
@@ -333,5 +306,5 @@ def test_failed_run_leaves_no_result(inputs, monkeypatch):
 
     monkeypatch.setattr(FinetuningTrainer, "training_step", diverge)
     with pytest.raises(FloatingPointError):
-        main(flags(inputs, "--only", "vit", "--seeds", "0"))
+        main(plan_flags(inputs, "--only", "vit", "--seeds", "0"))
     assert not (run_folder(inputs, "vit", 0) / "result.json").exists()

@@ -1,14 +1,21 @@
 """aft compare with encoder-decoders: plans, entries, and that the table says what the runs have left."""
 
-import csv
 import json
-import shutil
 from pathlib import Path
 from statistics import fmean, median, stdev
 
 import pytest
 import yaml
-from test_compare import in_this_process, no_training
+from comparisons import (
+    check_that_changed_entries_are_refused,
+    check_that_nothing_is_trained_again,
+    finish,
+    no_training,
+    plan_flags,
+    run_folder,
+    table,
+    without_processes,  # noqa: F401
+)
 from test_finetune import leave_no_state  # noqa: F401
 from test_seq2seq_program import COLUMNS, MODEL, T5, make_rows, write_jsonl
 
@@ -19,6 +26,7 @@ from aft.compare_seq2seq import EncoderDecoders
 from aft.compare_table import columns_of
 from aft.comparison import describe_entries, plan_runs
 from aft.flags import CONFIGURATION
+from aft.settings_files import read_json
 
 
 PLAN = {
@@ -43,11 +51,6 @@ TEXT = {
 }
 
 
-@pytest.fixture(autouse=True)
-def without_processes(on_the_cpu, monkeypatch):
-    monkeypatch.setattr(comparison, "run_process", in_this_process)
-
-
 def make_inputs(folder: Path, plan: dict = PLAN) -> Path:
     (folder / "t5.json").write_text(json.dumps(T5))
     (folder / "model.json").write_text(json.dumps(MODEL))
@@ -62,29 +65,7 @@ def make_inputs(folder: Path, plan: dict = PLAN) -> Path:
 def finished(tmp_path_factory) -> Path:
     """A folder with a plan, of which all runs are finished."""
     folder = make_inputs(tmp_path_factory.mktemp("comparison"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        patch.setattr(comparison, "run_process", in_this_process)
-        main(flags(folder))
-    return folder
-
-
-def flags(folder: Path, *more: str, data: bool = True) -> list[str]:
-    own = [str(folder / "plan.yaml"), "--runs_dir", str(folder / "runs"), "--output_dir", str(folder / "out")]
-    return [*own, *(["--cache_dir", str(folder / "cache")] if data else []), *more]
-
-
-def run_folder(folder: Path, name: str, seed: int) -> Path:
-    return folder / "runs" / "plan" / f"{name}-seed{seed}"
-
-
-def read(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def table(folder: Path) -> dict[str, dict]:
-    with open(folder / "out" / "compare-plan.csv", newline="", encoding="utf-8") as file:
-        return {row["run"]: row for row in csv.DictReader(file)}
+    return finish(folder, plan_flags(folder))
 
 
 @pytest.mark.parametrize("name", ["translation", "summaries", "strings"])
@@ -109,7 +90,7 @@ def test_table_says_what_the_runs_have_left(finished):
     tokens = 2 * sum(len(row["en"]) + 1 + min(len(row["de"]) + 1, 20) for row in pairs)
     for name, steps in (("t5", 10), ("random", 6)):
         folders, row = [run_folder(finished, name, seed) for seed in (0, 1)], rows[name]
-        results = [read(folder / "all_results.json") for folder in folders]
+        results = [read_json(folder / "all_results.json", "run") for folder in folders]
         for column, key in (
             *(("valid", "eval_log_perplexity"), ("test", "test_log_perplexity")),
             *((name, f"test_{name}") for name in ("bleu", "chrf", "exact_match")),
@@ -121,7 +102,7 @@ def test_table_says_what_the_runs_have_left(finished):
         speed = max(result["test_generated_tokens_per_second"] for result in results)
         assert float(row["generated_tokens_per_second"]) == pytest.approx(speed, rel=1e-5)
         assert (row["epochs"], row["steps"], row["tokens"]) == ("2", str(steps), str(tokens))
-        logs = [read(folder / "trainer_state.json")["log_history"] for folder in folders]
+        logs = [read_json(folder / "trainer_state.json", "run")["log_history"] for folder in folders]
         speeds = [[line["tokens_per_second"] for line in log if "tokens_per_second" in line] for log in logs]
         assert [len(each) for each in speeds] == [steps] * 2
         assert float(row["tokens_per_second"]) == pytest.approx(max(map(median, speeds)), rel=1e-5)
@@ -136,14 +117,10 @@ def test_table_says_what_the_runs_have_left(finished):
 
 
 def test_finished_runs_are_skipped_and_a_table_needs_no_data(finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(comparison, "run_process", no_training)
-    before = table(finished)
-    main(flags(finished))
-    assert table(finished) == before
-    copy = shutil.copytree(finished, tmp_path / "copy")
-    (copy / "pairs.jsonl").unlink()
-    main(flags(copy, "--table_only", data=False))
-    assert table(copy) == before
+    def lose_data(folder: Path) -> None:
+        (folder / "pairs.jsonl").unlink()
+
+    check_that_nothing_is_trained_again(finished, tmp_path / "copy", monkeypatch, lose_data)
 
 
 def other_test(folder: Path) -> None:
@@ -164,12 +141,7 @@ def other_model(folder: Path) -> None:
     ],
 )
 def test_changed_entries_are_refused(finished, tmp_path, monkeypatch, change, more, message):
-    monkeypatch.setattr(comparison, "run_process", no_training)
-    folder = shutil.copytree(finished, tmp_path / "copy")
-    if change is not None:
-        change(folder)
-    with pytest.raises(ValueError, match=message):
-        main(flags(folder, *more, data="--table_only" not in more))
+    check_that_changed_entries_are_refused(finished, tmp_path / "copy", monkeypatch, change, more, message)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +156,7 @@ def test_changed_entries_are_refused(finished, tmp_path, monkeypatch, change, mo
 def test_wrong_flags_are_refused_before_any_training(tmp_path, monkeypatch, more, message):
     monkeypatch.setattr(comparison, "run_process", no_training)
     with pytest.raises(ValueError, match=message):
-        main(flags(make_inputs(tmp_path), *more))
+        main(plan_flags(make_inputs(tmp_path), *more))
 
 
 def test_runs_have_no_data_of_their_own(tmp_path):
@@ -194,7 +166,7 @@ def test_runs_have_no_data_of_their_own(tmp_path):
 
 
 def test_span_corruption_is_compared_without_written_texts(tmp_path):
-    main(flags(make_inputs(tmp_path, TEXT)))
+    main(plan_flags(make_inputs(tmp_path, TEXT)))
     row = table(tmp_path)["random"]
     assert row["bleu"] == row["generated_tokens_per_second"] == row["test"] == ""
     assert float(row["valid"]) > 0 and row["data"] == "text.txt" and row["seeds"] == "0"
