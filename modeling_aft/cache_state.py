@@ -59,6 +59,7 @@ class StateLayer(CacheLayerMixin):
     state_class: type[tuple]
     is_croppable = True
     supports_early_init = False
+    has_fixed_size = True  # whether its tensors stay as large as they are, however many tokens there are
 
     @staticmethod
     def advance(before: tuple | None, new: NewTokens, like: tuple) -> tuple:
@@ -94,8 +95,6 @@ class StateLayer(CacheLayerMixin):
         # Of the first layer: whether a forward pass has begun and not ended, and what kind of model it belongs to.
         self.unfinished = False
         self.kind: str | None = None
-
-    has_fixed_size = True  # the tensors of the state, however many tokens there are
 
     @property
     def is_compileable(self) -> bool:

@@ -44,13 +44,15 @@ import transformers
 
 import modeling_aft
 from aft.benchmark_contestants import (
+    DECODED,
+    IMAGE_MODELS,
     WARM_UPS,
     Contestant,
     ceiling_contestants,
     decode_contestants,
     dense_contestants,
     image_contestants,
-    model_names,
+    model_configs,
     operator_contestants,
     train_contestants,
 )
@@ -71,13 +73,7 @@ SUITES = {
     "ceiling": ceiling_contestants,
 }
 OF_MODELS = ("train", "decode", "memory", "images", "seq2seq")
-BATCHES = {
-    "decode": 1,
-    "memory": 1,
-    "ceiling": 1,
-    "images": 4,
-    "seq2seq": 4,
-}  # where --batch_size is not given; else by --tokens
+BATCHES = {"decode": 1, "memory": 1, "ceiling": 1, "images": 4, "seq2seq": 4}  # else by --tokens
 LENGTHS = {
     "decode": [64, 256, 1024, 4096, 16384, 65536],
     "images": [224, 384],
@@ -231,6 +227,16 @@ def print_row(row: dict) -> None:
     print(f"T={row['length']:6d}  {row['contestant']:28s} {time:36s} {(row['peak_bytes'] or 0) / 2**20:9.1f} MiB")
 
 
+def model_names(args) -> list[str]:
+    """The models that a suite measures by default."""
+    if args.suite == "images":
+        return IMAGE_MODELS
+    if args.suite == "seq2seq":
+        return list(seq2seq_configs(args, 1))
+    names = list(model_configs(args, 1, "none"))
+    return [name for name in names if name.startswith(DECODED)] if args.suite == "decode" else names
+
+
 def length_of_name(text: str) -> tuple[str, int]:
     """NAME=LENGTH, the value of --longest."""
     name, _, length = text.rpartition("=")
@@ -301,7 +307,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if args.models and args.suite not in OF_MODELS:
         problems.append(f"--models must go with {', '.join(OF_MODELS)}, got {args.suite}")
     if not problems:
-        names = [*seq2seq_configs(args, 1)] if args.suite == "seq2seq" else model_names(args)
+        names = model_names(args)
         args.models = args.models or names
         unknown = [name for name in args.models if name not in names and not Path(name).is_file()]
         if unknown:

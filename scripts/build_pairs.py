@@ -39,7 +39,7 @@ import shlex
 import string
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from aft.atomic_files import check_new_folder, new_folder
@@ -147,7 +147,7 @@ def choose_split(group: str) -> str:
     return "test" if share < HELD_BACK else "valid" if share < 2 * HELD_BACK else "train"
 
 
-def split_pairs(pairs: Iterator[tuple[str, str, str]]) -> tuple[dict[str, list[tuple[str, str]]], dict[str, dict]]:
+def split_pairs(pairs: Iterable[tuple[str, str, str]]) -> tuple[dict[str, list[tuple[str, str]]], dict[str, dict]]:
     """
     Pairs by split, each once, without those of valid and test whose source stands in an earlier split.
 
@@ -173,7 +173,7 @@ def split_pairs(pairs: Iterator[tuple[str, str, str]]) -> tuple[dict[str, list[t
     return splits, counts
 
 
-def describe(args: argparse.Namespace) -> tuple[Iterator[tuple[str, str, str]], dict]:
+def describe(args: argparse.Namespace) -> tuple[list[tuple[str, str, str]], dict]:
     """The pairs of a task of descriptions, and what is to be known of their origin."""
     languages = ["en", args.language] if args.language else ["en"]
     with tempfile.TemporaryDirectory(prefix="build-pairs-") as temporary:
@@ -190,7 +190,7 @@ def describe(args: argparse.Namespace) -> tuple[Iterator[tuple[str, str, str]], 
         short = [one for one in pairs if max(map(len, one[1:])) <= args.longest]
         origin |= {"left_out_as_longer": len(pairs) - len(short)}
         pairs = short
-    return iter(pairs), origin
+    return pairs, origin
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict]:

@@ -217,14 +217,6 @@ VIT_WIDTHS = {"vit-tiny": 192, "vit-small": 384}
 IMAGE_MODELS = ["aft-conv-tiny-11-32", "aft-full-tiny", "vit-tiny", "aft-conv-small-11-16", "vit-small"]
 
 
-def model_names(args) -> list[str]:
-    """The models that a suite measures by default."""
-    if args.suite == "images":
-        return IMAGE_MODELS
-    names = list(model_configs(args, 1, "none"))
-    return [name for name in names if name.startswith(DECODED)] if args.suite == "decode" else names
-
-
 def make_model(args, name: str, positions: int, embeddings: str) -> PreTrainedModel:
     """A model by its name or by the path of its preset, for inputs of up to `positions` tokens."""
     configs = model_configs(args, positions, embeddings)

@@ -43,15 +43,11 @@ def seq2seq_configs(args, positions: int) -> dict[str, Callable[[], PreTrainedCo
         "hidden_dropout_prob": args.dropout,
     }
 
-    def synthesizer(**fields):
+    def ours(config_class, **fields):
         stacks = {name: {**stack, **fields} for name in ("encoder", "decoder")}
-        return SynthesizerSeq2SeqConfig(**stacks, **ids, num_cross_attention_heads=heads)
+        return config_class(**stacks, **ids, num_cross_attention_heads=heads)
 
-    def aft_conv():
-        fields = {"aft_type": "conv", "window_size": args.window, "num_attention_heads": args.conv_heads}
-        stacks = {name: {**stack, **fields} for name in ("encoder", "decoder")}
-        return AFTSeq2SeqConfig(**stacks, **ids, num_cross_attention_heads=heads)
-
+    synthesizer = partial(ours, SynthesizerSeq2SeqConfig)
     mixture = partial(synthesizer, synthesizer_type="mixture")
     return {
         "synthesizer-random": partial(synthesizer, synthesizer_type="random"),
@@ -59,7 +55,9 @@ def seq2seq_configs(args, positions: int) -> dict[str, Callable[[], PreTrainedCo
         "synthesizer-dense": partial(synthesizer, synthesizer_type="dense"),
         "synthesizer-random-dot-product": partial(mixture, mixture_components=["random", "dot_product"]),
         "transformer": partial(mixture, mixture_components=["dot_product"]),
-        f"aft-conv-{args.conv_heads}-{args.window}": aft_conv,
+        f"aft-conv-{args.conv_heads}-{args.window}": partial(
+            ours, AFTSeq2SeqConfig, aft_type="conv", window_size=args.window, num_attention_heads=args.conv_heads
+        ),
         "t5": partial(
             T5Config,
             **{**ids, "vocab_size": VOCABULARY, "d_model": width, "d_kv": width // heads, "d_ff": 4 * width},

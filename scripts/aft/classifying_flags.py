@@ -35,6 +35,7 @@ from aft.settings_files import read_yaml
 
 
 PRESETS = "images"  # where those of --model are
+MAYBE_PATHS = ("data", "recipe")  # which may be names too
 CROPS = ("none", "auto", "padded", "resized")
 SMALL = 32  # pixels of a side: up to here pictures are cropped with a margin, and not resized
 
@@ -149,12 +150,6 @@ def both_sides(size: int | Sequence[int]) -> tuple[int, ...]:
 def as_size(sides: Sequence[int]) -> int | list[int]:
     """A size as configurations have it: one number for a square."""
     return sides[0] if len(sides) <= 2 and len({*sides}) == 1 else [*sides]
-
-
-def from_folder(folder: Path, name: str, value: str) -> str:
-    """The value of a flag in a file of `folder`, where a relative path begins there."""
-    may_be_path = name in ("data", "recipe") and (folder / value).exists()
-    return str(folder / value) if value and (name == "cache_dir" or may_be_path) else value
 
 
 def picture_problems(inputs: argparse.Namespace) -> list[str]:

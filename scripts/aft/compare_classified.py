@@ -8,14 +8,14 @@
 # specific language governing permissions and limitations under the License.
 """Runs of `aft classify` that begin from nothing, for `aft compare`."""
 
+from transformers import PreTrainedConfig
+
 from aft.classifying import identify_data, new_config, parse_arguments, preset_values
 from aft.classifying_flags import add_recipe, read_flags
 from aft.commands.classify import main
 from aft.compare_trained import Trained
-from aft.finetuning_arguments import describe_run
-from aft.flags import import_files
 from aft.image_data import read_images
-from aft.model_configs import changed_fields, override
+from aft.model_configs import override
 
 
 class Classified(Trained):
@@ -32,30 +32,24 @@ class Classified(Trained):
     def score(self, rows: list[dict]) -> str:
         return "accuracy"
 
+    def read(self, flags: list[str]):
+        return read_flags(add_recipe(flags))
+
     def parse(self, flags: list[str]) -> tuple:
         return parse_arguments(add_recipe(flags))
 
     def where(self, inputs) -> str:
         return inputs.data
 
-    def describe(self, flags: list[str], whole: bool) -> dict:
-        inputs = read_flags(add_recipe(flags))
-        import_files(inputs.imports)
-        entry = {"model_config": describe_model(inputs)}
-        if not whole:
-            return entry
-        inputs, args = self.parse(flags)
-        self.check_training(args)
+    def configure(self, inputs) -> PreTrainedConfig:
+        return override(preset_values(inputs), inputs.model_override, f"--model {inputs.model}")
+
+    def identify(self, inputs, config: PreTrainedConfig) -> dict:
         if self.data is None:
             self.data = read_images(inputs)
             self.identity = identify_data(self.data)
         new_config(inputs, self.data)
-        return describe_run(inputs, args, {**self.identity, **entry})
+        return self.identity
 
     def train(self, flags: list[str]) -> None:
         main(flags)
-
-
-def describe_model(inputs) -> dict:
-    """The configuration of a model as far as the plan says it; the data, which are in the entry too, say the rest."""
-    return changed_fields(override(preset_values(inputs), inputs.model_override, f"--model {inputs.model}"))

@@ -12,11 +12,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import ModuleType
 
 from aft import classifying_flags, picture_arguments, pretraining_arguments, seq2seq_flags
 from aft.atomic_files import check_file
 from aft.finetuning_flags import names_of_training_arguments
-from aft.flags import find_preset
+from aft.flags import find_preset, from_folder
 from aft.settings_files import read_yaml
 from aft.text_arguments import TextArguments
 
@@ -41,7 +42,8 @@ class Rules:
         set_by_compare: flags that this program sets itself for each run, which neither the plan's training nor the
             command line may set.
         same_in_all_runs: those of the data, which are the same for all runs of a plan.
-        from_folder: from the folder of the plan, a flag and its value, to the value from anywhere.
+        paths: flags whose values are paths, which begin at the plan's folder.
+        maybe_paths: those whose values may be names too.
     """
 
     program: str
@@ -51,13 +53,30 @@ class Rules:
     presets: dict[str, str]
     set_by_compare: set[str]
     same_in_all_runs: set[str]
-    from_folder: Callable[[Path, str, str], str]
+    paths: tuple[str, ...]
+    maybe_paths: tuple[str, ...]
     more_flags: Callable[[], list[str]] = list
 
     @property
     def training(self) -> set[str]:
         """The flags that the training of a plan may set."""
         return (names_of(*self.groups) | {*self.more_flags()}) - self.set_by_compare
+
+
+def rules_on_trainer(program: str, flags: ModuleType, same_in_all_runs: set[str]) -> Rules:
+    """Those of a command on Trainer, whose flags are in a module."""
+    return Rules(
+        program=program,
+        groups=flags.GROUPS,
+        model="model",
+        resume="resume_from_checkpoint",
+        presets={"model": flags.PRESETS},
+        set_by_compare={"model", "model_override", "seed", "output_dir", "resume_from_checkpoint"},
+        same_in_all_runs=same_in_all_runs,
+        paths=("cache_dir",),
+        maybe_paths=flags.MAYBE_PATHS,
+        more_flags=names_of_training_arguments,
+    )
 
 
 COMMANDS = {
@@ -71,29 +90,18 @@ COMMANDS = {
             *("training_preset", "model_preset", "model_override", "seed", "output_dir", "resume", "overwrite")
         },
         same_in_all_runs=names_of(TextArguments, picture_arguments.PictureArguments),
-        from_folder=pretraining_arguments.from_folder,
+        paths=pretraining_arguments.PATHS,
+        maybe_paths=pretraining_arguments.MAYBE_PATHS,
     ),
-    "classify": Rules(
-        program="aft.compare_classified:Classified",
-        groups=classifying_flags.GROUPS,
-        model="model",
-        resume="resume_from_checkpoint",
-        presets={"model": "images"},
-        set_by_compare={"model", "model_override", "seed", "output_dir", "resume_from_checkpoint"},
-        same_in_all_runs=names_of(classifying_flags.PictureArguments) - {"image_size", "crop_ratio", "search_steps"},
-        from_folder=classifying_flags.from_folder,
-        more_flags=names_of_training_arguments,
+    "classify": rules_on_trainer(
+        "aft.compare_classified:Classified",
+        classifying_flags,
+        names_of(classifying_flags.PictureArguments) - {"image_size", "crop_ratio", "search_steps"},
     ),
-    "seq2seq": Rules(
-        program="aft.compare_seq2seq:EncoderDecoders",
-        groups=seq2seq_flags.GROUPS,
-        model="model",
-        resume="resume_from_checkpoint",
-        presets={"model": "seq2seq"},
-        set_by_compare={"model", "model_override", "seed", "output_dir", "resume_from_checkpoint"},
-        same_in_all_runs=names_of(seq2seq_flags.Seq2SeqInputs) - {"length_penalty", "search_steps"},
-        from_folder=seq2seq_flags.from_folder,
-        more_flags=names_of_training_arguments,
+    "seq2seq": rules_on_trainer(
+        "aft.compare_seq2seq:EncoderDecoders",
+        seq2seq_flags,
+        names_of(seq2seq_flags.Seq2SeqInputs) - {"length_penalty", "search_steps"},
     ),
 }
 
@@ -164,7 +172,7 @@ def read_plan(path: Path) -> Plan:
             return preset(folder, key, str(value))
         if isinstance(value, list):
             return [with_paths(key, item) for item in value]
-        return rules.from_folder(folder, key, value) if isinstance(value, str) else value
+        return from_folder(folder, key, value, rules.paths, rules.maybe_paths) if isinstance(value, str) else value
 
     def preset(folder: Path, key: str, value: str) -> str:
         """A file that is named from the folder of the plan, or a preset by its name."""

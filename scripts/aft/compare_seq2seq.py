@@ -8,17 +8,11 @@
 # specific language governing permissions and limitations under the License.
 """Runs of `aft seq2seq` that begin from nothing, for `aft compare`."""
 
-import json
-
 from transformers import PreTrainedConfig
 
 from aft.commands.seq2seq import main
 from aft.compare_trained import Trained
-from aft.finetuning import sha256
-from aft.finetuning_arguments import describe_run
-from aft.flags import import_files
-from aft.model_configs import changed_fields
-from aft.seq2seq import SCORES, check_lengths, identify_data, parse_arguments
+from aft.seq2seq import SCORES, check_lengths, identify_data, identify_tokenizer, parse_arguments
 from aft.seq2seq_flags import SOURCES, Seq2SeqInputs, read_flags
 from aft.seq2seq_models import make_tokenizer, read_config
 
@@ -36,7 +30,6 @@ class EncoderDecoders(Trained):
     with_spread = (*more_scores, "valid", "test")
     more_speeds = ("generated_tokens_per_second",)
     metric, of_epoch, rate = "log_perplexity", "train_tokens", "tokens_per_second"
-    of_test = {name: f"test_{name}" for name in (*more_scores, *more_speeds)}
 
     def __init__(self):
         self.identity = None  # of the data: no run of a plan has its own
@@ -44,26 +37,23 @@ class EncoderDecoders(Trained):
     def score(self, rows: list[dict]) -> str:
         return "nats per token of the targets"
 
+    def read(self, flags: list[str]) -> Seq2SeqInputs:
+        return read_flags(flags)
+
     def parse(self, flags: list[str]) -> tuple:
         return parse_arguments(flags)
 
     def where(self, inputs: Seq2SeqInputs) -> str:
         return next(value for name in SOURCES if (value := getattr(inputs, name)))
 
-    def describe(self, flags: list[str], whole: bool) -> dict:
-        inputs = read_flags(flags)
-        import_files(inputs.imports)
-        config = read_config(inputs)
-        entry = {"model_config": changed_fields(config)}
-        if not whole:
-            return entry
-        inputs, args = self.parse(flags)
-        self.check_training(args)
+    def configure(self, inputs: Seq2SeqInputs) -> PreTrainedConfig:
+        return read_config(inputs)
+
+    def identify(self, inputs: Seq2SeqInputs, config: PreTrainedConfig) -> dict:
         check_lengths(inputs, config)
         if self.identity is None:
             self.identity = identify_data(inputs)
-        data = {**self.identity, "tokenizer": describe_tokenizer(inputs, config)}
-        return describe_run(inputs, args, {"data": data, **entry})
+        return {"data": {**self.identity, "tokenizer": describe_tokenizer(inputs, config)}}
 
     def train(self, flags: list[str]) -> None:
         main(flags)
@@ -73,5 +63,4 @@ def describe_tokenizer(inputs: Seq2SeqInputs, config: PreTrainedConfig) -> str:
     """What decides a tokenizer beside the texts: scores per token can only be compared with the same one."""
     if inputs.tokenizer in (None, "bpe"):
         return f"BPE of {inputs.vocab_size or config.vocab_size}"
-    vocabulary = make_tokenizer(inputs, config, ()).get_vocab()
-    return sha256(json.dumps(vocabulary, sort_keys=True).encode())
+    return identify_tokenizer(make_tokenizer(inputs, config, ()))

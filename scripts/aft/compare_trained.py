@@ -15,11 +15,14 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+from transformers import PreTrainedConfig
 
 from aft.compare_program import RESULT, Program
-from aft.finetuning_arguments import FinetuningArguments
+from aft.finetuning_arguments import FinetuningArguments, describe_run
 from aft.finetuning_checkpoints import TRAINER_STATE
+from aft.flags import import_files
 from aft.machine import hardware_name
+from aft.model_configs import changed_fields
 from aft.redaction import public_path
 from aft.run_log import today
 from aft.settings_files import read_json
@@ -34,7 +37,6 @@ class Trained(Program):
         rows: what is scored, in the plural.
         of_epoch: of the metrics of a run, that of the amount which an epoch has.
         rate: of a line of the log, the amount per second.
-        of_test: for each of `more_scores` and `more_speeds`, the metric of a run.
     """
 
     held_out = "held out"
@@ -42,11 +44,23 @@ class Trained(Program):
     rows: str
     of_epoch: str
     rate: str
-    of_test: dict[str, str] = {}
+
+    @abstractmethod
+    def read(self, flags: list[str]):
+        """The flags of the data and the model."""
 
     @abstractmethod
     def parse(self, flags: list[str]) -> tuple:
-        """The flags of the data, and those of training."""
+        """The same, and those of training."""
+
+    @abstractmethod
+    def configure(self, inputs) -> PreTrainedConfig:
+        """The configuration of the model as far as the plan says it; the data, which are in the entry too, say the
+        rest."""
+
+    @abstractmethod
+    def identify(self, inputs, config: PreTrainedConfig) -> dict:
+        """What identifies the data, as `data`, and maybe more that they say; checks that the model takes them."""
 
     @abstractmethod
     def where(self, inputs) -> str:
@@ -63,6 +77,17 @@ class Trained(Program):
         ):
             if not ok:
                 raise ValueError(f"--{name} must be {allowed}, got {getattr(args, name)!r}")
+
+    def describe(self, flags: list[str], whole: bool) -> dict:
+        inputs = self.read(flags)
+        import_files(inputs.imports)
+        config = self.configure(inputs)
+        entry = {"model_config": changed_fields(config)}
+        if not whole:
+            return entry
+        inputs, args = self.parse(flags)
+        self.check_training(args)
+        return describe_run(inputs, args, {**self.identify(inputs, config), **entry})
 
     def known_keys(self, entries: list[dict]) -> set[str]:
         return set.intersection(*map(set, entries))  # a flag that some lack is of another version of transformers
@@ -99,7 +124,7 @@ class Trained(Program):
             self.amount: round(state["epoch"] * of_epoch),
             "valid": scores[metric],
             "test": scores.get(f"test_{self.metric}"),
-            **{column: scores.get(name) for column, name in self.of_test.items()},
+            **{column: scores.get(f"test_{column}") for column in (*self.more_scores, *self.more_speeds)},
             self.speed: median(line[self.rate] for line in log if self.rate in line),
             "peak_bytes": result["peak_bytes"],
             "valid_protocol": valid,

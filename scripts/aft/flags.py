@@ -15,7 +15,7 @@ import importlib.util
 import re
 import sys
 import types
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import MISSING, field, fields
 from pathlib import Path
 
@@ -53,6 +53,19 @@ def like_path(path: Path) -> str:
         return ""
     found = difflib.get_close_matches(path.name, names, n=1)
     return f"; did you mean {path.parent / found[0]}?" if found else ""
+
+
+def from_folder(folder: Path, name: str, value: str, paths: Collection[str], maybe_paths: Collection[str]) -> str:
+    """
+    The value of a flag in a file of `folder`, where a relative path begins there.
+
+    Args:
+        paths: the flags whose values are paths.
+        maybe_paths: those whose values may be names too: a path if something is there.
+    """
+    if value and (name in paths or (name in maybe_paths and (folder / value).exists())):
+        return str(folder / value)
+    return value
 
 
 def flag(default, text: str, *aliases: str):

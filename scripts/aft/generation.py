@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 from transformers.generation.streamers import BaseStreamer
 
 from aft.atomic_files import write_whole
-from aft.model_configs import has_length_limit, stack_limits
+from aft.model_configs import length_limit, stack_limits
 from aft.saved_models import load, load_config, load_model
 from aft.vocabulary import BYTE_END, vocabulary_of_model
 
@@ -151,8 +151,9 @@ def generate(args: argparse.Namespace) -> None:
     vocabulary = vocabulary_of_model(args.model, config, **trust)
     prompt = vocabulary.encode_prompt(prompt) if alone else []
     max_new_tokens = args.max_new_tokens or 500
-    if alone and has_length_limit(config):
-        limit, length = config.max_position_embeddings, len(prompt)
+    limit = length_limit(config)
+    if alone and limit is not None:
+        length = len(prompt)
         max_new_tokens = args.max_new_tokens or min(max_new_tokens, limit - length)
         if not 1 <= max_new_tokens <= limit - length:
             raise ValueError(
@@ -163,7 +164,6 @@ def generate(args: argparse.Namespace) -> None:
     options["max_new_tokens"] = max_new_tokens
     if not alone:
         tokenizer = load(AutoTokenizer, args.model, **trust)
-        limit = config.max_position_embeddings if has_length_limit(config) else None
         if args.chat:
             from aft.talking import talk
 

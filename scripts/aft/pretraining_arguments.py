@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from aft.atomic_files import check_file
-from aft.flags import IMPORT_HELP, FlagParser, check_model_name, find_preset, flag, import_files
+from aft.flags import IMPORT_HELP, FlagParser, check_model_name, find_preset, flag, from_folder, import_files
 from aft.masking_arguments import MaskingArguments, masking_problems, masking_settings
 from aft.picture_arguments import PictureArguments, complete_source, source_problems
 from aft.protocols import CAUSAL, Protocol
@@ -259,28 +259,22 @@ def read_preset(path: str, argv: list[str]) -> list[str]:
         if rival in explicit:
             preset.pop(name, None)
     flags = []
+    folder = Path(path).resolve().parent
     for name, value in preset.items():
         is_list = list[str] in (known[name].type, *getattr(known[name].type, "__args__", ()))
         if is_list and isinstance(value, list) and all(isinstance(item, str) for item in value):
-            values = [from_folder(Path(path).resolve().parent, name, item) for item in value]
+            values = [from_folder(folder, name, item, PATHS, MAYBE_PATHS) for item in value]
             flags += [f"--{name}", *values] if value and name not in explicit else []
         elif isinstance(value, str):
             if known[name].type is bool:
                 value = {"on": "true", "off": "false"}.get(value.lower(), value)  # which YAML has beside yes and no
             if not is_list or name not in explicit:  # what is explicit would be added to a list
-                flags.append(f"--{name}={from_folder(Path(path).resolve().parent, name, value)}")
+                flags.append(f"--{name}={from_folder(folder, name, value, PATHS, MAYBE_PATHS)}")
         elif value is not None or known[name].default is not None:
             allowed = "a list of texts" if is_list else "one value"
             got = "null" if value is None else reprlib.repr(value)
             raise ValueError(f"--training_preset {path}: {name} must be {allowed}, got {got}")
     return flags
-
-
-def from_folder(folder: Path, name: str, value: str) -> str:
-    """The value of a flag in a file of `folder`, where a relative path begins there."""
-    if value and (name in PATHS or (name in MAYBE_PATHS and (folder / value).exists())):
-        return str(folder / value)
-    return value
 
 
 def public_value(name: str, value):

@@ -190,6 +190,11 @@ def identify_data(inputs: Seq2SeqInputs) -> dict[str, str]:
     return {part: pairs.sha256() for part, pairs in split_pairs(inputs).items()}
 
 
+def identify_tokenizer(tokenizer) -> str:
+    """The sha256 of its vocabulary."""
+    return sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
+
+
 def token_ids(content: bytes, tokenizer, name: str) -> np.ndarray:
     """
     The ids of the tokens of a text [N], without special ones.
@@ -239,8 +244,7 @@ def make_task(inputs: Seq2SeqInputs, args: Seq2SeqArguments) -> tuple[Seq2SeqTas
     set_seed(args.seed)  # the initial weights
     model, new = make_model(inputs, config)
     fit_generation(model, data.tokenizer, inputs, args, data.limit, data.longest)
-    vocabulary = json.dumps(data.tokenizer.get_vocab(), sort_keys=True)
-    identity = {"data": data.identity, "tokenizer": sha256(vocabulary.encode())}
+    identity = {"data": data.identity, "tokenizer": identify_tokenizer(data.tokenizer)}
     task = Seq2SeqTask(
         model=model,
         train=data.parts["train"],

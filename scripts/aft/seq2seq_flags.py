@@ -24,6 +24,7 @@ SOURCES = ("pairs_file", "dataset", "text_file")
 METRICS = {"bleu": "sacrebleu", "chrf": "sacrebleu", "rouge": "rouge_score"}  # and what computes them
 TRUNCATIONS = ("none", "right")
 FILES = ("pairs_file", "text_file", "validation_file", "test_file", "predict_file")
+MAYBE_PATHS = (*FILES, "dataset", "tokenizer")  # from the folder of a plan, or from where a run is started
 
 
 @dataclass
@@ -99,12 +100,6 @@ class Seq2SeqDefaults(FinetuningDefaults):
 
 
 GROUPS = (Seq2SeqInputs, Seq2SeqDefaults)
-
-
-def from_folder(folder: Path, name: str, value: str) -> str:
-    """The value of a flag in a file of `folder`, where a relative path begins there."""
-    may_be_path = name in (*FILES, "dataset", "tokenizer") and (folder / value).exists()
-    return str(folder / value) if value and (name == "cache_dir" or may_be_path) else value
 
 
 def seq2seq_problems(inputs: Seq2SeqInputs) -> list[str]:

@@ -72,9 +72,9 @@ class Seq2SeqFinetuningTrainer(FinetuningTrainer, Seq2SeqTrainer):
         watch = self.stopwatch
         if "train_runtime" in logs:
             logs["train_tokens"] = self.train_dataset.num_tokens
-        if "train_runtime" in logs and watch.seconds:
-            speed = (watch.epoch - watch.first) / watch.seconds
-            logs["train_tokens_per_second"] = self.rates(speed)["tokens_per_second"]
+            if watch.seconds:
+                speed = (watch.epoch - watch.first) / watch.seconds
+                logs["train_tokens_per_second"] = self.rates(speed)["tokens_per_second"]
         super().log(logs, start_time)
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **options) -> EvalLoopOutput:
