@@ -296,7 +296,7 @@ def test_the_flags_of_a_text_name_it_again(tmp_path, monkeypatch):
     write_json(tmp_path / "a.jsonl", DOCUMENTS, "body")
     args = arguments(tmp_path / "cache", "--dataset", "a.jsonl", "--text_column", "body", "--test_size", "3")
     words = flag_words(args, TextArguments)
-    assert words == ["--dataset_path", "a.jsonl", "--text_column", "body", "--test_size", "3.0"]
+    assert words == ["--dataset_path", "a.jsonl", "--text_column", "body", "--test_size", "3"]
     again = arguments(tmp_path / "cache", *words)
     assert all(getattr(again, entry.name) == getattr(args, entry.name) for entry in fields(TextArguments))
     assert flag_words(arguments(tmp_path / "cache"), TextArguments) == []
