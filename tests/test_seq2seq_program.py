@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 from aft.commands.finetune import main as finetune
 from aft.commands.generate import main as generate
 from aft.commands.seq2seq import main
+from aft.length_groups import ShuffledLengthGroups
 from aft.seq2seq_flags import Seq2SeqInputs
 from aft.seq2seq_models import fit_config, make_tokenizer, read_config, sentinel_ids
 from aft.seq2seq_trainer import mean_loss
@@ -290,6 +291,36 @@ def test_a_resumed_run_on_text_is_the_same(inputs, tmp_path, capsys):
     assert tokenizer("the dog").input_ids[-1] == tokenizer.eos_token_id == 1 and tokenizer.padding_side == "right"
     with pytest.raises(ValueError, match="cannot resume: .*noise_density is 0.2 but was None"):
         seq2seq(tmp_path / "part", **{**values, "noise_density": 0.2}, resume_from_checkpoint="auto")
+
+
+def test_batches_of_like_length_come_in_any_order():
+    """All rows once; what differs little in length together, but the lengths do not fall from batch to batch."""
+    lengths = np.random.default_rng(0).integers(1, 65, 1003).tolist()
+    sampler = ShuffledLengthGroups(10, lengths, seed=3)
+    first = list(sampler)
+    assert sorted(first) == list(range(1003)) and list(sampler) == first
+    batches = np.array([lengths[row] for row in first[:1000]]).reshape(100, 10)
+    assert np.ptp(batches, axis=1).mean() < 4
+    falls = np.diff(batches.mean(1)) < 0
+    assert 35 < falls.sum() < 65
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    assert sorted(ShuffledLengthGroups(10, lengths[:4], seed=3)) == [0, 1, 2, 3]
+
+
+def test_a_resumed_run_on_batches_of_like_length_is_the_same(inputs, tmp_path):
+    """In the middle of its second epoch."""
+    files = {"model": inputs / "model.json", "pairs_file": inputs / "pairs.jsonl", "tokenizer": "bytes", **COLUMNS}
+    values = {**files, "train_sampling_strategy": "group_by_length", "max_steps": 10, "learning_rate": 0.01}
+    values |= {"save_strategy": "steps", "save_steps": 7, "save_total_limit": 9, "load_best_model_at_end": False}
+    values |= {"eval_strategy": "no", "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    whole = seq2seq(tmp_path / "whole", **values)
+    (tmp_path / "part").mkdir()
+    (tmp_path / "whole/checkpoint-7").rename(tmp_path / "part/checkpoint-7")
+    again = seq2seq(tmp_path / "part", **values, resume_from_checkpoint="auto")
+    assert again["eval_log_perplexity"] == whole["eval_log_perplexity"]
+    other = seq2seq(tmp_path / "other", **{**values, "data_seed": 5})
+    assert other["eval_log_perplexity"] != whole["eval_log_perplexity"]
 
 
 def test_a_saved_tokenizer_learns_to_end_texts_and_gets_sentinels(inputs, tmp_path):

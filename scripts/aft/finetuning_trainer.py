@@ -18,14 +18,17 @@ from time import perf_counter
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState, TrainerState
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from aft.atomic_files import move_model, replacing
 from aft.console import is_out_of_memory
 from aft.finetuning_checkpoints import find_damage, write_checksums
+from aft.length_groups import ShuffledLengthGroups
 from aft.saved_models import is_finite
 
 
@@ -100,6 +103,7 @@ class FinetuningTrainer(Trainer):
         self.stopwatch = Stopwatch()
         self.add_callback(self.stopwatch)
         self.saved_step = None  # of the checkpoint that is waiting for its evaluation
+        self.sampler: Sampler | None = None  # of the rows to train on
 
     @property
     def checkpoint(self) -> Path:
@@ -120,9 +124,18 @@ class FinetuningTrainer(Trainer):
         """Whether it is the evaluation that decides whether to save."""
         return self.args.save_strategy == SaveStrategy.BEST
 
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            sampler = ShuffledLengthGroups(sampler.batch_size, sampler.lengths, seed)
+        self.sampler = sampler
+        return sampler
+
     def _run_epoch(self, *args, **options) -> None:
-        if hasattr(self.train_dataset, "set_epoch"):  # where accelerate finds a sampler, it tells only that
-            self.train_dataset.set_epoch(options["epoch"])
+        for part in (self.train_dataset, self.sampler):  # accelerate tells one of them, and not in every case
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(options["epoch"])
         # Trainer would make one step more of a run that continues from its last checkpoint.
         if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
             super()._run_epoch(*args, **options)
