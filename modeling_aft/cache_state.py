@@ -59,6 +59,7 @@ class StateLayer(CacheLayerMixin):
     state_class: type[tuple]
     is_croppable = True
     supports_early_init = False
+    can_wait = False  # whether it can take up single tokens later, with others
     has_fixed_size = True  # whether its tensors stay as large as they are, however many tokens there are
 
     @staticmethod
@@ -80,6 +81,8 @@ class StateLayer(CacheLayerMixin):
         super().__init__()
         self.max_cache_len = max_cache_len
         self.tensors: dict[str, torch.Tensor | None] | None = None
+        # The tokens read since, one at a time, which the state has not taken up yet; they can be `taken_up` by it.
+        self.recent = None
         # Where the state stood before `reset`: the next one goes there, if it fits.
         self.spare: tuple | None = None
         self.record_past = False
@@ -88,8 +91,9 @@ class StateLayer(CacheLayerMixin):
         self.device: torch.device | None = None
         # Tokens seen, padding included. A tensor, because a compiled step would be specialised on a number.
         self.cumulative_length = torch.tensor(0, dtype=torch.long)
-        # The same as a number, where it is known without a look at the device: a compiled step does not tell.
-        self.known_length: int | None = 0
+        # The same as a number, where it is known without a look at the device: a compiled step does not tell. Both are
+        # without the recent tokens.
+        self.known_before: int | None = 0
         # Whether autograd may need the tensors as they are.
         self.in_graph = False
         # Of the first layer: whether a forward pass has begun and not ended, and what kind of model it belongs to.
@@ -104,11 +108,36 @@ class StateLayer(CacheLayerMixin):
     def state(self) -> tuple | None:
         """The state after the tokens so far, None at the start. It is kept as a dict, because what takes caches apart
         and puts them together again (the exporters of transformers) cannot do that with a named tuple."""
+        if self.recent is not None:
+            self._take_up()
         return None if self.tensors is None else self.state_class(**self.tensors)
 
     @state.setter
     def state(self, state: tuple | None) -> None:
-        self.tensors = None if state is None else state._asdict()
+        self.tensors, self.recent = None if state is None else state._asdict(), None
+
+    @torch.no_grad()
+    def _take_up(self) -> None:
+        """Makes the state that after the recent tokens as well."""
+        recent, self.recent = self.recent, None
+        self._write(recent.taken_up(self.state))
+        self._count(recent.length)
+
+    @property
+    def known_length(self) -> int | None:
+        """Tokens seen, padding included, where that is known without a look at the device."""
+        recent = 0 if self.recent is None else self.recent.length
+        return None if self.known_before is None else self.known_before + recent
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no state yet."""
+        return self.tensors is None
+
+    @property
+    def position(self) -> torch.Tensor:
+        """[B] int64, the position that the next kept token of each row will have; not of an empty one."""
+        return self.tensors["position"] if self.recent is None else self.recent.position
 
     def read(self) -> tuple | None:
         """The state, for an operator to go on from."""
@@ -154,7 +183,7 @@ class StateLayer(CacheLayerMixin):
 
     def _count(self, length: int) -> None:
         compiling = torch.compiler.is_compiling()
-        self.known_length = None if compiling or self.known_length is None else self.known_length + length
+        self.known_before = None if compiling or self.known_before is None else self.known_before + length
         # In place also under autograd, which never needs it.
         if compiling or self._may_count_in_place():
             self.cumulative_length.add_(length)
@@ -178,6 +207,8 @@ class StateLayer(CacheLayerMixin):
 
     def activate_past_recording(self) -> None:
         """From now on, what is fed between one `crop` and the next can be taken back."""
+        if self.recent is not None:
+            self._take_up()
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -205,8 +236,8 @@ class StateLayer(CacheLayerMixin):
             if kept > 0:
                 self.state = self._placed(self.advance(state, new.first(kept), like), kept)
                 self.cumulative_length = self.cumulative_length + kept
-        if self.known_length is not None:
-            self.known_length += tokens_to_remove
+        if self.known_before is not None:
+            self.known_before += tokens_to_remove
         self.history.clear()
 
     def _write(self, state: tuple) -> None:
@@ -257,7 +288,8 @@ class StateLayer(CacheLayerMixin):
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Copies of the tensors of the state, by name, and `cumulative_length`; without the room of a static cache."""
-        tensors = {} if self.state is None else {n: t for n, t in self.state._asdict().items() if t is not None}
+        state = self.state
+        tensors = {} if state is None else {n: t for n, t in state._asdict().items() if t is not None}
         tensors = {"cumulative_length": self.cumulative_length, **tensors}
         return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
 
@@ -266,18 +298,22 @@ class StateLayer(CacheLayerMixin):
         tensors = dict(tensors)
         self.reset()
         self.cumulative_length = tensors.pop("cumulative_length")
-        self.known_length = int(self.cumulative_length)
+        self.known_before = int(self.cumulative_length)
         self.device = self.cumulative_length.device
         self.is_initialized = bool(tensors)
         self.state = self.state_class(**{"key": None, **tensors}) if tensors else None
 
     def forget_length(self) -> None:
         """Begins to count tokens at 0. The state stays: what comes next goes on from it."""
-        self.cumulative_length, self.known_length = torch.zeros_like(self.cumulative_length), 0
+        if self.recent is not None:
+            self._take_up()
+        self.cumulative_length, self.known_before = torch.zeros_like(self.cumulative_length), 0
 
     def get_seq_length(self) -> int | torch.Tensor:
         """Number of tokens seen, padding included."""
-        return self.cumulative_length if self.is_initialized else 0
+        if not self.is_initialized:
+            return 0
+        return self.cumulative_length if self.recent is None else self.cumulative_length + self.recent.length
 
     def get_max_length(self) -> int:
         """-1: the state itself has no maximum length (position tables may; the model checks them)."""
@@ -288,8 +324,9 @@ class StateLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forgets every token, but not where the state stood."""
+        self.recent = None
         self.spare, self.state = self.state or self.spare, None
-        self.unfinished, self.kind, self.known_length = False, None, 0
+        self.unfinished, self.kind, self.known_before = False, None, 0
         self.history.clear()
         if self._may_count_in_place():
             self.cumulative_length.zero_()
@@ -298,8 +335,12 @@ class StateLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row b becomes what row `beam_idx[b]` was."""
+        recent, self.recent = self.recent, None
         if self.state is not None:
             self._write(self._mapped(lambda t: t.index_select(0, beam_idx.to(t.device))))
+        if recent is not None:
+            recent.reorder(beam_idx)
+            self.recent = recent
         self.history.clear()
 
     def batch_repeat_interleave(self, repeats: int) -> None:

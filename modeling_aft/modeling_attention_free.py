@@ -20,14 +20,16 @@ from .compatibility import list_in_library
 from .configuration_aft import AFTConfig
 from .modeling_causal_lm import MixerForCausalLM, StateGenerationMixin
 from .modeling_heads import MixerForMaskedLM, MixerForSequenceClassification, MixerForTokenClassification
-from .modeling_linear import activated, make_linear, project
+from .modeling_linear import activated, is_watched, make_linear, project
 from .modeling_stack import Mixer, MixerBlock, MixerPreTrainedModel
 from .modeling_text import MixerModel
 from .modeling_tokens import read_tokens
 from .ops import attend, weights
-from .ops_modes import is_exporting, leading, without_autocast
+from .ops_modes import is_exporting, is_static, leading, without_autocast
 from .ops_state import AFTState, Call, advance, compute_dtype
+from .ops_step import ROOM, RecentTokens
 from .ops_tokens import Tokens, refused
+from .ops_windows import bias_rows
 
 
 FACTOR_STD = 0.01  # of u and v in w = u v^T
@@ -96,8 +98,8 @@ class LocalPositionBias(TablePositionBias):
         """[1, T, taps] for positions [T], of which only the number is read, for 0 to T - 1; [1, B, T, taps] for those
         [B, T]."""
         shared, length = positions.dim() == 1, positions.shape[-1]
-        if not shared and length == 1 and self.table is None:
-            return self._single_rows(positions)[None]
+        if not shared and self.table is None and (length == 1 or (length <= ROOM and not is_static())):
+            return self._few_rows(positions)[None]
         bias = self.table
         if bias is None:
             # In an exported program the number of blocks must not depend on the length.
@@ -105,13 +107,13 @@ class LocalPositionBias(TablePositionBias):
             bias = banded_product(self.query_factors[rows], self.key_factors[rows], self.left, self.right)
         return (leading(bias, 0, length) if shared else bias[positions])[None]
 
-    def _single_rows(self, positions: torch.Tensor) -> torch.Tensor:
-        """What a decoding step needs of `banded_product`, without the rest: positions [B, 1] to [B, 1, taps]."""
+    def _few_rows(self, positions: torch.Tensor) -> torch.Tensor:
+        """What decoding steps need of `banded_product`, without the rest: positions [B, T] to [B, T, taps]."""
         offsets = torch.arange(-self.right, self.left + 1, device=positions.device)
-        keys = positions - offsets
+        keys = positions[..., None] - offsets
         existing = keys.clamp(0, len(self.key_factors) - 1)
-        bias = F.embedding(existing, self.key_factors) @ F.embedding(positions, self.query_factors).mT
-        return bias.squeeze(-1).masked_fill(existing != keys, 0)[:, None]
+        queries = F.embedding(positions, self.query_factors)[..., None]
+        return (F.embedding(existing, self.key_factors) @ queries).squeeze(-1).masked_fill(existing != keys, 0)
 
 
 def banded_product(u: torch.Tensor, v: torch.Tensor, left: int, right: int) -> torch.Tensor:
@@ -177,6 +179,12 @@ class ConvPositionBias(RelativePositionBias):
         return bias[:, None]
 
 
+def weights_of(module: nn.Module) -> list[torch.Tensor]:
+    """The parameters and buffers of a module without parts."""
+    own = (*module._parameters.values(), *module._buffers.values())
+    return [weight for weight in own if weight is not None]
+
+
 class Decay(nn.Module):
     """The rates at which keys fade: softplus of a weight, in fp32, so that none is negative. Where it is not trained,
     the weight is a buffer, which no optimizer sees and every checkpoint holds."""
@@ -206,6 +214,7 @@ class AFTStateLayer(StateLayer):
     _layer_type = "aft_state"
     state_class = AFTState
     advance = staticmethod(advance)
+    can_wait = True
 
     @staticmethod
     def shapes(config, batch: int, length: int) -> dict[str, tuple[int, ...]]:
@@ -313,8 +322,7 @@ class AFTMixer(Mixer):
             tokens = read_tokens(hidden_states, limit=self.limit)
         if tokens.pairs is not None:
             raise refused("attention_mask", "[B, T]: the sums of AFT know no mask of pairs", list(tokens.pairs.shape))
-        state = read_state(cache, self.layer_idx)
-        if output_attentions and state is not None:
+        if output_attentions and cache is not None and not cache.layers[self.layer_idx].is_empty:
             raise ValueError(
                 "`output_attentions` must be False where a cache holds tokens, got True: AFT keeps sums of them, and "
                 "no weights. Give the whole text with `use_cache=False`."
@@ -325,16 +333,54 @@ class AFTMixer(Mixer):
             weights_of_keys = self._weights(key, tokens)
         if tokens.packing is not None:
             mixed = tokens.packing.map(self._mix_documents, query, key, value)
+        elif cache is None:
+            mixed, _ = attend(self._call(query, key, value, tokens))
+        elif (recent := self._recent_tokens(cache, key, value, tokens)) is not None:
+            mixed = recent.read(query, key, value, self.query_activation, tokens.next_position)
         else:
             call = self._call(query, key, value, tokens)
-            mixed, state = attend(call._replace(state=state, return_state=cache is not None))
-        if cache is not None:
+            state = read_state(cache, self.layer_idx)
+            mixed, state = attend(call._replace(state=state, return_state=True))
             commit_state(cache, self.layer_idx, state, NewTokens(key, value, tokens, call.decay))
         return activated(project(self.o_proj, mixed), self.linear_activation), weights_of_keys
 
+    def _recent_tokens(self, cache, key: torch.Tensor, value: torch.Tensor, tokens: Tokens) -> RecentTokens | None:
+        """The tokens since the state of this layer, to which one more can be added; None where the state has to take
+        it up at once. The biases are computed for several steps, so nobody may watch them, and they belong to the
+        model: those that a variant computes are known for the token alone."""
+        layer = cache.layers[self.layer_idx]
+        if not (tokens.can_wait and layer.can_wait) or self.training:
+            return None
+        recent, parts = layer.recent, self._parts_of_biases()
+        weights = [w for part in parts for w in weights_of(part)]
+        if any(part._modules or is_watched(part) for part in parts) or any(w.is_inference() for w in weights):
+            return None
+        made_of = [(w.data_ptr(), w._version) for w in weights]
+        if recent is not None and recent.made_of == made_of and recent.has_room:
+            return recent
+        if type(self)._call is not AFTMixer._call or type(self).biases is not AFTMixer.biases:
+            return None
+        state = layer.state
+        if state.normalizer.dtype != compute_dtype(key, value):
+            return None
+        positions = tokens.position_ids + torch.arange(ROOM, device=tokens.position_ids.device)
+        if self.limit is not None:
+            positions = positions.clamp_max(self.limit - 1)  # none that is read lies beyond
+        bias = None
+        if self.position_bias is not None:
+            with without_autocast(key):
+                tokens = Tokens(position_ids=positions)
+                bias = bias_rows(self.biases(key, tokens)["window_bias"], ROOM, tokens)
+        decay = None if self.decay is None else self.decay()
+        layer.recent = RecentTokens(state, bias, decay, made_of)
+        return layer.recent
+
+    def _parts_of_biases(self) -> list[nn.Module]:
+        return [part for part in (self.position_bias, self.decay) if part is not None]
+
     def split(self, projected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries [B, T, D], keys [B, T, D or H] and values [B, T, D] for the operator, from what `qkv_proj` gives."""
-        query, key, value = activated(projected, self.linear_activation).split(self.widths, -1)
+        query, key, value = activated(projected, self.linear_activation).split_with_sizes(self.widths, -1)
         return query, activated(key, self.key_activation), value
 
     def _call(self, query, key, value, tokens: Tokens) -> Call:

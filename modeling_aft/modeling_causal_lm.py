@@ -377,8 +377,7 @@ class StateGenerationMixin(MixerGenerationMixin):
                 new = (prompt != pad).sum(1)  # as `generate` makes a mask of it
         else:
             new = (mask[:, past:] != 0).sum(1)
-        state = None if cache is None or not past else cache.layers[0].state
-        return (new if state is None else new + state.position.to(new.device)).cpu()
+        return (new + cache.layers[0].position.to(new.device) if past else new).cpu()
 
     def _option(self, name: str, generation_config, kwargs: dict):
         """What a call of `generate` says of an option, or the config that it is given, or the model's."""
@@ -474,7 +473,7 @@ class StateGenerationMixin(MixerGenerationMixin):
             attention_mask = torch.ones_like(input_ids)
         index = attention_mask.cumsum(1) - 1  # of each token in its row
         start, start_before = (window_start(index[:, -1:] - n, refresh_every, refresh_overlap) for n in (0, 1))
-        if cache is None or cache.layers[0].state is None:
+        if cache is None or cache.layers[0].is_empty:
             start_before = torch.zeros_like(start)
         if torch.equal(start, start_before):
             return None

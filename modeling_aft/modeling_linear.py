@@ -30,7 +30,7 @@ def project(layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     `layer(hidden_states)`, [..., in] to [..., out]. A few rows, as decoding steps of a batch have them, are multiplied
     faster on CPUs if the outputs are the rows: libraries of matrix products share the work out by these.
     """
-    if is_static() or not _is_sooner_transposed(layer, hidden_states):
+    if torch.is_grad_enabled() or is_static() or not _is_sooner_transposed(layer, hidden_states):
         return layer(hidden_states)
     rows = hidden_states.reshape(-1, layer.in_features).T
     out = layer.weight @ rows if layer.bias is None else torch.addmm(layer.bias[:, None], layer.weight, rows)
@@ -38,15 +38,20 @@ def project(layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 def _is_sooner_transposed(layer: nn.Module, hidden_states: torch.Tensor) -> bool:
-    """Whether this is a plain layer with plain weights of float32 on a CPU, which nobody watches and of which no
-    gradient is taken, and there are a few rows."""
-    if torch.is_grad_enabled() or type(layer) is not nn.Linear or hidden_states.device.type != "cpu":
+    """Whether there are a few rows, and this is a plain layer with plain weights of float32 on a CPU, which nobody
+    watches."""
+    if hidden_states.numel() // hidden_states.shape[-1] not in FEW_ROWS:
         return False
-    if hidden_states.numel() // layer.in_features not in FEW_ROWS:
+    if type(layer) is not nn.Linear or hidden_states.device.type != "cpu":
         return False
     plain = type(layer.weight) is nn.Parameter and layer.weight.dtype == hidden_states.dtype == torch.float32
-    watched = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
-    return plain and not watched and not _has_any_global_hook() and not is_transformed()
+    return plain and not is_watched(layer) and not is_transformed()
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether hooks run, or another `forward`, when a module is called."""
+    own = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return bool(own) or _has_any_global_hook()
 
 
 def make_linear(config, in_features: int, out_features: int, bias: bool | None = None) -> nn.Module:

@@ -21,7 +21,7 @@ from .cache_files import check_kind
 from .compatibility import CACHE_NAME, BaseModelOutputWithPast, one_cache, refuse_unknown
 from .modeling_stack import MixerPreTrainedModel, MixerStack
 from .modeling_tokens import infer_mask, read_tokens
-from .ops_modes import can_read, widest_dtype
+from .ops_modes import can_read, is_static, is_transformed, widest_dtype
 from .ops_tokens import Tokens
 
 
@@ -148,8 +148,10 @@ class MixerModel(MixerStack):
             hidden_states = hidden_states + table.to(hidden_states.dtype)
         hidden_states = self.dropout(hidden_states)
         if cache is not None:
-            state = cache.layers[0].state
-            tokens = tokens.advanced(None if state is None else state.position, hidden_states)
+            first = cache.layers[0]
+            tokens = tokens.advanced(None if first.is_empty else first.position, hidden_states)
+            if tokens.can_wait:
+                tokens = tokens._replace(can_wait=_can_wait(hidden_states, cache))
         return self.run_blocks(hidden_states, tokens, cache, output_attentions, *block_inputs)
 
     def read(
@@ -231,12 +233,12 @@ class MixerModel(MixerStack):
             )
         if first.kind is not None:
             check_kind("`cache`", first.kind, self._state_kind)
-        if first.state is None:
+        if first.is_empty:
             return None, None
-        if first.state.position.shape[0] != batch:
-            raise ValueError(f"`cache` must hold a batch of {batch}, got {first.state.position.shape[0]}.")
+        if first.position.shape[0] != batch:
+            raise ValueError(f"`cache` must hold a batch of {batch}, got {first.position.shape[0]}.")
         # A graph would be bound to a number.
-        return first.state.position, None if torch.compiler.is_compiling() else first.known_length
+        return first.position, None if torch.compiler.is_compiling() else first.known_length
 
     def _prepare_cache(self, cache: Cache | None, use_cache: bool | None, tokens: Tokens) -> Cache | None:
         if not self.config.is_decoder:
@@ -249,19 +251,28 @@ class MixerModel(MixerStack):
                 raise ValueError("`use_cache` must be False for packed documents, which have no one state, got True.")
             return None
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled() and wanted:
-            if cache is not None and cache.layers[0].state is not None:
+            if cache is not None and not cache.layers[0].is_empty:
                 raise ValueError("`cache` must be empty under gradient checkpointing, which would read it twice.")
             logger.warning_once("Gradient checkpointing goes without a cache: `use_cache` is False.")
             return None
         if use_cache is None:
             use_cache = cache is not None or (self.config.use_cache and not self.training)
         if not use_cache:
-            if cache is not None and cache.layers[0].state is not None:
+            if cache is not None and not cache.layers[0].is_empty:
                 raise ValueError("`use_cache` must not be False where `cache` holds tokens to go on from.")
             return None
         cache = DynamicCache(config=self.config) if cache is None else cache
         cache.layers[0].kind = self._state_kind
         return cache
+
+
+def _can_wait(hidden_states: torch.Tensor, cache: Cache) -> bool:
+    """Whether states may take up a token later: where no gradient is recorded, no graph made, and none of it may have
+    to be taken back."""
+    if torch.is_grad_enabled() or is_static() or is_transformed():
+        return False
+    is_plain = type(hidden_states) is torch.Tensor and hidden_states.device.type in ("cpu", "cuda")
+    return is_plain and not cache.layers[0].record_past and not getattr(cache, "offloading", False)
 
 
 class MixerWithHead(MixerPreTrainedModel):

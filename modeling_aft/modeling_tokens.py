@@ -85,7 +85,8 @@ def read_tokens(
     if packing is not None:
         return Tokens(positions=positions, packing=packing)
     pairs = attention_mask if is_matrix else None
-    return tokens._replace(position_ids=position_ids, positions=positions, pairs=pairs)
+    can_wait = length == 1 and positions is counted and None not in (seen, position_ids) and tokens.keep is None
+    return tokens._replace(position_ids=position_ids, positions=positions, pairs=pairs, can_wait=can_wait)
 
 
 def infer_mask(input_ids: Tensor, pad_token_id: int, at_ends: bool) -> Tensor | None:

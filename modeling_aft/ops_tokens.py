@@ -34,6 +34,8 @@ class Tokens(NamedTuple):
         packing: the `Packing` of rows that hold several documents; None where each is one.
         grid: the rows and columns of patches that the tokens are, in raster order, after a class token if there is
             one; None of a text.
+        can_wait: whether they are one token of each row, kept, in the middle of a text, at the positions that follow,
+            so that the state of a layer may take it up later, with others.
     """
 
     keep: Tensor | None = None
@@ -45,6 +47,7 @@ class Tokens(NamedTuple):
     pairs: Tensor | None = None
     packing: tuple | None = None
     grid: tuple[int, int] | None = None
+    can_wait: bool = False
 
     @property
     def continues(self) -> Tensor | None:

@@ -179,7 +179,7 @@ class TokenStream:
         if tensors:
             stream._cache = restore_cache(path, tensors, model.config)
             stream._num_read = int(stream._cache.get_seq_length())
-        batch = len(stream._cache.layers[0].state.position) if tensors else window.shape[0]
+        batch = len(stream._cache.layers[0].position) if tensors else window.shape[0]
         width = 1 if stream.refresh_every is None else stream._num_read + 1
         if tuple(window.shape) != (batch, width) or window.dtype != torch.long:
             raise ValueError(f"{path} must have whole numbers `window` [{batch}, {width}], got {list(window.shape)}.")

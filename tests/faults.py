@@ -217,9 +217,9 @@ def _(original):
 @fault("the number of tokens that may be known stays at none", "cache_state.StateLayer._count", MODELING)
 def _(original):
     def _count(self, length):
-        known = self.known_length
+        known = self.known_before
         original(self, length)
-        self.known_length = known
+        self.known_before = known
 
     return _count
 

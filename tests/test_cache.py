@@ -11,11 +11,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import AFT_VARIANTS, LIMIT, SYNTHESIZER_VARIANTS, VARIANTS, make_config, make_ids, make_model
+from families import (
+    AFT_VARIANTS,
+    FIXED_STATE,
+    LIMIT,
+    SYNTHESIZER_VARIANTS,
+    VARIANTS,
+    make_config,
+    make_ids,
+    make_model,
+)
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, StaticCache
 
 from modeling_aft import load_cache, save_cache
+from modeling_aft.ops_step import ROOM
 
 
 variants = pytest.mark.parametrize("variant", VARIANTS)
@@ -493,3 +503,153 @@ def test_every_config_says_what_its_states_mean():
     assert all("aft_type" in kinds[name] for name in AFT_VARIANTS)
     assert all("components" in kinds[name] for name in SYNTHESIZER_VARIANTS)
     assert "state_kind" not in make_config("local").to_dict()
+
+
+# Single tokens, which a state takes up later, with others
+
+
+fixed_state = pytest.mark.parametrize("variant", FIXED_STATE)
+
+
+def feed(model, cache, ids, **options) -> torch.Tensor:
+    """The logits [B, T, V] of tokens that are read one at a time."""
+    logits = [model(ids[:, t : t + 1], cache=cache, **options).logits for t in range(ids.shape[1])]
+    return torch.cat(logits, 1)
+
+
+def check_equal_states(cache, expected) -> None:
+    for layer, other in zip(cache.layers, expected.layers, strict=True):
+        assert int(layer.get_seq_length()) == int(other.get_seq_length()) == layer.known_length
+        found, wanted = layer.state_dict(), other.state_dict()
+        assert found.keys() == wanted.keys()
+        for name in found:
+            # Only the sum has a meaning where there is a decay: its two parts may differ.
+            if name not in ("maximum", "normalizer"):
+                torch.testing.assert_close(found[name], wanted[name], rtol=1e-9, atol=1e-9)
+        if "maximum" in found:
+            sums = (f["maximum"] + f["normalizer"].log() for f in (found, wanted))
+            torch.testing.assert_close(*sums, rtol=1e-9, atol=1e-9, check_dtype=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@fixed_state
+def test_single_tokens_wait_for_others(variant, dtype):
+    """And the state has the dtypes, sizes and places that it has without them."""
+    model, ids = make_model(variant, dtype=dtype), make_ids(30)
+    with torch.no_grad():
+        cache, whole = fill(model, ids[:, :4]), fill(model, ids)
+        places = [[t.data_ptr() for t in layer.state if t is not None] for layer in cache.layers]
+        feed(model, cache, ids[:, 4:29])
+        assert all(layer.recent.length == (29 - 4) % ROOM for layer in cache.layers)
+        feed(model, cache, ids[:, 29:])
+    for layer, other, before in zip(cache.layers, whole.layers, places, strict=True):
+        state, expected = layer.state, other.state
+        assert layer.recent is None
+        assert [t.data_ptr() for t in state if t is not None] == before
+        for tensor, wanted in zip(state, expected, strict=True):
+            assert (tensor is None) == (wanted is None)
+            assert tensor is None or (tensor.dtype, tensor.shape) == (wanted.dtype, wanted.shape)
+
+
+@pytest.mark.parametrize("steps", [1, 3, ROOM, ROOM + 1, 2 * ROOM + 5])
+@fixed_state
+def test_a_state_takes_up_single_tokens(variant, steps):
+    model, ids = make_model(variant), make_ids(4 + steps)
+    with torch.no_grad():
+        cache = fill(model, ids[:, :4])
+        feed(model, cache, ids[:, 4:])
+        check_equal_states(cache, fill(model, ids))
+
+
+@pytest.mark.parametrize(
+    "use",
+    {
+        "reorder_cache": lambda cache: cache.reorder_cache(torch.tensor([1, 1])),
+        "batch_select_indices": lambda cache: cache.batch_select_indices(torch.tensor([1, 1])),
+        "copy": copy.deepcopy,
+        "crop": lambda cache: cache.crop(0),
+        "get_seq_length": lambda cache: cache.get_seq_length(),
+        "detach": lambda cache: [layer.detach() for layer in cache.layers],
+    }.items(),
+    ids=lambda item: item[0],
+)
+@fixed_state
+def test_a_cache_is_used_between_single_tokens(variant, use):
+    model, ids = make_model(variant), make_ids(20)
+    name, function = use
+    if name in ("reorder_cache", "batch_select_indices"):
+        ids[1, :11], rows = ids[0, :11].flip(0), [1, 1]
+    else:
+        rows = [0, 1]
+    with torch.no_grad():
+        cache = fill(model, ids[:, :4])
+        feed(model, cache, ids[:, 4:11])
+        result = function(cache)
+        if name == "copy":
+            feed(model, cache, ids[:, 11:17].flip(0))  # leaves the copy alone
+            cache = result
+        found = feed(model, cache, ids[:, 11:])
+        text = torch.cat([ids[rows, :11], ids[:, 11:]], 1)
+        torch.testing.assert_close(found, model(text).logits[:, 11:], rtol=1e-9, atol=1e-9)
+        check_equal_states(cache, fill(model, text))
+
+
+@fixed_state
+def test_weights_that_change_between_single_tokens_are_seen(variant):
+    """And hooks, positions that are given, gradients, padding and several tokens at once, wherever they come."""
+    model, ids = make_model(variant), make_ids(40)
+    bias = model.model.layers[0].mixer.position_bias
+    cache, reference = (DynamicCache(config=model.config) for _ in range(2))
+    mask = torch.ones(2, 1, dtype=torch.long)
+
+    def check(first, last, **options):
+        """With the tokens that a state takes up at once: where gradients are recorded, none waits."""
+        with torch.no_grad():
+            found = feed(model, cache, ids[:, first:last], **options)
+        with torch.enable_grad():
+            expected = feed(model, reference, ids[:, first:last], **options)
+        assert all(layer.recent is None for layer in reference.layers)
+        torch.testing.assert_close(found, expected.detach(), rtol=1e-9, atol=1e-9)
+
+    with torch.no_grad():
+        for each in (cache, reference):
+            model(ids[:, :3], cache=each)
+    check(3, 8)
+    with torch.no_grad():
+        for parameter in model.model.layers[0].mixer.parameters():
+            parameter.add_(0.1)
+    check(8, 10)
+    if bias is not None:
+        calls = []
+        handle = bias.register_forward_hook(lambda *_: calls.append(1))
+        check(10, 13)
+        handle.remove()
+        assert len(calls) == 2 * 3
+    check(13, 15)
+    check(15, 16, position_ids=torch.full((2, 1), 20))
+    check(16, 19)
+    check(19, 20, attention_mask=torch.tensor([[1], [0]]))
+    check(20, 24, attention_mask=mask)
+    with torch.inference_mode():
+        feed(model, cache, ids[:, 24:27])
+    feed(model, reference, ids[:, 24:27])
+    check(27, 30)
+    model(ids[:, 30:33], cache=cache), model(ids[:, 30:33], cache=reference)
+    check(33, 36)
+    model.to(torch.float32), check(36, 38)
+
+
+@pytest.mark.parametrize("variant", ["local", "conv-decay"])
+def test_a_variant_that_computes_biases_of_its_own_takes_up_each_token(variant):
+    class OwnMixer(type(make_model(variant).model.layers[0].mixer)):
+        def biases(self, key, tokens):
+            biases = super().biases(key, tokens)
+            return {name: bias + key.mean() for name, bias in biases.items()}
+
+    model, ids = make_model(variant), make_ids(20)
+    for layer in model.model.layers:
+        layer.mixer.__class__ = OwnMixer
+    with torch.no_grad():
+        cache = fill(model, ids[:, :4])
+        feed(model, cache, ids[:, 4:9])
+    assert all(layer.recent is None for layer in cache.layers)
