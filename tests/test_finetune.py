@@ -386,6 +386,18 @@ def test_a_classifier_only_evaluates_and_predicts_without_epochs(classifiers, ro
     assert "predict_accuracy" not in found and not (tmp_path / "run" / "model.safetensors").exists()
 
 
+def test_predictions_stand_beside_their_texts_however_batches_are_made(classifiers, rows, tmp_path):
+    table = write_table(tmp_path / "labelled.jsonl", rows[-40:])
+    values = {"model": classifiers["aft"][0], "labelled_file": table, "predict_file": table, "num_train_epochs": 0}
+    for strategy in ("random", "group_by_length"):
+        finetune(tmp_path / strategy, **values, train_sampling_strategy=strategy, per_device_eval_batch_size=3)
+    found = predictions(tmp_path / "group_by_length")
+    for line, expected in zip(found, predictions(tmp_path / "random"), strict=True):
+        assert line["text"] == expected["text"]
+        assert line["scores"] == pytest.approx(expected["scores"], abs=1e-5)
+    assert len({max(line["scores"].values()) for line in found}) > 30
+
+
 @pytest.mark.parametrize(("side", "kept"), [("right", slice(None, LIMIT)), ("left", slice(-LIMIT, None))])
 def test_truncation_keeps_the_other_side(side, kept, classifiers, rows, tmp_path):
     folder, _ = classifiers["aft"]

@@ -138,6 +138,22 @@ def test_predictions_are_written_for_sources_alone(finished, inputs):
     assert "predict_loss" not in finished[1] and "predict_generated_tokens_per_second" in finished[1]
 
 
+def test_predictions_stand_beside_their_sources_however_batches_are_made(inputs, tmp_path):
+    """By a model of large weights, which writes something else for each source."""
+    files = {"model": inputs / "model.json", "pairs_file": inputs / "pairs.jsonl", **COLUMNS, "tokenizer": "bytes"}
+    files |= {"predict_file": inputs / "pairs.jsonl", "test_file": inputs / "pairs.jsonl"}
+    values = {**files, "learning_rate": 1e-12, "num_train_epochs": 1, "generation_max_length": 8}
+    large = ["--model_override", "encoder.initializer_range=1.0", "decoder.initializer_range=1.0"]
+    found = {}
+    for strategy in ("random", "group_by_length"):
+        scores = seq2seq(tmp_path / strategy, *large, **values, train_sampling_strategy=strategy)
+        lines = (tmp_path / strategy / "predictions.jsonl").read_text().splitlines()
+        found[strategy] = lines, [scores[f"test_{name}"] for name in ("exact_match", "log_perplexity")]
+    assert len({json.loads(line)["prediction"] for line in found["random"][0]}) > 10
+    assert found["random"][0] == found["group_by_length"][0]
+    assert found["random"][1] == pytest.approx(found["group_by_length"][1])
+
+
 def test_generate_needs_no_flags(finished, capsys):
     """`generate` of the library, and the command that is named at the end."""
     folder = finished[0]

@@ -18,7 +18,7 @@ from time import perf_counter
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -131,6 +131,12 @@ class FinetuningTrainer(Trainer):
             sampler = ShuffledLengthGroups(sampler.batch_size, sampler.lengths, seed)
         self.sampler = sampler
         return sampler
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
+        """Rows are evaluated in their own order, whatever that of training is: predictions are written and scored
+        beside them."""
+        sampler = super()._get_eval_sampler(eval_dataset)
+        return SequentialSampler(eval_dataset) if isinstance(sampler, LengthGroupedSampler) else sampler
 
     def _run_epoch(self, *args, **options) -> None:
         for part in (self.train_dataset, self.sampler):  # accelerate tells one of them, and not in every case
