@@ -305,9 +305,7 @@ class StateLayer(CacheLayerMixin):
 
     def forget_length(self) -> None:
         """Begins to count tokens at 0. The state stays: what comes next goes on from it."""
-        if self.recent is not None:
-            self._take_up()
-        self.cumulative_length, self.known_before = torch.zeros_like(self.cumulative_length), 0
+        self.count_from(0)
 
     def get_seq_length(self) -> int | torch.Tensor:
         """Number of tokens seen, padding included."""
@@ -348,6 +346,20 @@ class StateLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self._map(lambda t: t[indices.to(t.device)])
+
+    def batch_append(self, other: "StateLayer") -> None:
+        """Puts the rows of another layer, with a state of fixed size too, behind those of this one."""
+        self.state = self.state_class(
+            *(None if a is None else torch.cat([a, b]) for a, b in zip(self.state, other.state, strict=True))
+        )
+        self.count_from(max(int(self.get_seq_length()), int(other.get_seq_length())))
+        self.history.clear()
+
+    def count_from(self, length: int) -> None:
+        """Says that the longest row has read so many tokens."""
+        if self.recent is not None:
+            self._take_up()
+        self.cumulative_length, self.known_before = torch.full_like(self.cumulative_length, length), length
 
     def detach(self) -> None:
         """

@@ -10,6 +10,7 @@
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from transformers import (
     DynamicCache,
     EncoderNoRepeatNGramLogitsProcessor,
     EncoderRepetitionPenaltyLogitsProcessor,
+    GenerationConfig,
     GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
@@ -31,8 +33,10 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .compatibility import CACHE_NAME, CausalLMOutputWithPast, one_cache
+from .continuous_batching import ContinuousBatch, check_options, make_request, outputs_of
 from .modeling_linear import project
 from .modeling_text import MixerWithHead, head_input
+from .ops_tokens import refused
 from .refresh import check_refresh, window_start
 
 
@@ -191,7 +195,8 @@ class MixerGenerationMixin(GenerationMixin):
         """Raises a ValueError, for `generate_batch` and all others that begin here."""
         raise ValueError(
             "Continuous batching keeps the keys and values of attention in pages, which these models do not have. "
-            "Use `generate` with a padded batch: the state of a row does not depend on its padding."
+            "AFT-simple, AFT-local and AFT-conv have a `generate_batch` of their own. Use `generate` with a padded "
+            "batch for others: the state of a row does not depend on its padding."
         )
 
     @staticmethod
@@ -304,6 +309,74 @@ class StateGenerationMixin(MixerGenerationMixin):
         if written >= int(room.min()) and asked > int(room.min()):
             self._warn_of_end()
         return result
+
+    @torch.no_grad()
+    def generate_batch(
+        self,
+        inputs: Sequence[Sequence[int]],
+        generation_config: GenerationConfig | None = None,
+        *,
+        max_new_tokens: int | Sequence[int] | None = None,
+        max_batch_size: int = 32,
+        **kwargs,
+    ) -> dict:
+        """
+        Continues many prompts in a batch that stays full: where a text has ended, the next prompt takes its row. Each
+        text is what `generate` writes for its prompt alone, but for rounding; with `do_sample` tokens are drawn from
+        the generator of torch in the order of the steps.
+
+        Args:
+            inputs (`Sequence[Sequence[int]]`): the ids of each prompt, without padding.
+            generation_config (`GenerationConfig`, *optional*): the model's by default.
+            max_new_tokens (`int` or one for each prompt, *optional*): how many tokens to write at most; the config
+                says it by default. A text ends where the model's tables of positions do.
+            max_batch_size (`int`): how many rows the batch has.
+            kwargs: fields of the config, such as `do_sample`, `temperature` and `eos_token_id`.
+
+        Returns:
+            `dict[str, GenerationOutput]`: by `"req_0"`, `"req_1"`, ..., in the order of the prompts, as the library's
+            `generate_batch` gives them: `prompt_ids` and `generated_tokens`, which end with the token that ends texts
+            if there is one.
+
+        Raises:
+            ValueError: the state grows with the text, as that of AFT-full and of the Synthesizer; a prompt is empty,
+                or longer than the model's tables; or for an option that a batch of requests cannot follow.
+            TypeError: for an option that does not exist.
+        """
+        if set(self.config.layer_types) != {"aft_state"}:
+            self.init_continuous_batching()
+        if not isinstance(max_batch_size, int) or max_batch_size < 1:
+            raise refused("max_batch_size", "a whole number of at least 1", max_batch_size)
+        config, unknown = self._prepare_generation_config(generation_config, **kwargs)
+        if unknown:
+            raise TypeError(f"generate_batch() knows no option `{next(iter(unknown))}`.")
+        check_options(config)
+        self._prepare_special_tokens(config, True, device=self.device)
+        if max_new_tokens is None or isinstance(max_new_tokens, int):
+            max_new_tokens = [max_new_tokens] * len(inputs)
+        if len(max_new_tokens) != len(inputs):
+            raise refused("max_new_tokens", f"one number, or {len(inputs)}, one for each prompt", len(max_new_tokens))
+        for number, ids in enumerate(inputs):
+            self._check_prompt(f"inputs[{number}]", ids)
+        numbers = [
+            self._new_tokens_asked(config, {"max_new_tokens": asked}, len(ids))
+            for asked, ids in zip(max_new_tokens, inputs, strict=True)
+        ]
+        if min(numbers, default=1) < 1:
+            raise refused("max_new_tokens", "at least 1", min(numbers))
+        requests = [make_request(self, config, ids, asked) for ids, asked in zip(inputs, numbers, strict=True)]
+        ContinuousBatch(self, config, max_batch_size).run(requests)
+        if any(request.is_cut_short for request in requests):
+            self._warn_of_end()
+        return outputs_of(requests)
+
+    def _check_prompt(self, name: str, ids: Sequence[int]) -> None:
+        limit = self.config.max_position_embeddings if self.config.has_position_table else None
+        if len(ids) == 0 or (limit is not None and len(ids) > limit):
+            allowed = "at least 1 id" if limit is None else f"1 to {limit} ids, as max_position_embeddings says"
+            raise refused(name, allowed, f"{len(ids)} of them")
+        if min(ids) < 0 or max(ids) >= self.config.vocab_size:
+            raise refused(name, f"ids from 0 to {self.config.vocab_size - 1}", f"{min(ids)} to {max(ids)}")
 
     @torch.no_grad()
     def _read_in_chunks(self, prompt, mask, position_ids, cache: Cache, past: int, size: int) -> None:

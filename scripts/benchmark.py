@@ -13,6 +13,7 @@ Measures side by side, and writes a row per contestant and length to benchmarks/
     python scripts/benchmark.py dense        # the same of the dense Synthesizer, ours and with [T, T] logits
     python scripts/benchmark.py train        # training steps of whole models, ours and those of transformers
     python scripts/benchmark.py decode       # decoding steps of whole models after a context of T tokens
+    python scripts/benchmark.py serving      # many prompts of up to T bytes, whose texts end at different times
     python scripts/benchmark.py memory       # the most memory that two training steps hold, weights included
     python scripts/benchmark.py images       # classifiers of images beside ViT; T is the side of an image in pixels
     python scripts/benchmark.py seq2seq      # encoder-decoders beside T5 and BART: training steps, and `generate`
@@ -58,6 +59,7 @@ from aft.benchmark_contestants import (
 )
 from aft.benchmark_rows import add_rows, read_rows
 from aft.benchmark_seq2seq import seq2seq_configs, seq2seq_contestants
+from aft.benchmark_serving import serving_contestants
 from aft.console import any_text, is_out_of_memory, run_program
 from aft.machine import peak_bytes, processor_name
 
@@ -67,15 +69,18 @@ SUITES = {
     "dense": dense_contestants,
     "train": train_contestants,
     "decode": decode_contestants,
+    "serving": serving_contestants,
     "memory": train_contestants,
     "images": image_contestants,
     "seq2seq": seq2seq_contestants,
     "ceiling": ceiling_contestants,
 }
-OF_MODELS = ("train", "decode", "memory", "images", "seq2seq")
-BATCHES = {"decode": 1, "memory": 1, "ceiling": 1, "images": 4, "seq2seq": 4}  # else by --tokens
+COMPILED = ("train", "decode", "memory")
+OF_MODELS = (*COMPILED, "serving", "images", "seq2seq")
+BATCHES = {"decode": 1, "serving": 32, "memory": 1, "ceiling": 1, "images": 4, "seq2seq": 4}  # else by --tokens
 LENGTHS = {
     "decode": [64, 256, 1024, 4096, 16384, 65536],
+    "serving": [256],
     "images": [224, 384],
     "seq2seq": [128],
     "ceiling": [2**26],
@@ -234,7 +239,9 @@ def model_names(args) -> list[str]:
     if args.suite == "seq2seq":
         return list(seq2seq_configs(args, 1))
     names = list(model_configs(args, 1, "none"))
-    return [name for name in names if name.startswith(DECODED)] if args.suite == "decode" else names
+    if args.suite in ("decode", "serving"):
+        names = [name for name in names if name.startswith(DECODED)]
+    return [name for name in names if args.suite != "serving" or name != "aft-full"]  # whose state grows
 
 
 def length_of_name(text: str) -> tuple[str, int]:
@@ -249,9 +256,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suite", choices=[*SUITES, "pictures"], help="what to measure")
     parser.add_argument("--lengths", type=int, nargs="+", help="values of T; of ceiling: elements of the large copy")
-    parser.add_argument(
-        "--models", nargs="+", help="models of train, decode, memory, images and seq2seq: names, or files"
-    )
+    parser.add_argument("--models", nargs="+", help=f"models of {', '.join(OF_MODELS)}: names, or files")
     defaults = ", ".join(f"{name}={length}" for name, length in LONGEST.items())
     parser.add_argument(
         "--longest",
@@ -262,7 +267,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help=f"contestants that are left out beyond a length; unless given here, {defaults}",
     )
     parser.add_argument(
-        "--batch_size", type=int, help="sequences; else by --tokens, 1 in decode and memory, 4 in images and seq2seq"
+        "--batch_size", type=int, help="sequences; else by --tokens, or as the suite has it (1, 4, serving 32)"
     )
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of a batch, at least one sequence")
     parser.add_argument("--layers", type=int, default=6, help="blocks of a model")
@@ -273,6 +278,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=64, help="rank of the position biases of AFT-local and AFT-full")
     parser.add_argument("--dropout", type=float, help="seq2seq: where each model has it (default: 0.1)")
     parser.add_argument("--steps", type=int, default=8, help="decoding steps in a turn")
+    parser.add_argument("--prompts", type=int, default=256, help="serving: how many")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of all tensors")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument(
@@ -284,7 +290,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.lengths = args.lengths or LENGTHS.get(args.suite, [256, 1024, 4096, 16384])
     args.longest = dict(args.longest)
-    sizes = ("tokens", "layers", "width", "heads", "conv_heads", "window", "rank", "steps", "repeats")
+    sizes = ("tokens", "layers", "width", "heads", "conv_heads", "window", "rank", "steps", "prompts", "repeats")
     problems = [f"--{name} must be at least 1, got {getattr(args, name)}" for name in sizes if getattr(args, name) < 1]
     if not args.seconds > 0:
         problems.append(f"--seconds must be positive, got {args.seconds}")
@@ -301,7 +307,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if args.dropout is not None and not (args.suite == "seq2seq" and 0 <= args.dropout < 1):
         problems.append(f"--dropout must be in [0, 1), and go with seq2seq, got {args.dropout} with {args.suite}")
     args.dropout = 0.1 if args.dropout is None else args.dropout
-    if args.compile and (args.suite not in OF_MODELS[:3] or (args.suite, args.device) == ("memory", "cpu")):
+    if args.compile and (args.suite not in COMPILED or (args.suite, args.device) == ("memory", "cpu")):
         # On a CPU, the memory of the compiler cannot be told from that of the model.
         problems.append(f"--compile must go with train, decode, or memory on cuda, got {args.suite} on {args.device}")
     if args.models and args.suite not in OF_MODELS:

@@ -32,7 +32,7 @@ ECOSYSTEM, STREAMING = "test_ecosystem.py", "test_streaming.py"
 LINEAR, CONVERTER = "test_linear.py", "test_convert_z1t.py"
 PICTURES, PROCESSOR = "test_pictures.py", "test_image_processing.py"
 SEQ2SEQ_HEADS, PAIRS = "test_seq2seq_heads.py", "test_build_pairs.py"
-SEQ2SEQ_PROGRAM = "test_seq2seq_program.py"
+SEQ2SEQ_PROGRAM, BATCHING = "test_seq2seq_program.py", "test_continuous_batching.py"
 
 FAULTS: list[Fault] = []
 
@@ -222,6 +222,41 @@ def _(original):
         self.known_before = known
 
     return _count
+
+
+# Single tokens, and rows of a batch
+
+
+@fault("recent tokens stay where they are when rows change", "ops_step.RecentTokens.reorder", CACHE)
+def _(original):
+    return lambda self, rows: None
+
+
+@fault("a state that takes up recent tokens keeps its position", "ops_step.RecentTokens.taken_up", CACHE)
+def _(original):
+    return lambda self, state: original(self, state)._replace(position=state.position.clone())
+
+
+@fault("weights that change are seen eight tokens later", "modeling_attention_free.weights_of", CACHE)
+def _(original):
+    return lambda module: []
+
+
+@fault("rows that are added stand in front", "cache_state.StateLayer.batch_append", BATCHING)
+def _(original):
+    def batch_append(self, other):
+        own = self.state
+        original(self, other)
+        self.state = self.state_class(
+            *(None if a is None else torch.cat([b, a]) for a, b in zip(own, other.state, strict=True))
+        )
+
+    return batch_append
+
+
+@fault("a text goes on behind its end", "continuous_batching.ContinuousBatch._has_ended", BATCHING)
+def _(original):
+    return lambda self, request: request.is_full
 
 
 # Streams and refresh
@@ -483,18 +518,16 @@ def _(original):
     return _call
 
 
-@fault(
-    "a step reads the bias of the wrong offset", "modeling_attention_free.LocalPositionBias._single_rows", GENERATION
-)
+@fault("a step reads the bias of the wrong offset", "modeling_attention_free.LocalPositionBias._few_rows", GENERATION)
 def _(original):
-    def _single_rows(self, positions):
+    def _few_rows(self, positions):
         self.left, self.right = self.left + 1, self.right - 1
         try:
             return original(self, positions)
         finally:
             self.left, self.right = self.left - 1, self.right + 1
 
-    return _single_rows
+    return _few_rows
 
 
 @fault("a token's slot counts the token itself", "ops_tokens.count_tokens", OPS)

@@ -11,6 +11,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from aft import benchmark_contestants, benchmark_rows
+from aft.benchmark_serving import draw_requests
 from modeling_aft.compatibility import CACHE_NAME
 from modeling_aft.ops import aft_attention
 
@@ -87,6 +88,15 @@ def test_decode_suite_measures_a_step_after_each_context(tmp_path):
     check_whole(rows, "decode", "tokens/s")
     assert names(rows, 5) == names(rows, 1030) == [*AFT_MODELS, "gpt2", "llama"]
     assert {row["batch_size"] for row in rows} == {"1"}
+
+
+def test_serving_suite_measures_padded_and_full_batches(tmp_path):
+    flags = ["--models", "aft-conv-4-3", "llama", "--prompts", "5", "--batch_size", "2", "--repeats", "1"]
+    rows = rows_of(tmp_path, "serving", "--lengths", "9", *flags)
+    parts = [f"{model}-{part}" for model in ("aft-conv-4-3", "llama") for part in ("padded", "continuous")]
+    assert names(rows, 9) == parts
+    written = sum(draw_requests(5, 9)[1])
+    assert all(float(row["rate"]) * float(row["p50"]) == pytest.approx(written, rel=1e-2) for row in rows)
 
 
 def test_images_suite_measures_classifiers_and_vit(tmp_path):
@@ -278,10 +288,11 @@ def test_a_file_of_other_columns_is_refused_before_the_work(tmp_path):
         (["operator", "--conv_heads", "3"], "--conv_heads must divide --width 256, got 3"),
         (["train", "--batch_size", "0", "--lengths", "0"], "--batch_size .* least 1, got 0; --lengths .* 1, got 0"),
         (["train", "--models", "gpt3"], "--models must be files or of aft-simple, .*, got gpt3"),
+        (["serving", "--models", "aft-full"], "--models must be files or of aft-simple, .*, got aft-full"),
         (["decode", "--models", "mamba"], "--models must be files or of aft-simple, .*, llama, got mamba"),
         (
             ["operator", "--models", "gpt2"],
-            "--models must go with train, decode, memory, images, seq2seq, got operator",
+            "--models must go with train, decode, memory, serving, images, seq2seq, got operator",
         ),
         (["train", "--dropout", "0.1"], r"--dropout must be in \[0, 1\), and go with seq2seq, got 0.1 with train"),
         (["seq2seq", "--dropout", "1"], r"--dropout must be in \[0, 1\), and go with seq2seq, got 1.0 with seq2seq"),

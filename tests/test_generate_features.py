@@ -188,6 +188,6 @@ def test_caches_of_attention_alone_are_refused_by_name(variant):
     with pytest.raises(ValueError, match="QuantizedCache.*only full attention"):
         model.generate(ids, cache_implementation="quantized", max_new_tokens=2)
     with pytest.raises(ValueError, match="Continuous batching.*Use `generate` with a padded batch"):
-        model.generate_batch([[1, 2, 3]], max_new_tokens=2)
-    with pytest.raises(ValueError, match="Continuous batching"):
+        model.init_continuous_batching()
+    with pytest.raises(ValueError, match="Continuous batching|`cache_implementation` must be None or 'dynamic'"):
         model.generate(ids, cache_implementation="paged", max_new_tokens=2)

@@ -40,9 +40,9 @@ torch.save(dict(logits=model.eval()(ids).logits, hidden=base(ids).last_hidden_st
 
 
 # What the models of both families carry, and those of one.
-SHARED = """cache_files cache_state compatibility configuration_common modeling_causal_lm modeling_heads
-modeling_linear modeling_stack modeling_text modeling_tokens ops_kernels ops_modes ops_operators ops_packing ops_tokens
-refresh"""
+SHARED = """cache_files cache_state compatibility configuration_common continuous_batching modeling_causal_lm
+modeling_heads modeling_linear modeling_stack modeling_text modeling_tokens ops_kernels ops_modes ops_operators
+ops_packing ops_tokens refresh"""
 AFT = """configuration_aft modeling_attention_free ops ops_chunks ops_cpu ops_full ops_grid ops_panel ops_reference
 ops_state ops_step ops_triton ops_windows"""
 SYNTHESIZER = "configuration_synthesizer modeling_synthesizer ops_synthesizer"
