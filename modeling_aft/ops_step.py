@@ -57,16 +57,16 @@ class RecentTokens:
         self.first = 1 + self.window
         self.keys = state.normalizer.new_empty(batch, self.first + ROOM, keys)
         self.values = state.average.new_empty(batch, self.first + ROOM, values)
-        lowest = torch.finfo(dtype).min / 4  # two of which can be added up
         self.keys[:, 0] = falling(state.maximum, decay) + state.normalizer.clamp_min(_NOTHING).log()
         self.keys[:, 1 : self.first] = state.key
-        self.keys[:, : self.first].clamp_min_(lowest)
+        self.lowest = torch.finfo(dtype).min  # in place of what is absent, so that differences stay numbers
+        self.keys[:, : self.first].clamp_min_(self.lowest)
         self.values[:, 0] = state.average
         self.values[:, 1 : self.first] = state.value
         # [1 or B, 1 or ROOM, S + 1 + ROOM, 1 or K], for the offsets S + ROOM, ..., 1, 0 of keys from a query.
         self.bias = None
         if bias is not None:
-            bias = bias.to(dtype).clamp_min(lowest).flip(-1).permute(1, 2, 3, 0)
+            bias = bias.to(dtype).flip(-1).permute(1, 2, 3, 0)
             bias = bias if bias.shape[3] == 1 else spread(bias, self.keys)
             self.bias = F.pad(bias, (0, 0, ROOM, 0))
         if decay is not None:
@@ -88,7 +88,7 @@ class RecentTokens:
         logits, values = self.keys[:, : place + 1], self.values[:, : place + 1]
         if self.bias is not None:
             row = 0 if self.bias.shape[1] == 1 else self.length - 1
-            logits = logits + self.bias[:, row, ROOM - self.length :]
+            logits = (logits + self.bias[:, row, ROOM - self.length :]).clamp_min_(self.lowest)
         weights = logits.softmax(1)
         if self.split is None:
             average = (weights * values).sum(1, keepdim=True)
