@@ -296,15 +296,15 @@ def decode_contestants(args, batch: int, length: int) -> Contestants:
     room = length + args.steps * (args.repeats + WARM_UPS) + 1  # and the step whose memory is measured
 
     @cache
-    @torch.inference_mode()
     def prepared(name):
-        """The model, its tokens, and a dynamic cache that has read them."""
+        """The model, whose weights anyone may train, its tokens, and a dynamic cache that has read them."""
         model = make_model(args, name, room, "none").eval()
         ids = torch.randint(model.config.vocab_size, (batch, length), device=args.device)
         filled = DynamicCache(config=model.config)
         read(model, ids, filled)
         return model, ids, filled
 
+    @torch.inference_mode()
     def read(model, ids, past):
         # In parts, a model of this package needs less memory; attention would need more, for its masks.
         for part in ids.split(PREFILL if isinstance(model.config, TextMixerConfig) else length, 1):
