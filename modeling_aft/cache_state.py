@@ -108,20 +108,21 @@ class StateLayer(CacheLayerMixin):
     def state(self) -> tuple | None:
         """The state after the tokens so far, None at the start. It is kept as a dict, because what takes caches apart
         and puts them together again (the exporters of transformers) cannot do that with a named tuple."""
-        if self.recent is not None:
-            self._take_up()
+        self._take_up()
         return None if self.tensors is None else self.state_class(**self.tensors)
 
     @state.setter
     def state(self, state: tuple | None) -> None:
         self.tensors, self.recent = None if state is None else state._asdict(), None
 
-    @torch.no_grad()
     def _take_up(self) -> None:
-        """Makes the state that after the recent tokens as well."""
+        """Makes the state that after the recent tokens as well, if there are any."""
+        if self.recent is None:
+            return
         recent, self.recent = self.recent, None
-        self._write(recent.taken_up(self.state))
-        self._count(recent.length)
+        with torch.no_grad():
+            self._write(recent.taken_up(self.state))
+            self._count(recent.length)
 
     @property
     def known_length(self) -> int | None:
@@ -207,8 +208,7 @@ class StateLayer(CacheLayerMixin):
 
     def activate_past_recording(self) -> None:
         """From now on, what is fed between one `crop` and the next can be taken back."""
-        if self.recent is not None:
-            self._take_up()
+        self._take_up()
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -357,8 +357,7 @@ class StateLayer(CacheLayerMixin):
 
     def count_from(self, length: int) -> None:
         """Says that the longest row has read so many tokens."""
-        if self.recent is not None:
-            self._take_up()
+        self._take_up()
         self.cumulative_length, self.known_before = torch.full_like(self.cumulative_length, length), length
 
     def detach(self) -> None:

@@ -164,6 +164,11 @@ class TextMixerConfig(MixerConfig):
             fields["max_position_embeddings"] = self.max_position_embeddings
         return json.dumps(fields)
 
+    @property
+    def position_limit(self) -> int | None:
+        """How many positions there are learned tables for; None where no table ends (not serialised)."""
+        return self.max_position_embeddings if self.has_position_table else None
+
     def validate_token_ids(self):
         """The check of the base class, which warns of ids beyond the vocabulary, where that of padding is within it:
         beyond it, no byte is lost to padding."""

@@ -130,17 +130,14 @@ class ContinuousBatch:
         """Whether so many rows are at rest that it pays to take others in, or to go on without them; or one of them
         would leave the tables of positions."""
         resting = self.rows.count(None)
-        limit = self.model.config.max_position_embeddings if self.model.config.has_position_table else None
+        limit = self.model.config.position_limit
         ends = limit is not None and self.longest > limit
         return resting > 0 and (ends or resting >= max(1, len(self.rows) // (8 if self.waiting else 4)))
 
     def _refill(self) -> None:
         """Leaves out the rows at rest, and gives their places to requests that wait."""
         kept = [number for number, row in enumerate(self.rows) if row is not None]
-        if not kept:
-            self.cache = None
-        elif len(kept) < len(self.rows):
-            self.cache.batch_select_indices(torch.tensor(kept, device=self.model.device))
+        self.cache = self._rows_of(self.cache, kept, len(self.rows))
         self.rows, self.next_ids = [self.rows[number] for number in kept], [self.next_ids[number] for number in kept]
         while self.waiting and len(self.rows) < self.size:
             self._read(self._next_group())
@@ -168,17 +165,20 @@ class ContinuousBatch:
         logits = self.model(ids, attention_mask=mask, cache=cache, logits_to_keep=1).logits[:, -1]
         next_ids = self._write(group, logits)
         kept = [number for number, request in enumerate(group) if not self._has_ended(request)]
-        if not kept:
-            return
-        if len(kept) < len(group):
-            cache.batch_select_indices(torch.tensor(kept, device=device))
+        cache = self._rows_of(cache, kept, len(group))
         self.rows += [group[number] for number in kept]
         self.next_ids += [next_ids[number] for number in kept]
         if self.cache is None:
             self.cache = cache
-        else:
+        elif cache is not None:
             for layer, new in zip(self.cache.layers, cache.layers, strict=True):
                 layer.batch_append(new)
+
+    def _rows_of(self, cache: DynamicCache | None, kept: list[int], rows: int) -> DynamicCache | None:
+        """A cache of so many rows with those that are kept; None if there are none."""
+        if kept and len(kept) < rows:
+            cache.batch_select_indices(torch.tensor(kept, device=self.model.device))
+        return cache if kept else None
 
     def _write(self, requests: list[Request | None], logits: torch.Tensor) -> list[int]:
         """Chooses a token for each request by logits [B, V], and adds it to it."""
@@ -205,6 +205,11 @@ class ContinuousBatch:
         return request.is_full or request.written[-1] in self.ends
 
 
+def can_stay_full(config) -> bool:
+    """Whether the states of a model, of this package or another, have a fixed size, so that a row is all of one."""
+    return set(getattr(config, "layer_types", None) or ()) == {"aft_state"}
+
+
 def check_options(config: GenerationConfig) -> None:
     """
     Checks that a batch of requests can do what a config asks for.
@@ -220,9 +225,8 @@ def check_options(config: GenerationConfig) -> None:
 
 def make_request(model, config: GenerationConfig, ids: Sequence[int], asked: int) -> Request:
     """The request of a prompt, with the processors that `generate` would have for it alone."""
-    room = math.inf
-    if model.config.has_position_table:
-        room = model.config.max_position_embeddings + 1 - len(ids)  # the last token is never read
+    limit = model.config.position_limit
+    room = math.inf if limit is None else limit + 1 - len(ids)  # the last token is never read
     config = copy.copy(config)
     config.max_length = len(ids) + min(asked, room)
     prompt = torch.tensor([list(ids)], device=model.device)

@@ -33,7 +33,7 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .compatibility import CACHE_NAME, CausalLMOutputWithPast, one_cache
-from .continuous_batching import ContinuousBatch, check_options, make_request, outputs_of
+from .continuous_batching import ContinuousBatch, can_stay_full, check_options, make_request, outputs_of
 from .modeling_linear import project
 from .modeling_text import MixerWithHead, head_input
 from .ops_tokens import refused
@@ -343,7 +343,7 @@ class StateGenerationMixin(MixerGenerationMixin):
                 or longer than the model's tables; or for an option that a batch of requests cannot follow.
             TypeError: for an option that does not exist.
         """
-        if set(self.config.layer_types) != {"aft_state"}:
+        if not can_stay_full(self.config):
             self.init_continuous_batching()
         if not isinstance(max_batch_size, int) or max_batch_size < 1:
             raise refused("max_batch_size", "a whole number of at least 1", max_batch_size)
@@ -371,7 +371,7 @@ class StateGenerationMixin(MixerGenerationMixin):
         return outputs_of(requests)
 
     def _check_prompt(self, name: str, ids: Sequence[int]) -> None:
-        limit = self.config.max_position_embeddings if self.config.has_position_table else None
+        limit = self.config.position_limit
         if len(ids) == 0 or (limit is not None and len(ids) > limit):
             allowed = "at least 1 id" if limit is None else f"1 to {limit} ids, as max_position_embeddings says"
             raise refused(name, allowed, f"{len(ids)} of them")

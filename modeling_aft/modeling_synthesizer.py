@@ -242,7 +242,7 @@ class SynthesizerMixer(Mixer):
         self.layer_idx = layer_idx
         self.is_causal = causal
         self.heads = config.num_attention_heads
-        self.limit = config.max_position_embeddings if config.has_position_table else None
+        self.limit = config.position_limit
         self.names = list(config.components)
         width = config.hidden_size
         # The query is the dot product's, and the first layer of the dense types.

@@ -202,7 +202,7 @@ class MixerModel(MixerStack):
             seen_at_most=seen_at_most,
             seq_idx=seq_idx,
             cu_seq_lens=cu_seq_lens_q,
-            limit=self.config.max_position_embeddings if self.config.has_position_table else None,
+            limit=self.config.position_limit,
         )
 
     def _embed(self, input_ids: torch.LongTensor, tokens: Tokens) -> torch.Tensor:

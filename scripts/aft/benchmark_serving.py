@@ -13,27 +13,11 @@ from functools import cache, partial
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria
+from transformers import GenerationConfig
 
 from aft.benchmark_contestants import BYTES, Contestant, Contestants, about_model, make_model
-from modeling_aft.continuous_batching import READ_AT_ONCE
-
-
-class RowsEnd(StoppingCriteria):
-    """
-    Ends each row of a batch after tokens of its own.
-
-    Args:
-        columns (`LongTensor` [B]): how long the ids of each row may become.
-    """
-
-    eos_token_id = None  # by having one, a criterion asks for padding behind the end of a row
-
-    def __init__(self, columns: torch.Tensor):
-        self.columns = columns
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs) -> torch.BoolTensor:
-        return input_ids.shape[1] >= self.columns
+from modeling_aft.continuous_batching import READ_AT_ONCE, can_stay_full
+from modeling_aft.modeling_causal_lm import EndOfTables
 
 
 def draw_requests(count: int, length: int) -> tuple[list[list[int]], list[int]]:
@@ -52,7 +36,7 @@ def padded_batches(model, prompts: list[list[int]], numbers: list[int], size: in
         ids = torch.tensor([[0] * (longest - len(ids)) + ids for ids in part], device=model.device)
         lengths = torch.tensor([len(ids) for ids in part], device=model.device)
         mask = (torch.arange(longest, device=model.device) >= longest - lengths[:, None]).long()
-        ends = [RowsEnd(longest + rooms)]
+        ends = [EndOfTables(longest + rooms)]  # of each row at a column of its own
         model.generate(
             ids,
             attention_mask=mask,
@@ -106,7 +90,7 @@ def serving_contestants(args, batch: int, length: int) -> Contestants:
 
     def make(name, padded):
         model = prepared(name)
-        continuous = full_batch if hasattr(model.config, "aft_type") else library_batch
+        continuous = full_batch if can_stay_full(model.config) else library_batch
         write = padded_batches if padded else continuous
 
         @torch.inference_mode()

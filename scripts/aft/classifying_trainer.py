@@ -70,8 +70,7 @@ class ClassifyingTrainer(FinetuningTrainer):
         times = self.train_dataset.recipe.repeated_augmentation
         if times == 1:
             return super()._get_train_sampler(train_dataset)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return RepeatedSampler(self.train_dataset, times, seed)
+        return RepeatedSampler(self.train_dataset, times, self.data_seed)
 
     # The average of the weights
 

@@ -124,11 +124,15 @@ class FinetuningTrainer(Trainer):
         """Whether it is the evaluation that decides whether to save."""
         return self.args.save_strategy == SaveStrategy.BEST
 
+    @property
+    def data_seed(self) -> int:
+        """That of the order of the rows."""
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, LengthGroupedSampler):
-            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            sampler = ShuffledLengthGroups(sampler.batch_size, sampler.lengths, seed)
+            sampler = ShuffledLengthGroups(sampler.batch_size, sampler.lengths, self.data_seed)
         self.sampler = sampler
         return sampler
 

@@ -17,6 +17,7 @@ import torch
 from aft.atomic_files import write_whole
 from aft.chats import check_messages
 from aft.console import one_line
+from modeling_aft.continuous_batching import can_stay_full
 
 
 def read_prompts(path: Path, tokenizer) -> list[str]:
@@ -75,7 +76,7 @@ def continue_all(
                 f"--batch_file: prompt {number} has {len(ids)} tokens, and the position tables of the model end at "
                 f"{limit}"
             )
-    stays_full = set(getattr(model.config, "layer_types", ())) == {"aft_state"}
+    stays_full = can_stay_full(model.config)
     at_once = 16 * batch_size if stays_full else batch_size
     for start in range(0, len(rows), at_once):
         part = rows[start : start + at_once]
