@@ -59,6 +59,18 @@ def program(body: str, *, stdout=subprocess.PIPE, options: tuple = (), **environ
     )
 
 
+def test_processes_part_before_python_ends(tmp_path):
+    body = f"""
+import atexit
+import torch.distributed as dist
+def main():
+    dist.init_process_group("gloo", init_method="file://{tmp_path / "group"}", world_size=1, rank=0)
+    atexit.register(lambda: print(dist.is_initialized()))
+"""
+    result = program(body)
+    assert (result.returncode, result.stdout, result.stderr) == (0, b"False\n", b"")
+
+
 MEMORY = "DefaultCPUAllocator: can't allocate memory"
 
 

@@ -72,6 +72,13 @@ def is_out_of_memory(error: Exception) -> bool:
     return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
+def leave_processes() -> None:
+    """Ends what processes that work together share: its threads, left alone, can abort Python as it ends."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 def run_program(main: Callable[[], object]) -> None:
     """
     Calls a program's `main` from its command line. A mistake of its user or of the machine ends the process with one
@@ -89,6 +96,7 @@ def run_program(main: Callable[[], object]) -> None:
     try:
         with any_text():
             main()
+            leave_processes()
             print(end="", flush=True)  # a full disk or a closed pipe shows here, not while Python ends
     except KeyboardInterrupt:
         message, status = "interrupted", 130
