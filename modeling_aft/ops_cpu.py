@@ -16,8 +16,10 @@ Nothing but the results is longer than a block.
 With a decay the columns of a chunk count as they are at its middle, so that none is far from 1: what remains to each
 query is a factor that all its keys share, and no mean depends on it. From a chunk to the next they fall by `fall`.
 
-Exponentials are taken as they are. `_Bounds` tells where that loses nothing, which is everywhere but for inputs of
-extreme size; those go the way of ops_chunks.py, which is exact for all.
+Exponentials are taken as they are; where keys or biases are large, relative to references that change no mean: one for
+each sequence and key channel, and one for each query (`_Plan.refer`). `_Bounds` tells where that loses nothing, which
+is everywhere but for inputs of extreme size, as where the keys of a sequence jump up by 80; those go the way of
+ops_chunks.py, which is exact for all.
 
 Shapes: h heads of the bias, each of k = K / h key channels and k x r value channels, w = k + k r columns of a product.
 """
@@ -37,9 +39,9 @@ from .ops_windows import Window
 
 _CHUNK = 32  # queries per product of matrices, where the window is not longer
 _ROWS = 1024  # queries per block
-_LARGEST_EXPONENT = 30.0  # of a key, and of a bias
+_LARGEST_EXPONENT = 15.0  # of a key, and of a bias, without references or relative to them
 _LARGEST_SUM = 80.0  # log of the largest sum that a product of matrices may come to, in float32
-_SMALLEST_TOTAL = 1e-20  # a denominator of this size is exact to rounding, as terms count down to 1e-38
+_SMALLEST_TOTAL = 1e-20  # exact to rounding: of each factor what is below 1e-38 is lost, times at most exp(15)
 
 
 class _Plan:
@@ -54,6 +56,10 @@ class _Plan:
         fall: [h, 1, w], the factor of columns from a chunk to the next; None for a single one.
 
     With a decay, `overlap` says whether there are rows in two panels.
+
+    Set by `refer`, and None without references:
+        key_reference: [B, h, k], what is subtracted from the keys.
+        older: [h, 1 or B, 1 or T], the weight of the keys older than the window, else 1.
     """
 
     def __init__(self, key: Tensor, value: Tensor, rows: Tensor, decay: Tensor | None):
@@ -69,6 +75,7 @@ class _Plan:
         self.per_row = row_batch > 1  # matrices for each row of the batch
         self.by_head = self.shared and self.heads > 1
         self.shift = self.first_shift = self.fall = None
+        self.key_reference = self.older = None
         self.overlap = False
         if decay is not None:
             self.add_decay(self.keys(decay))
@@ -86,6 +93,31 @@ class _Plan:
             origin -= self.chunk
         self.shift = (row - origin)[:, None, None] * decay
         self.first_shift = (self.reach - 1 - origin) * decay
+
+    def refer(self, key: Tensor, rows: Tensor, maximum: Tensor, normalizer: Tensor) -> Tensor:
+        """The rows of the bias relative to the references of the queries, -inf where there is no key. The references
+        make exp(15) of the largest key of each sequence and channel, and of the largest weight of a query, unless that
+        is between exp(-15) and exp(15) already."""
+        self.key_reference = self.keys(_without_infinity(_largest_keys(key, maximum)) - _LARGEST_EXPONENT)
+        rows = rows.clone()
+        rows[..., self.length :] = -math.inf
+        if not self.shared:
+            first = rows[:, :, : self.reach]
+            step, tap = torch.arange(first.shape[2])[:, None], torch.arange(self.taps)
+            first.masked_fill_(tap > step, -math.inf)
+        heaviest = _without_infinity(rows.amax(-1))
+        reference = (heaviest - _LARGEST_EXPONENT).clamp(min=0)
+        if not self.shared and not normalizer.any():  # nothing is older than the window of the first queries
+            reference[..., : self.taps] += (heaviest + _LARGEST_EXPONENT).clamp(max=0)[..., : self.taps]
+        self.older = reference.neg().exp()
+        return rows.sub_(reference[..., None])
+
+    def older_of(self, start: int, count: int, batch: slice) -> Tensor:
+        """`older` of the queries from `start` on as a factor of columns, [1 or b, 1 or count, h, 1]."""
+        older = self.older if self.shared else self.older[:, :, start : start + count]
+        if not self.shared:
+            older = F.pad(older, (0, count - older.shape[2]), value=1.0)
+        return (older[:, batch] if self.per_row else older).permute(1, 2, 0)[..., None]
 
     def blocks(self):
         """Slices of time (of whole chunks: the last may end beyond the text), each with slices of the batch."""
@@ -118,7 +150,7 @@ class _Plan:
 
         For each query of a chunk: the `reach` keys before the chunk, and those of the chunk; or, `of_keys`, for each
         key of a chunk: the queries of the chunk, and the `reach` after it. Keys older than the window have weight 1,
-        keys that come after the query 0.
+        or that of `older`, keys that come after the query 0.
         """
         chunk, reach = self.chunk, self.reach
         chunks = 1 if self.shared else (time.stop - time.start) // chunk
@@ -132,6 +164,10 @@ class _Plan:
         row, column = torch.arange(chunk)[:, None], torch.arange(chunk + reach)
         beyond = column > row + reach if of_keys else column < row
         weights = beyond.to(factors.dtype).expand(*factors.shape[:2], chunks, -1, -1).contiguous()
+        if self.older is not None:
+            older = self.older_of(time.start, length, batch)[..., 0].permute(2, 0, 1)  # [h, 1 or b, 1 or length]
+            older = older.expand(-1, -1, length).unfold(2, chunk + reach, chunk)  # [h, 1 or b, chunks, C + reach]
+            weights *= older[..., None, :] if of_keys else older[..., :chunk, None]
         band = self.band(weights)
         if of_keys:  # key r and query r + j are j apart
             strides = (*factors.stride()[:2], chunk * self.taps, self.taps, self.taps + 1)
@@ -175,8 +211,11 @@ class _Plan:
                 out[:, part] = panels[:, part]
         return out.flatten(2)
 
-    def multiply(self, weights: Tensor, columns: Tensor, beyond: Tensor, out: Tensor, of_keys: bool) -> None:
-        """out [b, time, h, w] = weights times the panels of columns, plus beyond [b, chunks, h, w]."""
+    def multiply(
+        self, weights: Tensor, columns: Tensor, beyond: Tensor, out: Tensor, of_keys: bool, older: Tensor | None = None
+    ) -> None:
+        """out [b, time, h, w] = weights times the panels of columns, plus beyond [b, chunks, h, w] times older
+        [1 or b, 1 or time, h, 1]."""
         chunks = beyond.shape[1]
         panels = self.panels(columns, chunks)
         out = out.unflatten(1, (chunks, self.chunk))
@@ -184,12 +223,17 @@ class _Plan:
             columns = self.side_by_side(panels, of_keys)
             if self.overlap:
                 beyond = beyond * self.fall[:, 0]
+            if older is not None:
+                beyond = beyond * older
             first = beyond.permute(2, 0, 1, 3).flatten(1)[:, None].expand(-1, self.chunk, -1)
             product = torch.baddbmm(first, weights[:, 0, 0], columns)
             out.copy_(product.unflatten(2, (*beyond.shape[:2], -1)).permute(2, 3, 1, 0, 4))
             return
         weights = weights.expand(-1, len(out), chunks, -1, -1)
         beyond = beyond.unsqueeze(2).expand(-1, -1, self.chunk, -1, -1)
+        if older is not None:
+            older = older.expand(len(out), chunks * self.chunk, -1, -1).unflatten(1, (chunks, self.chunk))
+            beyond = torch.mul(beyond, older, out=out)
         for row in range(len(out)):
             for head in range(self.heads):
                 where, product = (row, ..., head, slice(None)), beyond[row, ..., head, :]
@@ -224,30 +268,37 @@ class _Bounds(NamedTuple):
     Attributes:
         weight: log of the largest sum of weights, those of the window with their biases.
         value: the largest magnitude of a value, at least 1.
+        referred: 1 if they are relative to references, else 0.
         total: the smallest denominator; 0 if there is none, because the exact way was taken.
     """
 
     weight: float
     value: float
+    referred: float = 0.0
     total: float = 0.0
 
     @classmethod
     def of(cls, plan, key, value, rows, maximum, normalizer, average) -> "_Bounds | None":
         """None where plain exponentials cannot be used. A NaN is not within any bounds."""
         lowest, highest = (float(bound) for bound in rows.aminmax())
-        highest, key_bound = max(highest, 0.0), max(float(key.amax()), float(maximum.amax()))
-        if not (key_bound <= _LARGEST_EXPONENT and -_LARGEST_EXPONENT <= lowest and highest <= _LARGEST_EXPONENT):
+        low_keys, high_keys = (float(bound) for bound in _without_infinity(_largest_keys(key, maximum)).aminmax())
+        if not highest + high_keys < math.inf:
             return None
+        limit = _LARGEST_EXPONENT
+        referred = not (-limit <= min(lowest, low_keys) and max(highest, high_keys) <= limit)
+        if referred:
+            highest = high_keys = limit
+        highest = max(highest, 0.0)
         count = key.shape[1] + float(normalizer.amax())
         if plan.shift is not None:
-            key_bound += max(float(plan.shift[: plan.chunk + plan.reach].amax()), float(plan.first_shift.amax()))
-        weight = max(key_bound + math.log(count), key_bound + highest + math.log(rows.shape[3]))
-        bounds = cls(weight, max(largest(value, average), 1.0))
+            high_keys += max(float(plan.shift[: plan.chunk + plan.reach].amax()), float(plan.first_shift.amax()))
+        weight = max(high_keys + math.log(count), high_keys + highest + math.log(rows.shape[3]))
+        bounds = cls(weight, max(largest(value, average), 1.0), float(referred))
         return bounds if bounds.weight + math.log(bounds.value) < _LARGEST_SUM else None
 
     def with_total(self, plan, sums) -> "_Bounds | None":
         """With the smallest denominator; None if that is too small."""
-        total = float(plan.parts(sums)[0].amin())
+        total = float(plan.parts(sums[:, : plan.length])[0].amin())
         return self._replace(total=total) if total >= _SMALLEST_TOTAL else None
 
     def hold_for(self, grad, query, activation) -> bool:
@@ -259,17 +310,29 @@ class _Bounds(NamedTuple):
         return size == 0 or math.log(size) - math.log(self.total) + max(self.weight, 0.0) < _LARGEST_SUM
 
 
-def _fill(plan, columns, key, value, start) -> None:
+def _largest_keys(key: Tensor, maximum: Tensor) -> Tensor:
+    """Of each sequence and channel, [B, K]; `maximum` is that of the keys before the first."""
+    return torch.maximum(key.amax(1).to(maximum.dtype), maximum)
+
+
+def _without_infinity(largest: Tensor) -> Tensor:
+    """With 0 for what is the largest of nothing."""
+    return torch.where(largest == -math.inf, 0.0, largest)
+
+
+def _fill(plan, columns, key, value, start, batch) -> None:
     """columns [b, rows, h, w]: exp(k) and exp(k) v of the tokens from `start` on, 0 where there is none."""
+    key, value = key[batch], value[batch]
     first, last = max(start, 0), min(start + columns.shape[1], plan.length)
     columns[:, : first - start].zero_()
     columns[:, last - start :].zero_()
     weight, term = plan.parts(columns[:, first - start : last - start])
     key = plan.keys(key[:, first:last])
+    if plan.key_reference is not None:
+        key = torch.sub(key, plan.key_reference[batch, None], out=weight)
     if plan.shift is not None:
-        torch.add(key, plan.shift[first - start : last - start], out=weight).exp_()
-    else:
-        torch.exp(key, out=weight) if key.dtype == weight.dtype else weight.copy_(key).exp_()
+        key = torch.add(key, plan.shift[first - start : last - start], out=weight)
+    torch.exp(key, out=weight) if key.dtype == weight.dtype else weight.copy_(key).exp_()
     torch.mul(weight[..., None], plan.values(value[:, first:last]), out=term)
 
 
@@ -316,18 +379,26 @@ def _product(first: Tensor, second: Tensor, out: Tensor | None = None) -> Tensor
     return torch.sum(first * second, -1, out=out)
 
 
+def _initial_scale(plan, maximum) -> Tensor:
+    """What the sum of the keys before the first, relative to their maximum, is multiplied with, [B, h, k]."""
+    log_scale = plan.keys(maximum)
+    if plan.key_reference is not None:
+        log_scale = log_scale - plan.key_reference
+    if plan.shift is not None:
+        log_scale = log_scale + plan.first_shift
+    return log_scale.exp()
+
+
 def _initial(plan, maximum, normalizer, average) -> Tensor:
     """The sum of the keys before the first, as columns [B, h, w]."""
-    weight = plan.keys(maximum.exp() * normalizer)
-    if plan.shift is not None:
-        weight = weight * plan.first_shift.exp()
+    weight = _initial_scale(plan, maximum) * plan.keys(normalizer)
     return torch.cat([weight, (weight[..., None] * plan.values(average)).flatten(-2)], -1)
 
 
 def _forward(plan, query, key, value, rows, carry, activation):
     out = query.new_empty(value.shape)
     sums = carry.new_empty(plan.batch, plan.padded_length, plan.heads, plan.width)
-    factors = rows.exp()
+    factors, faded = rows.exp(), None
     for time, batches in plan.blocks():
         chunks, steps = (time.stop - time.start) // plan.chunk, slice(time.start, min(time.stop, plan.length))
         weights = None
@@ -335,9 +406,11 @@ def _forward(plan, query, key, value, rows, carry, activation):
             if weights is None or plan.per_row:
                 weights = plan.weights(factors, time, batch, of_keys=False)
             columns = carry.new_empty(len(carry[batch]), plan.reach + chunks * plan.chunk, plan.heads, plan.width)
-            _fill(plan, columns, key[batch], value[batch], time.start - plan.reach)
+            _fill(plan, columns, key, value, time.start - plan.reach, batch)
             older, carry[batch] = _older(plan, columns, carry[batch], chunks)
-            plan.multiply(weights, columns, older, sums[batch, time], of_keys=False)
+            if plan.older is not None:
+                faded = plan.older_of(time.start, time.stop - time.start, batch)
+            plan.multiply(weights, columns, older, sums[batch, time], of_keys=False, older=faded)
             gate = QUERY_ACTIVATIONS[activation](query[batch, steps].to(carry.dtype))
             torch.mul(gate, plan.means(sums[batch, steps]), out=out[batch, steps])
     return out, sums
@@ -369,7 +442,8 @@ def windowed(
     plan = _Plan(key, value, rows, decay)
     bounds = _Bounds.of(plan, key, value, rows, maximum, normalizer, average)
     if bounds is not None:
-        out, sums = _forward(plan, query, key, value, rows, _initial(plan, maximum, normalizer, average), activation)
+        logits = plan.refer(key, rows, maximum, normalizer) if bounds.referred else rows
+        out, sums = _forward(plan, query, key, value, logits, _initial(plan, maximum, normalizer, average), activation)
         bounds = bounds.with_total(plan, sums)
     if bounds is None:
         bounds = _Bounds(0.0, 1.0)
@@ -418,13 +492,16 @@ def _backward(plan, grad, sums, query, key, value, rows, activation, needs_rows,
             # A product of its own: the gate may be the query.
             torch.div(plan.values(gate * upstream), denominator[..., None], out=d_numerator)
             _product(d_numerator, plan.values(mean.neg_()), out=d_denominator)
-            newer, carry[batch] = _newer(plan, columns, carry[batch], chunks)
+            faded = columns
+            if plan.older is not None:
+                faded = columns * plan.older_of(time.start, columns.shape[1], batch)
+            newer, carry[batch] = _newer(plan, faded, carry[batch], chunks)
             # With respect to exp(k), and to exp(k) v.
             plan.multiply(weights, columns, newer, d_sums, of_keys=True)
             if plan.overlap:  # those that are in one panel alone fell there
                 d_sums.unflatten(1, (chunks, -1))[:, :, : plan.chunk - plan.reach].mul_(plan.fall[:, 0])
             d_weight, d_term = plan.parts(d_sums[:, :own])
-            _fill(plan, key_columns, key[batch], value[batch], time.start - plan.reach)
+            _fill(plan, key_columns, key, value, time.start - plan.reach, batch)
             weight, _ = plan.parts(key_columns[:, plan.reach : plan.reach + own])
             torch.mul(d_term, weight[..., None], out=plan.values(d_value[batch, steps]))
             d_weight = _product(d_term, plan.values(value[batch, steps])).add_(d_weight)
@@ -441,7 +518,7 @@ def _backward(plan, grad, sums, query, key, value, rows, activation, needs_rows,
                 else:
                     d_rows[:, batch if plan.per_row else slice(None), steps] += band[:, :, :own]
             if time.start == 0:
-                carry[batch] += columns[:, : plan.reach].sum(1)
+                carry[batch] += faded[:, : plan.reach].sum(1)
     return d_query, d_key, d_value, d_rows.mul_(factors), d_decay, carry
 
 
@@ -460,19 +537,19 @@ def windowed_backward(
     to the decay (empty unless `needs_decay`)."""
     query, key, value, rows, maximum, normalizer, average = inputs
     plan = _Plan(key, value, rows, decay)
-    if not _Bounds(*bounds.tolist()).hold_for(grad, query, activation):
+    bounds = _Bounds(*bounds.tolist())
+    if not bounds.hold_for(grad, query, activation):
         if needs_decay:
             return gradients_inside_operator(lambda *inputs: _exact(*inputs, activation), [*inputs, decay], grad)
         grads = gradients_inside_operator(lambda *inputs: _exact(*inputs, decay, activation), inputs, grad)
         return *grads, sums.new_empty(0)
+    rows = plan.refer(key, rows, maximum, normalizer) if bounds.referred else rows
     *grads, d_decay, carry = _backward(plan, grad, sums, query, key, value, rows, activation, needs_rows, needs_decay)
     # The sum of the keys before the first is exp(maximum) normalizer, and that times the average.
     d_weight, d_term = plan.parts(carry)
-    scale = plan.keys(maximum.exp())
-    if plan.shift is not None:
-        scale = scale * plan.first_shift.exp()
-        if plan.overlap:
-            scale = scale * plan.fall[:, 0, : plan.key_width]
+    scale = _initial_scale(plan, maximum)
+    if plan.overlap:
+        scale = scale * plan.fall[:, 0, : plan.key_width]
     d_average = (d_term * (scale * plan.keys(normalizer))[..., None]).flatten(-3)
     d_normalizer = ((d_weight + _product(d_term, plan.values(average))) * scale).flatten(-2)
     d_maximum = d_normalizer * normalizer

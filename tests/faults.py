@@ -405,6 +405,11 @@ def _(original):
     return lambda self: original(self)[:1].expand_as(self.weight).detach() * 2
 
 
+@fault("older keys keep their weight beside large biases on the CPU", "ops_cpu._Plan.older_of", OPS)
+def _(original):
+    return lambda self, start, count, batch: torch.ones_like(original(self, start, count, batch))
+
+
 @fault("the CPU takes any exponential as it is", "ops_cpu._LARGEST_SUM", MODES)
 def _(original):
     return math.inf

@@ -177,11 +177,48 @@ def test_blocks_of_time_and_batch_fit_together(form, rows, heads, monkeypatch):
     assert_agree(run("torch", inputs, by_row), run("reference", inputs, by_row))
 
 
-def test_ordinary_inputs_go_the_fast_way_and_others_the_exact_one(monkeypatch):
+def count_exact_calls(monkeypatch):
+    """A list that each call of the CPU's exact and slower way adds to."""
     taken = []
     monkeypatch.setattr(
         ops_cpu, "windowed_chunks", lambda window: taken.append(1) or ops_chunks.windowed_chunks(window)
     )
+    return taken
+
+
+LARGE = {
+    "high-keys": lambda key, bias: (4 * key + 50, bias),
+    "low-keys": lambda key, bias: (key - 60, bias),
+    "sequences-apart": lambda key, bias: (key + torch.tensor([80.0, -80.0])[:, None, None], bias),
+    "high-biases": lambda key, bias: (4 * key, 5 * bias + 80),
+    "low-biases": lambda key, bias: (key, 2 * bias - 35),
+    "wide-biases": lambda key, bias: (5 * key + 20, 12 * bias),
+}
+
+
+@pytest.mark.parametrize("large", LARGE.values(), ids=LARGE)
+@pytest.mark.parametrize("form", WINDOWED)
+def test_large_inputs_go_the_fast_way(form, large, monkeypatch):
+    """As runs with large learning rates have them: on the CPU, of one head and of several."""
+    taken = count_exact_calls(monkeypatch)
+    query, key, value = make_inputs(form, 150)
+    bias = make_bias(form, 150)
+    name = "window_bias"
+    key, rows = large(key, bias.get(name, key))
+    if name in bias:
+        bias[name] = rows
+    expected = run("reference", (query, key, value), bias, return_state=True)
+    assert_agree(run("torch", (query, key, value), bias, return_state=True), expected)
+    for dtype in (torch.float64, torch.float32):
+        inputs, halves = [t.to(dtype) for t in (query, key, value)], {n: t.to(dtype) for n, t in bias.items()}
+        expected = run("reference", [t.double() for t in inputs], {n: t.double() for n, t in halves.items()})
+        tolerance = 1e-9 if dtype == torch.float64 else 2e-4
+        assert_agree([t.double() for t in run("torch", inputs, halves)], expected, tolerance, 10 * tolerance)
+    assert not taken
+
+
+def test_ordinary_inputs_go_the_fast_way_and_others_the_exact_one(monkeypatch):
+    taken = count_exact_calls(monkeypatch)
     query, key, value = make_inputs("local", 100)
     for scale in (1, 5):
         run("torch", (query, scale * key, value), make_bias("local", 100))
