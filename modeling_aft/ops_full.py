@@ -81,9 +81,6 @@ def _by_rows(panel, state, position_bias, causal, keep, length):
 
 
 def _average(panel, key, value, bias, causal, past):
-    if causal:
-        query_index = torch.arange(bias.shape[1], device=key.device)[:, None] + past
-        bias = bias.masked_fill(torch.arange(bias.shape[2], device=key.device) > query_index, -torch.inf)
     no_key, no_value = (t.new_empty(t.shape[0], 0, *t.shape[2:]) for t in (key, value))
     visible = past + 1 if causal else 0
     return panel(key.contiguous(), value.contiguous(), no_key, no_key, no_value, bias.contiguous(), visible)[0]

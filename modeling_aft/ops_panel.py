@@ -24,13 +24,13 @@ from .ops_state import finite, largest, log, nonzero, spread, sum_shared
 
 
 _TINY = {torch.float32: 1e-30, torch.float64: 1e-280}
-_FULL_ROWS = 256  # queries per matrix product where `visible` is given: it skips the keys that none of them sees
+_FULL_ROWS = (128, 256)  # queries per matrix product where `visible` is given, at least and at most
 _EXACT_ELEMENTS = 2**22  # elements of the largest tensor when rows are computed again in log space
 _LARGEST = 1e30  # of what is summed up in float32; what may be larger is computed in float64
 
 
-def _exponentials(key, value, maximum, normalizer, average, bias):
-    """exp(k - column max) of sums and keys [G, Z+S, P, K], the same times values, and exp(w - row max) [G, C, Z+S]."""
+def _exponentials(key, value, maximum, normalizer, average):
+    """exp(k - column max) of sums and keys [G, Z+S, P, K], and the same times values."""
     groups, sums = maximum.shape[:2]
     reference = torch.cat([maximum, key], 1) if sums else key
     reference = finite(reference.amax(1, keepdim=True))
@@ -43,16 +43,35 @@ def _exponentials(key, value, maximum, normalizer, average, bias):
     term = value.new_empty((*size[:-1], value.shape[-1]))
     torch.mul(spread(weight[:, sums:], value), value, out=term[:, sums:])
     torch.mul(spread(weight[:, :sums], average), average, out=term[:, :sums])
-    pair_weight = (bias - finite(bias.amax(-1, keepdim=True))).exp_()
-    return weight, term, pair_weight
+    return weight, term
 
 
 def _row_blocks(queries: int, keys: int, visible: int):
-    """Slices of queries, and how many keys each sees. `visible` > 0: query 0 sees that many, each later one more."""
+    """Slices of queries, and how many keys their last one sees. `visible` > 0: query 0 sees that many, each later one
+    more."""
     if visible <= 0:
         return [(slice(0, queries), keys)]
-    starts = range(0, queries, _FULL_ROWS)
-    return [(slice(t, min(t + _FULL_ROWS, queries)), min(visible + t + _FULL_ROWS - 1, keys)) for t in starts]
+    least, most = _FULL_ROWS
+    count = max(least, min(most, queries // 16))
+    return [(slice(t, min(t + count, queries)), min(visible + t + count - 1, keys)) for t in range(0, queries, count)]
+
+
+def masked(bias: Tensor, visible: int) -> Tensor:
+    """The bias [G, C, Z+S] with -inf for what a query does not see, if `visible` > 0."""
+    if visible <= 0:
+        return bias
+    query, key = (torch.arange(size, device=bias.device) for size in bias.shape[1:])
+    return bias.masked_fill(key >= visible + query[:, None], -torch.inf)
+
+
+def _pair_weights(bias: Tensor, rows: slice, seen: int, visible: int) -> tuple[Tensor, Tensor]:
+    """exp(w - row max) of the queries `rows` and the keys they see, [G, c, seen], and the row maxima [G, c, 1]."""
+    weights = bias[:, rows, :seen].clone()
+    if visible > 0:
+        later = weights[..., visible + rows.start :]  # the keys that not all of these queries see
+        later.masked_fill_(later.new_ones(later.shape[1:], dtype=torch.bool).triu(), -torch.inf)
+    largest = finite(weights.amax(-1, keepdim=True))
+    return weights.sub_(largest).exp_(), largest
 
 
 def underflown(total: Tensor, bias: Tensor) -> Tensor:
@@ -61,18 +80,23 @@ def underflown(total: Tensor, bias: Tensor) -> Tensor:
     return (total < _TINY[total.dtype]).any(-1) & sees_something[..., None]
 
 
-def _exact_rows(total: Tensor, bias: Tensor, channels: int):
+def _exact_rows(total: Tensor, bias: Tensor, visible: int, channels: int):
     """Indices (g, c, p) of the rows to compute in log space, in groups of bounded memory."""
-    rows = underflown(total, bias).nonzero()
+    if not (total < _TINY[total.dtype]).any():
+        return []
+    rows = underflown(total, masked(bias, visible)).nonzero()
     group = max(1, _EXACT_ELEMENTS // (bias.shape[2] * channels))
     return [index.unbind(1) for index in rows.split(group)] if len(rows) else []
 
 
-def exact_weights(index, key, maximum, normalizer, bias):
+def exact_weights(index, key, maximum, normalizer, bias, visible=0):
     """Normalised weights [R, Z+S, K] of the rows `index`, all zero where a row sees nothing, and the log of what they
     were divided by, [R, K]."""
     g, c, p = index
-    logits = torch.cat([maximum[g, :, p], key[g, :, p]], 1) + bias[g, c][..., None]
+    rows = bias[g, c]
+    if visible > 0:
+        rows = rows.masked_fill(torch.arange(rows.shape[1], device=rows.device) >= visible + c[:, None], -torch.inf)
+    logits = torch.cat([maximum[g, :, p], key[g, :, p]], 1) + rows[..., None]
     reference = finite(logits.amax(1, keepdim=True))
     weights = (logits - reference).exp()
     sums = maximum.shape[1]
@@ -81,18 +105,19 @@ def exact_weights(index, key, maximum, normalizer, bias):
     return weights / nonzero(total), (log(total) + reference).squeeze(1)
 
 
-def _log_total(total, key, maximum, bias):
-    """The log of the denominators [G, C, P, K], of which `total` is that relative to the exponentials of a panel."""
+def _log_total(total, key, maximum, row_maximum):
+    """The log of the denominators [G, C, P, K], of which `total` is that relative to the exponentials of a panel, with
+    the row maxima [G, C, 1]."""
     reference = finite(torch.cat([maximum, key], 1).amax(1, keepdim=True))
-    return log(total) + reference + finite(bias.amax(-1))[..., None, None]
+    return log(total) + reference + row_maximum[..., None]
 
 
 def _is_moderate(
     grad: Tensor, grad_log: Tensor | None, out: Tensor, total: Tensor, value: Tensor, average: Tensor
 ) -> bool:
     """Whether no sum of the backward pass can leave the range of float32. A NaN passes."""
-    counted = total[total >= _TINY[total.dtype]]  # the others are computed in log space
-    smallest = min(float(counted.amin()), 1.0) if counted.numel() else 1.0
+    # Those that are smaller are computed in log space.
+    smallest = float(torch.where(total >= _TINY[total.dtype], total, 1.0).amin().clamp(max=1.0))
     size = largest(grad) * max(largest(out, value, average), 1.0)
     size += 0.0 if grad_log is None else largest(grad_log)
     return not size * total.shape[1] / smallest > _LARGEST
@@ -113,24 +138,28 @@ def panel(
     the backward pass the denominator relative to the maxima [G, C, P, K].
 
     key [G, S, P, K], value [G, S, P, V]; maximum, normalizer [G, Z, P, K], average [G, Z, P, V]; bias [G, C, Z+S].
+    `visible` > 0: query 0 sees so many of the keys, each later one more, and the rest of the bias is not read.
     """
     if value.dtype == torch.float32 and largest(value, average) > _LARGEST:
         inputs = (tensor.double() for tensor in (key, value, maximum, normalizer, average, bias))
         return tuple(tensor.float() for tensor in panel.plain(*inputs, visible, with_log))
-    weight, term, pair_weight = _exponentials(key, value, maximum, normalizer, average, bias)
+    weight, term = _exponentials(key, value, maximum, normalizer, average)
     groups, queries, columns = bias.shape[0], bias.shape[1], key.shape[2]
     total = key.new_empty(groups, queries, columns * key.shape[3])
     out = value.new_empty(groups, queries, columns * value.shape[3])
+    row_maxima = []
     for rows, seen in _row_blocks(queries, bias.shape[2], visible):
-        torch.bmm(pair_weight[:, rows, :seen], weight[:, :seen].flatten(2), out=total[:, rows])
-        torch.bmm(pair_weight[:, rows, :seen], term[:, :seen].flatten(2), out=out[:, rows])
+        pair_weight, row_maximum = _pair_weights(bias, rows, seen, visible)
+        torch.bmm(pair_weight, weight[:, :seen].flatten(2), out=total[:, rows])
+        torch.bmm(pair_weight, term[:, :seen].flatten(2), out=out[:, rows])
+        row_maxima.append(row_maximum)
     total = total.unflatten(2, (columns, -1))
     out = out.unflatten(2, (columns, -1))
     out /= spread(nonzero(total), out)
-    logs = _log_total(total, key, maximum, bias) if with_log else total.new_empty(0)
-    for index in _exact_rows(total, bias, value.shape[3]):
+    logs = _log_total(total, key, maximum, torch.cat(row_maxima, 1)) if with_log else total.new_empty(0)
+    for index in _exact_rows(total, bias, visible, value.shape[3]):
         g, c, p = index
-        weights, log_total = exact_weights(index, key, maximum, normalizer, bias)
+        weights, log_total = exact_weights(index, key, maximum, normalizer, bias, visible)
         values = torch.cat([average[g, :, p], value[g, :, p]], 1)
         out[g, c, p] = (spread(weights, values) * values).sum(1)
         if with_log:
@@ -184,7 +213,7 @@ def panel_backward(
         out, _, total = panel.plain(*inputs, visible, False)
         upstream = grad.double(), None if grad_log is None else grad_log.double()
         return tuple(t.float() for t in panel_backward.plain(*upstream, out, total, inputs, visible, needs_bias))
-    weight, term, pair_weight = _exponentials(key, value, maximum, normalizer, average, bias)
+    weight, term = _exponentials(key, value, maximum, normalizer, average)
     sums, keys, columns = maximum.shape[1], bias.shape[2], key.shape[2]
     underflow = total < _TINY[key.dtype]
     # A row computed in log space has no meaningful denominator: it is left out here and added below.
@@ -198,13 +227,13 @@ def panel_backward(
     d_weight = key.new_zeros(weight.shape[0], keys, grad_weight.shape[2])
     d_bias = torch.zeros_like(bias) if needs_bias else bias.new_empty(0)
     for rows, seen in _row_blocks(bias.shape[1], keys, visible):
-        transposed = pair_weight[:, rows, :seen].transpose(1, 2)
-        d_term[:, :seen] += transposed @ grad_term[:, rows]
-        d_weight[:, :seen] += transposed @ grad_weight[:, rows]
+        pair_weight, _ = _pair_weights(bias, rows, seen, visible)
+        d_term[:, :seen].baddbmm_(pair_weight.mT, grad_term[:, rows])
+        d_weight[:, :seen].baddbmm_(pair_weight.mT, grad_weight[:, rows])
         if needs_bias:
-            d_pair = torch.bmm(grad_term[:, rows], term[:, :seen].flatten(2).transpose(1, 2))
-            d_pair.baddbmm_(grad_weight[:, rows], weight[:, :seen].flatten(2).transpose(1, 2))
-            torch.mul(d_pair, pair_weight[:, rows, :seen], out=d_bias[:, rows, :seen])
+            d_pair = torch.bmm(grad_term[:, rows], term[:, :seen].flatten(2).mT)
+            d_pair.baddbmm_(grad_weight[:, rows], weight[:, :seen].flatten(2).mT)
+            torch.mul(d_pair, pair_weight, out=d_bias[:, rows, :seen])
     d_term, d_weight = d_term.unflatten(2, (columns, -1)), d_weight.unflatten(2, (columns, -1))
     d_value = d_term[:, sums:] * spread(weight[:, sums:], value)
     d_average = d_term[:, :sums] * spread(weight[:, :sums], average)
@@ -212,9 +241,9 @@ def panel_backward(
     d_maximum = sum_shared(d_term[:, :sums] * average, key).add_(d_weight[:, :sums]).mul_(weight[:, :sums])
     counted = normalizer > 0
     d_normalizer = torch.where(counted, d_maximum / normalizer, torch.zeros_like(normalizer))
-    for index in _exact_rows(total, bias, value.shape[3]):
+    for index in _exact_rows(total, bias, visible, value.shape[3]):
         g, c, p = index
-        weights, _ = exact_weights(index, key, maximum, normalizer, bias)
+        weights, _ = exact_weights(index, key, maximum, normalizer, bias, visible)
         values = torch.cat([average[g, :, p], value[g, :, p]], 1)
         grads = grad[g, c, p][:, None]  # [R, 1, V]
         d_values = spread(weights, values) * grads
@@ -258,8 +287,8 @@ def panel_composed(
     with_log: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """The average [G, C, P, V] and the log that `panel` gives, in torch's own operators: for transforms of functions
-    and second derivatives. It is exact, in log space, and takes the memory of all weights at once. `visible` is not
-    read: it is in the bias already."""
+    and second derivatives. It is exact, in log space, and takes the memory of all weights at once."""
+    bias = masked(bias, visible)
     count = torch.cat([normalizer, torch.ones_like(key)], 1)[:, None]  # [G, 1, Z + S, P, K]
     logits, values = torch.cat([maximum, key], 1), torch.cat([average, value], 1)[:, None]
     of_columns = finite(logits.detach().amax(1, keepdim=True))
@@ -283,7 +312,8 @@ def panel_for_export(
     visible: int,
     with_log: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """The average and the log that `panel` gives. `visible` is not read: it is in the bias already."""
+    """The average and the log that `panel` gives."""
+    bias = masked(bias, visible)
     count = torch.cat([normalizer, torch.ones_like(key)], 1)
     logits, values = torch.cat([maximum, key], 1), torch.cat([average, value], 1)
     weight = (logits - finite(logits.amax(1, keepdim=True))).exp() * count
@@ -298,7 +328,8 @@ def panel_for_export(
     out = out.index_put(index, (spread(weights, values) * values).sum(1))
     if not with_log:
         return out, None
-    return out, _log_total(total, key, maximum, bias).index_put(index, log_total)
+    row_maximum = finite(bias.amax(-1, keepdim=True))
+    return out, _log_total(total, key, maximum, row_maximum).index_put(index, log_total)
 
 
 def _some_of(rows: Tensor) -> tuple[Tensor, ...]:

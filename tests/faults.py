@@ -456,16 +456,16 @@ def _(original):
 
 @fault("rows that underflow are not computed again", "ops_panel._exact_rows", OPS)
 def _(original):
-    return lambda total, bias, channels: []
+    return lambda total, bias, visible, channels: []
 
 
-@fault("exponentials without the row maximum", "ops_panel._exponentials", OPS)
+@fault("exponentials without the row maximum", "ops_panel._pair_weights", OPS)
 def _(original):
-    def _exponentials(key, value, maximum, normalizer, average, bias):
-        weight, term, _ = original(key, value, maximum, normalizer, average, bias)
-        return weight, term, bias.exp()
+    def _pair_weights(bias, rows, seen, visible):
+        weights, row_maximum = original(bias, rows, seen, visible)
+        return weights * row_maximum.exp(), torch.zeros_like(row_maximum)
 
-    return _exponentials
+    return _pair_weights
 
 
 @fault("a picture's row goes on in the next", "ops_grid._taps", GRID)

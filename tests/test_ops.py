@@ -587,7 +587,9 @@ def test_operators_pass_opcheck():
     maximum, normalizer, average = (torch.rand(2, 1, 3, 4).add(1).requires_grad_() for _ in range(3))
     bias = torch.randn(2, 5, 7, requires_grad=True)
     for with_log in (False, True):
-        torch.library.opcheck(ops_panel.panel, (key, value, maximum, normalizer, average, bias, 0, with_log))
+        for visible in (0, 2):
+            inputs = key, value, maximum, normalizer, average, bias, visible, with_log
+            torch.library.opcheck(ops_panel.panel, inputs)
     query, value = (torch.randn(2, 40, 8, requires_grad=True) for _ in range(2))
     key, rows = torch.randn(2, 40, 4, requires_grad=True), torch.randn(4, 1, 1, 3, requires_grad=True)
     maximum, normalizer = (torch.rand(2, 4).add(1).requires_grad_() for _ in range(2))
