@@ -211,21 +211,32 @@ def largest_batch(args, name: str, length: int) -> int:
         release_memory()
         return take_turn(SUITES[args.suite](args, batch, length)[name](), args.device)
 
-    largest, batch = 0, 1
-    while batch <= args.largest_batch:
-        if not those_that_fit({f"{name}, batch {batch}": partial(take_turn_with, batch)}, length):
-            break
-        largest, batch = batch, 2 * batch
-    return largest
+    def fits(batch):
+        turn = {f"{name}, batch {batch}": partial(take_turn_with, batch)}
+        return batch <= args.largest_batch and bool(those_that_fit(turn, length))
+
+    batch = 1
+    while fits(4 * batch):
+        batch *= 4
+    if fits(2 * batch):
+        batch *= 2
+    return batch if batch > 1 or fits(1) else 0
 
 
 def measure_largest(args, names: list[str], length: int) -> list[dict]:
     """A row per contestant, each alone, with the largest batch that it has the memory for."""
     rows = []
     for name in names:
-        if batch := largest_batch(args, name, length):
-            found = measure_time(args, {name: SUITES[args.suite](args, batch, length)[name]}, batch, length)
-            rows += [{**row, "batch_size": batch} for row in found]
+        batch, measured = largest_batch(args, name, length), []
+        while batch and not measured:  # more turns can take more memory than one
+            release_memory()
+            maker = {name: SUITES[args.suite](args, batch, length)[name]}
+            found = those_that_fit(
+                {f"{name}, batch {batch}": partial(measure_time, args, maker, batch, length)}, length
+            )
+            measured = [{**row, "batch_size": batch} for part in found.values() for row in part]
+            batch //= 2
+        rows += measured
     return rows
 
 

@@ -110,7 +110,7 @@ def test_the_largest_batch_of_each_is_the_last_that_fits(tmp_path, monkeypatch, 
     rows = rows_of(tmp_path, "decode", "--largest_batch", "16", *flags)
     assert names(rows, 6) == ["aft-conv-4-3", "aft-conv-4-3-static", "llama", "llama-static"]
     assert {row["batch_size"] for row in rows} == {"4"}
-    assert [work for _, work in tried[:4]] == [1, 2, 4, 8] and max(work for _, work in tried) == 8
+    assert [work for _, work in tried[:3]] == [4, 16, 8]
     assert "left out for want of memory: llama-static, batch 8" in capsys.readouterr().out
     assert {row["batch_size"] for row in rows_of(tmp_path, "decode", "--largest_batch", "2", *flags)} == {"2", "4"}
 

@@ -39,6 +39,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from aft.flags import find_preset
+from aft.gpu_plan import OF_FLA
 from modeling_aft import AFTConfig, SynthesizerConfig, SynthesizerModel
 from modeling_aft.compatibility import CACHE_NAME
 from modeling_aft.configuration_common import TextMixerConfig
@@ -54,7 +55,6 @@ CAUSAL_SDPA = "causal_sdpa"
 AttentionInterface.register(CAUSAL_SDPA, sdpa_attention_forward)
 # Calls of an operator in a turn: a GPU computes one while Python launches the next.
 QUEUED = {"cpu": 1, "cuda": 10}
-OF_FLA = ("gla", "retnet", "hgrn", "hgrn2", "delta-net", "rwkv7", "mamba2")
 
 
 @dataclass
@@ -228,8 +228,7 @@ def model_configs(args, positions: int, embeddings: str) -> dict[str, Callable[[
     if has_fla(args):
         from fla import models as of_fla
 
-        classes = "GLAConfig RetNetConfig HGRNConfig HGRN2Config DeltaNetConfig RWKV7Config Mamba2Config".split()
-        for name, config in zip(OF_FLA, classes, strict=True):
+        for name, config in OF_FLA.items():
             layers = args.layers * (2 if name == "mamba2" else 1)
             configs[f"{name}-fla"] = partial(getattr(of_fla, config), **{**peers, "num_hidden_layers": layers})
     return configs

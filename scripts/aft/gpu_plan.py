@@ -21,7 +21,11 @@ PARTS = ("compile", "tests", "tune", "ceiling", "operator", "train", "decode", "
 LENGTHS = {"cuda": (1024, 8192, 32768), "cpu": (32, 64, 128)}  # T of operators and of training
 CONTEXT = {"cuda": 16384, "cpu": 48}  # of the largest batches
 AFT_MODELS = ("aft-simple", "aft-local-32", "aft-conv-32-32")
-OF_FLA = ("gla", "hgrn", "retnet", "hgrn2", "delta-net", "rwkv7", "mamba2")  # the fastest are expected first
+# Recurrent models of fla, those first that are expected to be the fastest, and what they are made from.
+OF_FLA = {
+    **{"gla": "GLAConfig", "hgrn": "HGRNConfig", "retnet": "RetNetConfig", "hgrn2": "HGRN2Config"},
+    **{"delta-net": "DeltaNetConfig", "rwkv7": "RWKV7Config", "mamba2": "Mamba2Config"},
+}
 SIZES = {
     "cuda": "--device cuda --dtype bfloat16 --layers 6 --width 1024 --heads 16 --conv_heads 32 --window 32",
     "cpu": "--device cpu --dtype bfloat16 --layers 1 --width 64 --heads 2 --conv_heads 32 --window 32 --repeats 1",
@@ -127,13 +131,15 @@ def make_plan(device: str, folder: Path) -> list[Step]:
                 title = f"{name} of fla{', compiled' if how else ''}"
                 steps.append(Step("train", title, 0.2, benchmark("train", flags), ("fla",)))
     contexts = f"1024 {context}" if on_gpu else "16"
-    largest = f"--largest_batch {2**14 if on_gpu else 2} --models {models} llama --lengths {context} --repeats 5"
-    steps.append(Step("decode", "largest batches", 1.5, benchmark("decode", f"{largest} --seconds 3")))
+    largest = f"--largest_batch {2**14 if on_gpu else 2} --lengths {context} --repeats 5 --seconds 3"
+    for name in (*AFT_MODELS, "llama"):
+        title = f"largest batch of {name}"
+        steps.append(Step("decode", title, 0.4, benchmark("decode", f"{largest} --models {name}")))
     for batch in (1, 32):
         flags = f"--batch_size {batch} --models {models} gpt2 llama --lengths {contexts} --seconds 5"
-        steps.append(Step("decode", f"batch {batch}", 0.5, benchmark("decode", flags)))
+        steps.append(Step("decode", f"batch {batch}", 0.45, benchmark("decode", flags)))
     if on_gpu:
         flags = f"--compile --batch_size 1 --models {models} gpt2 llama --lengths 1024 --seconds 5"
         steps.append(Step("decode", "batch 1, compiled", 0.8, benchmark("decode", flags)))
     drawing = f"scripts/benchmark.py pictures --output_dir {into}"
-    return [*steps, Step("report", "pictures", 0.2, drawing, ("matplotlib",))]
+    return [*steps, Step("report", "pictures", 0.1, drawing, ("matplotlib",))]
