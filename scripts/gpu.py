@@ -35,6 +35,7 @@ status is then 1.
 import argparse
 import contextlib
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -82,7 +83,7 @@ def run_step(step: Step, folder: Path, seconds: float) -> dict:
     if seconds < SHORTEST:
         return {"status": NO_TIME}
     arguments = step.arguments(seconds)
-    log = folder / "logs" / f"{step.part}-{step.name.replace(' ', '-')}.txt"
+    log = folder / "logs" / f"{step.part}-{re.sub('[^a-z0-9_]+', '-', step.name.lower())}.txt"
     began = time.monotonic()
     status = call(arguments, log, seconds)
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-LAST:]

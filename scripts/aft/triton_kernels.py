@@ -8,6 +8,7 @@
 # specific language governing permissions and limitations under the License.
 """The Triton kernels one by one: what runs them, compiles them for a GPU that need not be there, and lays them out."""
 
+import ast
 import contextlib
 import io
 import json
@@ -185,13 +186,10 @@ def best_layouts(rows: list[dict]) -> dict[str, dict]:
 
 def add_layouts(path: Path, layouts: dict[str, dict]) -> None:
     """Puts entries into the table of a file like modeling_aft/triton_layouts.py; other forms and GPUs keep theirs."""
-    space = {}
-    source = path.read_text(encoding="utf-8")
-    exec(compile(source, str(path), "exec"), space)
-    table = space["LAYOUTS"]
+    head, start, source = path.read_text(encoding="utf-8").partition(START)
+    table = ast.literal_eval(source)
     for architecture, forms in layouts.items():
         table[architecture] = {**table.get(architecture, {}), **forms}
-    head, start, _ = source.partition(START)
     write_whole(path, head + start + _as_source(table) + "\n")
     triton_layouts.LAYOUTS.update(table)
 
