@@ -5,6 +5,7 @@
 # make test-newest  run the fast tests on the newest releases of everything, in .venv-newest, to see what will break
 # make faults     put deliberate faults in the place of functions, and show which test catches each
 # make bench      measure on this machine what benchmarks/ holds, and draw it; takes hours on a CPU
+# make gpu        check and measure on an NVIDIA GPU, and write benchmarks/gpu/README.md; goes on where it stopped
 # make style      check lint and format
 # make clean      remove the environments and caches; runs/ stays
 # Each sets up .venv by itself. PYTHON chooses the interpreter, PIP_EXTRA_INDEX_URL another build of torch
@@ -19,7 +20,7 @@ OLDEST := .venv-oldest
 NEWEST := .venv-newest
 TORCH ?= torch
 
-.PHONY: pretrain test test-oldest test-range test-newest faults bench style clean
+.PHONY: pretrain test test-oldest test-range test-newest faults bench gpu style clean
 
 # --resume auto: a run that was interrupted continues where its last checkpoint left it.
 pretrain: $(TRAINS)
@@ -54,6 +55,9 @@ bench: $(INSTALLED)
 	$(BIN)/python scripts/benchmark.py memory
 	$(BIN)/python scripts/benchmark.py seq2seq --layers 4
 	$(BIN)/python scripts/benchmark.py pictures
+
+gpu: $(INSTALLED)
+	$(BIN)/python scripts/gpu.py
 
 style: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -35,6 +35,7 @@ D = K x SHARED value channels (SHARED of them share a key channel), n taps (0 fo
 tiles are BLOCK_B rows of the batch x BLOCK_K key channels of one head x BLOCK_R of the value channels of each.
 """
 
+from functools import cache
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -44,6 +45,7 @@ from torch import Tensor
 from .ops_operators import flops_of, operator_namespace
 from .ops_state import compute_dtype, decayed, moment, spread
 from .ops_windows import Window
+from .triton_layouts import LAYOUTS
 
 
 try:
@@ -58,10 +60,6 @@ _INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # decided 
 _TINY = {torch.float32: 1e-25, torch.float64: 1e-250}  # denominators below are computed again in log space
 _LARGEST = {torch.float32: 1e30, torch.float64: 1e250}  # of the gradients of a row outside of log space
 _BLOCK_T = 32  # queries of a tile, and keys of a block
-# How a program is laid out without and with a window: columns in half precision (else half as many, which take as many
-# registers), and warps. One warp reduces over time without the others, and repeats no work of theirs.
-_FORWARD = ({"columns": 32, "num_warps": 1}, {"columns": 32, "num_warps": 1})
-_BACKWARD = ({"columns": 32, "num_warps": 1}, {"columns": 32, "num_warps": 1})
 _TRITON_DTYPE = triton and {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
 
 
@@ -1085,14 +1083,29 @@ def _factor_dtype(*inputs: Tensor) -> torch.dtype:
     return torch.bfloat16 if narrow else compute_dtype(*inputs)
 
 
-def _plan(query, key, value, rows, decay, activation, layouts) -> tuple[_Sizes, _Constants, dict]:
+@cache
+def _processor(device: torch.device) -> tuple[str, int]:
+    """What the layouts call a GPU, and how many multiprocessors it has."""
+    if device.type != "cuda":
+        return "default", 0
+    properties = torch.cuda.get_device_properties(device)
+    return f"sm_{properties.major}{properties.minor}", properties.multi_processor_count
+
+
+def _layout(form: str, direction: str, device: torch.device) -> dict[str, int]:
+    """That of a GPU that was measured, else the default."""
+    measured = LAYOUTS.get(_processor(device)[0], {}).get(form, {}).get(direction)
+    return measured or LAYOUTS["default"][form][direction]
+
+
+def _plan(query, key, value, rows, decay, activation, direction) -> tuple[_Sizes, _Constants, dict]:
     """How the work is cut: what all kernels of one direction share, and the options that they are compiled with."""
     batch, length, width = query.shape
     heads = 1 if rows is None else rows.shape[0]
     head_keys, shared = key.shape[2] // heads, width // key.shape[2]
-    options = dict(layouts[rows is not None])
+    layout = _layout("simple" if rows is None else "windowed", direction, query.device)
     half = all(t.dtype in (torch.float16, torch.bfloat16) for t in (query, key, value))
-    columns = options.pop("columns") // (1 if half else 2)
+    columns = layout["columns"] // (1 if half else 2)
     block_r = min(_power_of_two(shared), columns)
     block_k = min(_power_of_two(head_keys), columns // block_r)
     block_b = 1
@@ -1101,7 +1114,7 @@ def _plan(query, key, value, rows, decay, activation, layouts) -> tuple[_Sizes, 
     block_k = max(block_k, 16 // (block_r * block_b))  # the smallest matrix product
     blocks = heads * _ceil(head_keys, block_k) * _ceil(shared, block_r)
     groups, tiles = _ceil(batch, block_b), _ceil(length, _BLOCK_T)
-    chunk_tiles = _ceil(tiles, _chunks(blocks * groups * options["num_warps"], tiles, query.device))
+    chunk_tiles = _ceil(tiles, _chunks(blocks * groups, tiles, layout, query.device))
     chunks = _ceil(tiles, chunk_tiles)
     dtype, factor = compute_dtype(query, key, value), _factor_dtype(query, key, value)
     sizes = _Sizes(
@@ -1136,15 +1149,13 @@ def _plan(query, key, value, rows, decay, activation, layouts) -> tuple[_Sizes, 
         DECAY=decay is not None,
         LOGITS="none",
     )
-    return sizes, constants, options
+    return sizes, constants, {"num_warps": layout["num_warps"]}
 
 
-def _chunks(warps: int, tiles: int, device: torch.device) -> int:
-    """Into how many chunks of time to cut the work of `warps` warps: 1 where they fill the chip without."""
-    if device.type != "cuda":
-        return 1
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(_ceil(8 * processors, warps), tiles // 8))
+def _chunks(programs: int, tiles: int, layout: dict[str, int], device: torch.device) -> int:
+    """Into how many chunks of time to cut the work of so many programs: 1 where they fill the chip without."""
+    wanted = layout["processor_warps"] * _processor(device)[1]
+    return max(1, min(_ceil(wanted, programs * layout["num_warps"]), tiles // 8))
 
 
 def _sums_like(query, key, value, count):
@@ -1178,7 +1189,7 @@ def _windowed(
     at the end of the first tile, decay [K].
     """
     weights, maxima = _weights_like(query, key, value, rows)
-    sizes, constants, options = _plan(query, key, value, rows, decay, query_activation, _FORWARD)
+    sizes, constants, options = _plan(query, key, value, rows, decay, query_activation, "forward")
     reference = torch.maximum(key.amax(1).to(initial.dtype), initial[:, 0, :: constants.SHARED])
     inputs = _inputs(query, key, value, rows, reference, weights, maxima, decay)
     sequences = (sizes.blocks * sizes.groups,)
@@ -1232,7 +1243,7 @@ def _windowed_backward(
     """Gradients of query, key, value, rows (empty unless `needs_rows`), initial and decay (empty unless
     `needs_decay`)."""
     inputs = _inputs(query, key, value, rows, reference, weights, maxima, decay)
-    sizes, constants, options = _plan(query, key, value, rows, decay, query_activation, _BACKWARD)
+    sizes, constants, options = _plan(query, key, value, rows, decay, query_activation, "backward")
     batch, blocks, groups, chunks = sizes.batches, sizes.blocks, sizes.groups, sizes.chunks
     programs = blocks * groups * chunks
     sums = _Sums(initial, states, states, query.new_empty(programs, dtype=torch.int32))

@@ -10,6 +10,7 @@
 Measures side by side, and writes a row per contestant and length to benchmarks/<suite>-<device>.csv.
 
     python scripts/benchmark.py operator     # forward and backward pass of AFT's operators, and of attention
+    python scripts/benchmark.py forward      # their forward pass alone
     python scripts/benchmark.py dense        # the same of the dense Synthesizer, ours and with [T, T] logits
     python scripts/benchmark.py train        # training steps of whole models, ours and those of transformers
     python scripts/benchmark.py decode       # decoding steps of whole models after a context of T tokens
@@ -30,6 +31,7 @@ width; the others stay.
 """
 
 import argparse
+import gc
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -52,6 +54,7 @@ from aft.benchmark_contestants import (
     ceiling_contestants,
     decode_contestants,
     dense_contestants,
+    forward_contestants,
     image_contestants,
     model_configs,
     operator_contestants,
@@ -66,6 +69,7 @@ from aft.machine import peak_bytes, processor_name
 
 SUITES = {
     "operator": operator_contestants,
+    "forward": forward_contestants,
     "dense": dense_contestants,
     "train": train_contestants,
     "decode": decode_contestants,
@@ -168,7 +172,17 @@ def those_that_fit(functions: dict[str, Callable], length: int) -> dict:
             if not (overflow or is_out_of_memory(error) or isinstance(error, BrokenProcessPool)):
                 raise
             print(f"T={length:6d}  left out for want of memory: {name}")
+        else:
+            continue
+        release_memory()
     return results
+
+
+def release_memory() -> None:
+    """What nothing refers to any more, others may need."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def measure_time(args, makers: dict[str, Callable], batch: int, length: int) -> list[dict]:
@@ -187,6 +201,42 @@ def measure_time(args, makers: dict[str, Callable], batch: int, length: int) -> 
         rate = {"rate": f"{contestant.work / figures[1]:.4g}", "unit": contestant.unit}
         row = {"contestant": name, "turns": len(values), **seconds, **rate, "peak_bytes": peaks[name]}
         rows.append({**row, "width": args.width, **contestant.about})
+    return rows
+
+
+def largest_batch(args, name: str, length: int) -> int:
+    """The largest power of two, up to --largest_batch, that a contestant has the memory for; 0 if there is none."""
+
+    def take_turn_with(batch):
+        release_memory()
+        return take_turn(SUITES[args.suite](args, batch, length)[name](), args.device)
+
+    def fits(batch):
+        turn = {f"{name}, batch {batch}": partial(take_turn_with, batch)}
+        return batch <= args.largest_batch and bool(those_that_fit(turn, length))
+
+    batch = 1
+    while fits(4 * batch):
+        batch *= 4
+    if fits(2 * batch):
+        batch *= 2
+    return batch if batch > 1 or fits(1) else 0
+
+
+def measure_largest(args, names: list[str], length: int) -> list[dict]:
+    """A row per contestant, each alone, with the largest batch that it has the memory for."""
+    rows = []
+    for name in names:
+        batch, measured = largest_batch(args, name, length), []
+        while batch and not measured:  # more turns can take more memory than one
+            release_memory()
+            maker = {name: SUITES[args.suite](args, batch, length)[name]}
+            found = those_that_fit(
+                {f"{name}, batch {batch}": partial(measure_time, args, maker, batch, length)}, length
+            )
+            measured = [{**row, "batch_size": batch} for part in found.values() for row in part]
+            batch //= 2
+        rows += measured
     return rows
 
 
@@ -216,6 +266,8 @@ def measure_length(args, length: int) -> list[dict]:
     }
     if args.suite == "memory":
         rows = measure_memory(args, list(makers), batch, length)
+    elif args.largest_batch is not None:
+        rows = measure_largest(args, list(makers), length)
     else:
         rows = measure_time(args, makers, batch, length)
     return [{**conditions, **row} for row in rows]
@@ -269,6 +321,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--batch_size", type=int, help="sequences; else by --tokens, or as the suite has it (1, 4, serving 32)"
     )
+    parser.add_argument(
+        "--largest_batch",
+        type=int,
+        metavar="N",
+        help="decode: the largest batch that fits, of powers of two up to N, of each contestant by itself",
+    )
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of a batch, at least one sequence")
     parser.add_argument("--layers", type=int, default=6, help="blocks of a model")
     parser.add_argument("--width", type=int, default=256, help="channels D")
@@ -300,6 +358,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         problems.append("--output_dir must be a path, got ''")
     if args.batch_size is not None and args.batch_size < 1:
         problems.append(f"--batch_size must be at least 1, got {args.batch_size}")
+    if args.largest_batch is not None:
+        if args.largest_batch < 1:
+            problems.append(f"--largest_batch must be at least 1, got {args.largest_batch}")
+        if args.suite != "decode" or args.batch_size is not None or args.compile:
+            problems.append("--largest_batch must go with decode, without --batch_size and --compile")
     problems += [f"--lengths must be at least 1, got {length}" for length in args.lengths if length < 1]
     for name in ("heads", "conv_heads"):
         if args.width % max(getattr(args, name), 1):

@@ -7,72 +7,65 @@
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
 """
-Times the Triton kernels in every layout, on a GPU: how wide a program is, how many warps it has, and into how many
-chunks time is cut. The first values of `_FORWARD` and `_BACKWARD` in modeling_aft/ops_triton.py are chosen by it.
+Times the Triton kernels in many layouts, on a GPU: how wide a program is, how many warps it has, and how many warps a
+multiprocessor should get before time is cut into chunks. The best go into modeling_aft/triton_layouts.py, where the
+kernels read them, as those of GPUs of the same compute capability.
 
     python scripts/tune_triton.py
+    python scripts/tune_triton.py --chosen_from benchmarks/gpu/triton-layouts.csv     # measured before: needs no GPU
 
 Times are those of the kernels alone: each pass is captured as a CUDA graph, without what Python needs to launch it,
-which stands in a column of its own. Layouts are compiled in processes side by side before they are timed.
+which stands in a column of its own. Layouts are compiled in processes side by side before they are timed; those
+nearest to the default come first, and those for which --seconds leave no time have rows without times. Of the main
+kernel of each pass the rows have the registers of a thread, and the 4-byte words that it keeps in memory instead.
 """
 
 import argparse
+import contextlib
 import itertools
+import math
+import multiprocessing
+import os
 import time
+from collections.abc import Callable
 from datetime import date
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
-from aft.atomic_files import write_rows
+from aft.atomic_files import check_file, write_rows
+from aft.benchmark_rows import LAYOUT_COLUMNS, read_rows
 from aft.console import any_text, run_program
 from aft.machine import processor_name
-from modeling_aft import ops_triton
-from modeling_aft.ops_state import nothing
-
-
-FORMS = ("simple", "local", "conv")
-COLUMNS = (
-    *("form", "columns", "warps", "chunks", "forward_ms", "backward_ms", "forward_launch_ms", "backward_launch_ms"),
-    *("batch_size", "length", "width", "heads", "window", "dtype", "processor", "torch", "triton", "date"),
+from aft.triton_kernels import (
+    FORMS,
+    Sizes,
+    add_layouts,
+    best_layouts,
+    make_passes,
+    noting_kernels,
+    replaced,
 )
+from modeling_aft import ops_triton, triton_layouts
 
 
-def make_passes(args, form: str, columns: int, warps: int, chunks: int):
-    """The forward and the backward pass of the operator in one layout, as functions without arguments."""
-    layout = {"columns": columns, "num_warps": warps}
-    ops_triton._FORWARD = ops_triton._BACKWARD = (layout, layout)
-    ops_triton._chunks = lambda warps, tiles, device: chunks
-    torch.manual_seed(0)
-    size, dtype = (args.batch_size, args.length), getattr(torch, args.dtype)
-    keys = args.heads if form == "conv" else args.width
-    query, value, grad = (torch.randn(*size, args.width, device="cuda", dtype=dtype) for _ in range(3))
-    key = torch.randn(*size, keys, device="cuda", dtype=dtype)
-    shape = {"simple": None, "local": (1, 1, args.length, args.window), "conv": (args.heads, 1, 1, args.window)}[form]
-    rows = None if shape is None else torch.randn(*shape, device="cuda")
-    initial = torch.stack([sums.expand_as(value[:, 0]) for sums in nothing(value, value, torch.float32)], 1)
-    inputs = query, key, value, rows, initial, None
-
-    def forward():
-        return ops_triton._windowed(*inputs, "sigmoid")
-
-    _, *saved = forward()
-
-    def backward():
-        return ops_triton._windowed_backward(grad, *inputs, *saved, "sigmoid", rows is not None, False)
-
-    backward()
-    torch.cuda.synchronize()
-    return forward, backward
+COMPILING = 0.6  # of --seconds, at most
+DEFAULT = {"columns": 32, "num_warps": 1, "processor_warps": 8}  # where the search begins
 
 
-def compile_layout(args, layout: tuple) -> None:
-    """Leaves the kernels in Triton's cache on the disk."""
-    make_passes(args, *layout)
+def passes_in(args: argparse.Namespace, form: str, sizes: Sizes) -> dict[str, Callable]:
+    forward, backward = make_passes(form, sizes, getattr(torch, args.dtype), "cuda")
+    return {"forward": forward, "backward": backward}
 
 
-def launch_milliseconds(function) -> float:
+def compile_layouts(args: argparse.Namespace, form: str, layouts: list[dict]) -> None:
+    """Leaves the kernels of layouts in Triton's cache on the disk, without running them."""
+    for layout, sizes in itertools.product(layouts, args.sizes):
+        with replaced(ops_triton, "_layout", lambda *_, layout=layout: layout), noting_kernels(runs=False):
+            passes_in(args, form, sizes)["backward"]()
+
+
+def launch_milliseconds(function: Callable) -> float:
     """What a call costs the CPU."""
     torch.cuda.synchronize()
     begin = time.perf_counter()
@@ -83,73 +76,158 @@ def launch_milliseconds(function) -> float:
     return elapsed / 20 * 1e3
 
 
-def measure(args, form: str, columns: int, warps: int, chunks: int) -> dict:
-    """The row of one layout."""
+def measure(args: argparse.Namespace, form: str, layout: dict, sizes: Sizes) -> dict:
+    """Times, registers and spills in one layout; empty where the GPU has not the memory that a program needs."""
     import triton
 
-    row = {"form": form, "columns": columns, "warps": warps, "chunks": chunks}
-    for name, function in zip(("forward", "backward"), make_passes(args, *row.values()), strict=True):
-        milliseconds = triton.testing.do_bench_cudagraph(function, rep=args.milliseconds, return_mode="median")
-        row |= {f"{name}_ms": f"{milliseconds:.4g}", f"{name}_launch_ms": f"{launch_milliseconds(function):.4g}"}
-    sizes = {name: getattr(args, name) for name in ("batch_size", "length", "width", "heads", "window", "dtype")}
-    about = {"processor": processor_name("cuda"), "torch": torch.__version__, "triton": triton.__version__}
-    return {**row, **sizes, **about, "date": date.today().isoformat()}
+    figures = {}
+    with replaced(ops_triton, "_layout", lambda *_: layout):
+        try:
+            with noting_kernels(runs=True) as kernels:
+                passes = passes_in(args, form, sizes)
+                passes["backward"]()
+            for direction, function in passes.items():
+                milliseconds = triton.testing.do_bench_cudagraph(function, rep=args.milliseconds, return_mode="median")
+                kernel = kernels[f"_{direction}"]
+                figures[f"{direction}_ms"] = f"{milliseconds:.4g}"
+                figures[f"{direction}_launch_ms"] = f"{launch_milliseconds(function):.4g}"
+                figures |= {f"{direction}_registers": kernel.n_regs, f"{direction}_spills": kernel.n_spills}
+        except triton.runtime.errors.OutOfResources as error:
+            print(f"cannot run: {form} {layout}: {error}")
+            return {}
+    return figures
+
+
+def in_order(args: argparse.Namespace) -> list[tuple[str, dict]]:
+    """All forms and layouts, those first that are the fewest doublings away from the default."""
+    names = tuple(DEFAULT)
+    values = itertools.product(args.columns, args.warps, args.processor_warps)
+    layouts = [dict(zip(names, chosen, strict=True)) for chosen in values]
+    layouts.sort(key=lambda layout: sum(abs(math.log2(layout[name] / DEFAULT[name])) for name in names))
+    return [(form, layout) for layout in layouts for form in args.forms]
+
+
+def compile_in_time(args: argparse.Namespace, cases: list[tuple[str, dict]], deadline: float) -> list:
+    """The forms and layouts that were compiled before the deadline."""
+    units = {}  # one for all layouts that differ in the number of chunks alone: kernels know one or several
+    for form, layout in cases:
+        units.setdefault((form, layout["columns"], layout["num_warps"]), []).append(layout)
+    compiled = []
+    with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
+        results = [pool.apply_async(compile_layouts, (args, unit[0], layouts)) for unit, layouts in units.items()]
+        for (unit, layouts), result in zip(units.items(), results, strict=True):
+            with contextlib.suppress(multiprocessing.TimeoutError):
+                result.get(max(0.0, deadline - time.perf_counter()))
+                compiled += [(unit[0], layout) for layout in layouts]
+    return compiled
+
+
+def measure_layouts(args: argparse.Namespace) -> list[dict]:
+    """A row for each form, layout and size."""
+    import triton
+
+    started = time.perf_counter()
+    architecture, _ = ops_triton._processor(torch.device("cuda", torch.cuda.current_device()))
+    about = {"dtype": args.dtype, "architecture": architecture, "processor": processor_name("cuda")}
+    about |= {"torch": torch.__version__, "triton": triton.__version__, "date": date.today().isoformat()}
+    cases = in_order(args)
+    compiled = compile_in_time(args, cases, started + COMPILING * args.seconds)
+    rows = []
+    for (form, layout), sizes in itertools.product(cases, args.sizes):
+        row = {"form": form, **layout, **sizes._asdict(), **about}
+        if (form, layout) in compiled and time.perf_counter() < started + args.seconds:
+            row |= measure(args, form, layout, sizes)
+            print("  ".join(str(row.get(name, "")) for name in LAYOUT_COLUMNS[:12]), flush=True)
+        rows.append(row)
+    return rows
+
+
+def sizes_of_text(text: str) -> tuple[int, int]:
+    """BATCHxLENGTH, a value of --sizes."""
+    batch, _, length = text.partition("x")
+    if not batch.isdecimal() or not length.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be BATCHxLENGTH, got {text}")
+    return int(batch), int(length)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS, help="forms of AFT")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="forms of AFT")
     parser.add_argument("--columns", type=int, nargs="+", default=[16, 32, 64], help="columns of a program")
     parser.add_argument("--warps", type=int, nargs="+", default=[1, 2, 4], help="warps of a program")
-    parser.add_argument("--chunks", type=int, nargs="+", default=[1, 4, 16], help="chunks of time")
-    parser.add_argument("--batch_size", type=int, default=8, help="sequences")
-    parser.add_argument("--length", type=int, default=2048, help="tokens T of each")
+    parser.add_argument(
+        "--processor_warps", type=int, nargs="+", default=[4, 8, 16], help="warps that a multiprocessor should get"
+    )
+    parser.add_argument(
+        "--sizes",
+        type=sizes_of_text,
+        nargs="+",
+        default=[(8, 2048), (1, 16384)],
+        metavar="BATCHxLENGTH",
+        help="sequences, and tokens of each; all count alike (default: 8x2048 1x16384)",
+    )
     parser.add_argument("--width", type=int, default=1024, help="channels D")
     parser.add_argument("--heads", type=int, default=32, help="heads of AFT-conv")
     parser.add_argument("--window", type=int, default=32, help="window size of AFT-local and AFT-conv")
     parser.add_argument(
         "--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="of the inputs"
     )
+    parser.add_argument("--seconds", type=float, default=300.0, help="of compiling and measuring (default: 300)")
     parser.add_argument("--milliseconds", type=int, default=20, help="of measuring, for each pass of each layout")
     parser.add_argument("--jobs", type=int, default=8, help="processes that compile")
-    parser.add_argument("--csv", default="benchmarks/triton-layouts.csv", help="the file to write")
+    parser.add_argument("--csv", default="benchmarks/gpu/triton-layouts.csv", help="the file to write")
+    parser.add_argument("--chosen_from", metavar="CSV", help="such a file, from which to choose without measuring")
     args = parser.parse_args(argv)
     problems = []
-    numbers = ("batch_size", "length", "width", "heads", "window", "milliseconds", "jobs")
-    for name in ("columns", "warps", "chunks", *numbers):
+    numbers = ("width", "heads", "window", "milliseconds", "jobs")
+    for name in ("columns", "warps", "processor_warps", *numbers):
         given = getattr(args, name)
         for value in given if isinstance(given, list) else [given]:
             if value < 1:
                 problems.append(f"--{name} must be at least 1, got {value}")
             elif name in ("columns", "warps") and value & (value - 1):
                 problems.append(f"--{name} must be powers of 2, got {value}")
+    problems += [f"--sizes must be at least 1, got {b}x{t}" for b, t in args.sizes if min(b, t) < 1]
     if args.heads > 0 and args.width % args.heads:
         problems.append(f"--heads must divide --width {args.width}, got {args.heads}")
     if args.dtype == "float32" and min(args.columns) < 2:
         problems.append(f"--columns must be at least 2 with --dtype float32, got {min(args.columns)}: it takes half")
+    if not args.seconds > 0:
+        problems.append(f"--seconds must be positive, got {args.seconds}")
     if Path(args.csv).suffix != ".csv":
         problems.append(f"--csv must be a .csv file, got {args.csv}")
     if problems:
         raise ValueError("tune_triton.py: " + "; ".join(problems))
-    if not torch.cuda.is_available() or ops_triton.triton is None:
+    if args.chosen_from is not None:
+        check_file(Path(args.chosen_from), "tune_triton.py: --chosen_from")
+    elif not torch.cuda.is_available() or ops_triton.triton is None:
         raise ValueError("tune_triton.py needs a CUDA device and the package triton, and there is none here")
+    args.sizes = [Sizes(batch, length, args.width, args.heads, args.window) for batch, length in args.sizes]
     return args
 
 
 @any_text()
-def main(argv: list[str] | None = None) -> list[dict]:
-    """Times the layouts; returns the rows that were written."""
+def main(argv: list[str] | None = None) -> dict[str, dict]:
+    """Times the layouts, or reads their times; returns the entries that the table has got."""
     args = parse_arguments(argv)
-    layouts = list(itertools.product(args.forms, args.columns, args.warps, args.chunks))
-    with get_context("spawn").Pool(args.jobs) as pool:
-        pool.starmap(compile_layout, [(args, layout) for layout in layouts], chunksize=1)
-    rows = []
-    for layout in layouts:
-        rows.append(measure(args, *layout))
-        print("  ".join(str(value) for value in list(rows[-1].values())[:8]))
-        write_rows(Path(args.csv), COLUMNS, rows)
-    print(f"wrote {args.csv}")
-    return rows
+    table = Path(triton_layouts.__file__)
+    if not (os.access(table, os.W_OK) and os.access(table.parent, os.W_OK)):
+        raise ValueError(f"tune_triton.py must be able to write {table}, and may not: install the package elsewhere")
+    if args.chosen_from is not None:
+        rows = read_rows(Path(args.chosen_from), LAYOUT_COLUMNS)
+    else:
+        rows = measure_layouts(args)
+        write_rows(Path(args.csv), LAYOUT_COLUMNS, rows)
+        print(f"wrote {args.csv}")
+    missing = sum(not row.get("forward_ms") for row in rows)
+    print(f"{missing} of {len(rows)} forms and layouts at a size have no time")
+    layouts = best_layouts(rows)
+    if layouts:
+        add_layouts(table, layouts)
+        print(f"wrote {table}: {layouts}")
+    else:
+        print(f"{table} stays as it is: no layout was timed at all sizes")
+    return layouts
 
 
 if __name__ == "__main__":

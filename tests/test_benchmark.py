@@ -90,6 +90,31 @@ def test_decode_suite_measures_a_step_after_each_context(tmp_path):
     assert {row["batch_size"] for row in rows} == {"1"}
 
 
+def test_forward_suite_measures_the_operators_alone(tmp_path):
+    rows = rows_of(tmp_path, "forward", "--lengths", "8", "--batch_size", "2")
+    check_whole(rows, "forward", "tokens/s")
+    assert names(rows, 8) == ["sdpa-h2", *AFT, "plain-aft-full"]
+
+
+def test_the_largest_batch_of_each_is_the_last_that_fits(tmp_path, monkeypatch, capsys):
+    take_turn, tried = benchmark.take_turn, []
+
+    def with_little_memory(contestant, device):
+        tried.append((contestant.about["parameters"], contestant.work))
+        if contestant.work > 4:
+            raise torch.OutOfMemoryError("no")
+        return take_turn(contestant, device)
+
+    monkeypatch.setattr(benchmark, "take_turn", with_little_memory)
+    flags = ["--lengths", "6", "--models", "aft-conv-4-3", "llama", "--repeats", "1"]
+    rows = rows_of(tmp_path, "decode", "--largest_batch", "16", *flags)
+    assert names(rows, 6) == ["aft-conv-4-3", "aft-conv-4-3-static", "llama", "llama-static"]
+    assert {row["batch_size"] for row in rows} == {"4"}
+    assert [work for _, work in tried[:3]] == [4, 16, 8]
+    assert "left out for want of memory: llama-static, batch 8" in capsys.readouterr().out
+    assert {row["batch_size"] for row in rows_of(tmp_path, "decode", "--largest_batch", "2", *flags)} == {"2", "4"}
+
+
 def test_serving_suite_measures_padded_and_full_batches(tmp_path):
     flags = ["--models", "aft-conv-4-3", "llama", "--prompts", "5", "--batch_size", "2", "--repeats", "1"]
     rows = rows_of(tmp_path, "serving", "--lengths", "9", *flags)
@@ -273,6 +298,27 @@ def test_compiled_models_train_under_names_of_their_own(tmp_path, monkeypatch):
     assert len(compiled) == 3
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_compiled_attention_is_causal_without_a_mask(name, monkeypatch):
+    """With a mask, SDPA has no FlashAttention."""
+    attend, calls = torch.nn.functional.scaled_dot_product_attention, []
+
+    def noted(*tensors, **options):
+        calls.append((options["attn_mask"], options["is_causal"]))
+        return attend(*tensors, **options)
+
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: original(model, backend="eager"))
+    args = arguments("train", "--models", name)
+    args.compile = True
+    [make] = benchmark_contestants.train_contestants(args, 1, 8).values()
+    contestant = make()
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    torch._dynamo.reset()
+    contestant.run()
+    assert calls == [(None, True)] * args.layers
+
+
 def test_a_file_of_other_columns_is_refused_before_the_work(tmp_path):
     (tmp_path / "operator-cpu.csv").write_text("contestant,length\naft-simple,8\n")
     with pytest.raises(ValueError, match="operator-cpu.csv must have the columns suite, contestant, .*remove it"):
@@ -297,6 +343,10 @@ def test_a_file_of_other_columns_is_refused_before_the_work(tmp_path):
         (["train", "--dropout", "0.1"], r"--dropout must be in \[0, 1\), and go with seq2seq, got 0.1 with train"),
         (["seq2seq", "--dropout", "1"], r"--dropout must be in \[0, 1\), and go with seq2seq, got 1.0 with seq2seq"),
         (["operator", "--compile"], "--compile must go with train, decode, .*, got operator on cpu"),
+        (
+            ["operator", "--largest_batch", "0"],
+            "--largest_batch .* least 1, got 0; --largest_batch must go with decode",
+        ),
         (["memory", "--compile"], "--compile must go with .* memory on cuda, got memory on cpu"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -59,6 +59,7 @@ def test_training_step_compiles_with_inductor(variant):
 
 @pytest.mark.parametrize("preset", ["aft-conv-tiny", "transformer-tiny"])
 def test_pretraining_in_bf16(preset, tmp_path):
+    pytest.importorskip("datasets", reason="needs the extra train")
     flags = ["--model_preset", f"configuration/models/{preset}.json", "--mixed_precision", "bf16", "--max_steps", "8"]
     flags += ["--sequence_length", "64", "--batch_size", "4", "--warmup_steps", "2", "--eval_bytes", "1000"]
     assert pretrain([*flags, "--output_dir", str(tmp_path / "run")])["test_bits_per_byte"] < 9

@@ -33,9 +33,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, tor
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs the package triton", allow_module_level=True)
 
-import triton  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-
+from aft.triton_kernels import H100, compiling_for, resources  # noqa: E402
 from modeling_aft import ops_triton  # noqa: E402
 
 
@@ -60,44 +58,23 @@ def test_under_the_interpreter(part):
     assert " passed" in result.stdout and " failed" not in result.stdout
 
 
-class H100:
-    """As much of the driver of a GPU as the compiler asks for."""
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return "H100"
-
-    def get_current_stream(self, device):
-        return 0
-
-
 @pytest.mark.skipif(RUNS_HERE, reason="the kernels run in this process")
 @pytest.mark.parametrize(
     ("form", "decay"),
     [("simple", False), ("local", False), ("local", True), ("conv", True)],
     ids=lambda value: str(value),
 )
-def test_compile_for_a_gpu(form, decay, monkeypatch, tmp_path):
+def test_compile_for_a_gpu(form, decay):
     """Every kernel of both directions, from the call to machine code. That reads several channels at once, as it does
     where the compiler knows the alignment of tensors and strides; those of values that share a key it reads singly."""
-    run, compiled = triton.JITFunction.run, {}
-
-    def only_compile(kernel, *arguments, grid, warmup, **options):
-        compiled[kernel.__name__] = run(kernel, *arguments, grid=grid, warmup=True, **options)
-
-    monkeypatch.setattr(triton.JITFunction, "run", only_compile)
-    monkeypatch.setattr(triton.runtime.driver, "_active", H100())
-    monkeypatch.setattr(ops_triton, "_chunks", lambda warps, tiles, device: 2)
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    by_triton(leaves(make_tensors(form, 192, width=64, decay=decay), torch.bfloat16)).sum().backward()
+    with compiling_for(*H100) as compiled:  # a length that is cut into chunks there
+        by_triton(leaves(make_tensors(form, 512, width=64, decay=decay), torch.bfloat16)).sum().backward()
     kernels = ["_lay_out_weights"] if form != "simple" else []
     kernels += ["_forward_sums", "_forward_scan", "_forward", "_forward_in_log_space"]
     kernels += ["_backward_sums", "_backward_scan", "_backward", "_backward_in_log_space"]
     assert list(compiled) == kernels
     for name, kernel in compiled.items():
-        assert kernel.asm["cubin"], name
+        assert kernel.asm["cubin"] and 0 < resources(kernel)["registers"] <= 255, name
         if form != "conv" and name in ("_forward_sums", "_forward", "_backward_sums", "_backward"):
             wide = r"ld\.global\S*\.v[24]\.|cp\.async\.c[ag]\.shared\.global [^;]*, 0x(8|10), "
             assert re.search(wide, kernel.asm["ptx"]), name
@@ -314,7 +291,7 @@ class TestKernels:
     )
     def test_log_space_in_one_of_several_chunks(self, form, window, monkeypatch):
         """What the other chunks have written is replaced, also in rows that share a program with others."""
-        monkeypatch.setattr(ops_triton, "_chunks", lambda warps, tiles, device: 3)
+        monkeypatch.setattr(ops_triton, "_chunks", lambda *_: 3)
         tensors = make_tensors(form, 70, window=window, heads=1, past=True, decay=True)
         tensors[1][1, 66:, :3] += 200
         assert_agree(tensors, torch.float32)
@@ -350,7 +327,7 @@ class TestKernels:
         tensors[1][:, 50:] += 50
         wholes = results(by_triton, leaves(tensors, device=DEVICE))
         calls = []
-        monkeypatch.setattr(ops_triton, "_chunks", lambda warps, tiles, device: calls.append(tiles) or 2)
+        monkeypatch.setattr(ops_triton, "_chunks", lambda programs, tiles, *_: calls.append(tiles) or 2)
         for chunked, whole in zip(results(by_triton, leaves(tensors, device=DEVICE)), wholes, strict=True):
             torch.testing.assert_close(chunked, whole, rtol=1e-9, atol=1e-9)
         assert calls == ([3, 3] if DEVICE == "cpu" else [10, 10])

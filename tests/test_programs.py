@@ -25,6 +25,8 @@ WRONG = {  # flags that are refused at once, and with what
         ["--task", "sections", "--output_dir", "out", "--lists_dir", NOWHERE],
         "--lists_dir must be a folder, got nowhere/",
     ),
+    "compile_triton.py": (["--csv", NOWHERE], "--csv must be a .csv file, got nowhere/"),
+    "gpu.py": ([NOWHERE], "PART must be of compile, tests, tune, ceiling, operator, train, decode, report, got "),
     "roofline.py": (["--output_dir", NOWHERE], "--output_dir must hold operator-cpu.csv"),
     "score.py": (
         [NOWHERE, "--dtype", NOWHERE],

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
+    AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
@@ -35,8 +36,10 @@ from transformers import (
     StaticCache,
     ViTConfig,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from aft.flags import find_preset
+from aft.gpu_plan import OF_FLA
 from modeling_aft import AFTConfig, SynthesizerConfig, SynthesizerModel
 from modeling_aft.compatibility import CACHE_NAME
 from modeling_aft.configuration_common import TextMixerConfig
@@ -46,6 +49,12 @@ from modeling_aft.ops import aft_attention
 BYTES = 256  # vocabulary of every model
 PREFILL = 1024  # tokens that a model of this package reads at once
 WARM_UPS = 2  # turns before those that count
+# transformers makes a mask for a compiled model, with which SDPA cannot take FlashAttention; it makes none for a
+# function like this one, of which it does not know what masks it takes.
+CAUSAL_SDPA = "causal_sdpa"
+AttentionInterface.register(CAUSAL_SDPA, sdpa_attention_forward)
+# Calls of an operator in a turn: a GPU computes one while Python launches the next.
+QUEUED = {"cpu": 1, "cuda": 10}
 
 
 @dataclass
@@ -91,8 +100,8 @@ def has_fla(args) -> bool:
     return args.device == "cuda" and find_spec("fla") is not None
 
 
-def operator_contestants(args, batch: int, length: int) -> Contestants:
-    """One forward and backward pass of each operator."""
+def operators(args, batch: int, length: int) -> dict[str, Callable[[], tuple]]:
+    """By name: what makes the function of each operator, and its inputs."""
     dtype, window, heads = getattr(torch, args.dtype), args.window, args.conv_heads
 
     def leaf(*shape):
@@ -100,7 +109,6 @@ def operator_contestants(args, batch: int, length: int) -> Contestants:
 
     query, key, value = (leaf(batch, length, args.width) for _ in range(3))
     head_key = leaf(batch, length, heads)
-    seed = torch.randn(batch, length, args.width, device=args.device, dtype=dtype)
     table = cache(lambda: leaf(length, length))  # made only for those that need it
 
     def windowed(query, key, value, bias):
@@ -123,12 +131,29 @@ def operator_contestants(args, batch: int, length: int) -> Contestants:
     }
     if has_fla(args):
         forwards["rwkv4-fla"] = lambda: (rwkv4, query, key, value, leaf(args.width), leaf(args.width))
+    return forwards
+
+
+def operator_contestants(args, batch: int, length: int) -> Contestants:
+    """One forward and backward pass of each operator."""
+    seed = torch.randn(batch, length, args.width, device=args.device, dtype=getattr(torch, args.dtype))
 
     def make(forward):
         function, *inputs = forward()
-        return Contestant(lambda: torch.autograd.grad(function(*inputs), inputs, seed), batch * length)
+        run = lambda: torch.autograd.grad(function(*inputs), inputs, seed)  # noqa: E731
+        return Contestant(run, batch * length, calls=QUEUED[args.device])
 
-    return {name: partial(make, forward) for name, forward in forwards.items()}
+    return {name: partial(make, forward) for name, forward in operators(args, batch, length).items()}
+
+
+def forward_contestants(args, batch: int, length: int) -> Contestants:
+    """One forward pass of each operator, without what a backward pass would need."""
+
+    def make(forward):
+        function, *inputs = forward()
+        return Contestant(torch.no_grad()(partial(function, *inputs)), batch * length, calls=QUEUED[args.device])
+
+    return {name: partial(make, forward) for name, forward in operators(args, batch, length).items()}
 
 
 def dense_contestants(args, batch: int, length: int) -> Contestants:
@@ -201,10 +226,11 @@ def model_configs(args, positions: int, embeddings: str) -> dict[str, Callable[[
         "rwkv": partial(RwkvConfig, **peers, context_length=positions),
     }
     if has_fla(args):
-        from fla.models import GLAConfig, HGRNConfig
+        from fla import models as of_fla
 
-        configs["hgrn-fla"] = partial(HGRNConfig, **peers)
-        configs["gla-fla"] = partial(GLAConfig, **peers)
+        for name, config in OF_FLA.items():
+            layers = args.layers * (2 if name == "mamba2" else 1)
+            configs[f"{name}-fla"] = partial(getattr(of_fla, config), **{**peers, "num_hidden_layers": layers})
     return configs
 
 
@@ -217,15 +243,16 @@ VIT_WIDTHS = {"vit-tiny": 192, "vit-small": 384}
 IMAGE_MODELS = ["aft-conv-tiny-11-32", "aft-full-tiny", "vit-tiny", "aft-conv-small-11-16", "vit-small"]
 
 
-def make_model(args, name: str, positions: int, embeddings: str) -> PreTrainedModel:
-    """A model by its name or by the path of its preset, for inputs of up to `positions` tokens."""
+def make_model(args, name: str, positions: int, embeddings: str, **options) -> PreTrainedModel:
+    """A model by its name or by the path of its preset, for inputs of up to `positions` tokens; `options` as those of
+    `from_config`."""
     configs = model_configs(args, positions, embeddings)
     if name in configs:
         config = configs[name]()
     else:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         config.max_position_embeddings = max(config.max_position_embeddings, positions)
-    return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype)).to(args.device)
+    return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype), **options).to(args.device)
 
 
 def about_model(model: PreTrainedModel) -> dict:
@@ -239,7 +266,8 @@ def train_contestants(args, batch: int, length: int) -> Contestants:
     """One training step (forward pass, loss, backward pass, AdamW) of each model, without autocast."""
 
     def make(name):
-        model = make_model(args, name, length, "learned").train()
+        options = {"attn_implementation": CAUSAL_SDPA} if name in ("gpt2", "llama") else {}
+        model = make_model(args, name, length, "learned", **options).train()
         called = torch.compile(model) if args.compile else model
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         ids = torch.randint(model.config.vocab_size, (batch, length), device=args.device)
@@ -289,7 +317,8 @@ def image_contestants(args, batch: int, side: int) -> Contestants:
 
 
 def decode_contestants(args, batch: int, length: int) -> Contestants:
-    """Decoding steps of each model after `length` random tokens; with `--compile` also compiled ones.
+    """Decoding steps of each model after `length` random tokens, the same ones in each row; with `--compile` also
+    compiled ones, and with `--largest_batch` ones with a static cache.
 
     A compiled step has a static cache, as `generate(cache_implementation="static")` makes and compiles it.
     """
@@ -299,7 +328,7 @@ def decode_contestants(args, batch: int, length: int) -> Contestants:
     def prepared(name):
         """The model, whose weights anyone may train, its tokens, and a dynamic cache that has read them."""
         model = make_model(args, name, room, "none").eval()
-        ids = torch.randint(model.config.vocab_size, (batch, length), device=args.device)
+        ids = torch.randint(model.config.vocab_size, (1, length), device=args.device)
         filled = DynamicCache(config=model.config)
         read(model, ids, filled)
         return model, ids, filled
@@ -315,18 +344,24 @@ def decode_contestants(args, batch: int, length: int) -> Contestants:
         static = StaticCache(config=model.config, max_cache_len=room)
         if isinstance(model.config, TextMixerConfig):
             read(model, ids, static)
+            static.batch_repeat_interleave(batch)
         else:
             for index, layer in enumerate(filled.layers):
-                # Not what steps of the other contestant may have added.
-                static.update(layer.keys[:, :, :length], layer.values[:, :, :length], index)
+                # Not what steps of the other contestant may have added, nor the rows.
+                keys, values = (t[:1, :, :length].expand(batch, -1, -1, -1) for t in (layer.keys, layer.values))
+                static.update(keys, values, index)
         return static
 
-    def make(name, compiled):
-        model, ids, past = prepared(name)
-        called = model
-        if compiled:
-            called, past = model.get_compiled_call(None), static_cache(model, ids, past)
-        token = ids[:, -1:].contiguous()
+    @torch.inference_mode()
+    def rows_of(filled):
+        filled.batch_repeat_interleave(batch)
+        return filled
+
+    def make(name, kind):
+        model, ids, filled = prepared(name)
+        past = static_cache(model, ids, filled) if kind else rows_of(filled)
+        called = model.get_compiled_call(None) if kind == "-compiled" else model
+        token = ids[:, -1:].repeat(batch, 1)
 
         @torch.inference_mode()
         def run():
@@ -336,12 +371,8 @@ def decode_contestants(args, batch: int, length: int) -> Contestants:
 
         return Contestant(run, batch, calls=args.steps, about=about_model(model))
 
-    contestants = {}
-    for name in args.models:
-        contestants[Path(name).stem] = partial(make, name, False)
-        if args.compile:
-            contestants[f"{Path(name).stem}-compiled"] = partial(make, name, True)
-    return contestants
+    kinds = ["", *(["-compiled"] if args.compile else []), *(["-static"] if args.largest_batch else [])]
+    return {f"{Path(name).stem}{kind}": partial(make, name, kind) for name in args.models for kind in kinds}
 
 
 def ceiling_contestants(args, batch: int, length: int) -> Contestants:

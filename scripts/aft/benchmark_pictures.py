@@ -22,6 +22,7 @@ from aft.drawing import colour_of, groups, save_figure, tidy
 # a panel. Where the batch follows from the length, it makes none.
 PICTURES = {
     "operator": ("Forward and backward pass of the operator", "rate", 1, "tokens/s", ()),
+    "forward": ("Forward pass of the operator", "rate", 1, "tokens/s", ()),
     "dense": ("Forward and backward pass of the dense Synthesizer", "rate", 1, "tokens/s", ()),
     "train": ("Training step", "rate", 1, "tokens/s", ()),
     "decode": ("Decoding step", "rate", 1, "tokens/s", ("batch_size",)),

@@ -6,7 +6,7 @@
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
-"""The files that `benchmark.py` writes: a row per contestant and length."""
+"""The files that `benchmark.py` writes, a row per contestant and length, and the columns of those for GPUs."""
 
 import csv
 from pathlib import Path
@@ -20,9 +20,22 @@ COLUMNS = (
     *("layers", "width", "parameters", "device", "processor", "threads", "dtype", "batch_size"),
     *("modeling_aft", "torch", "transformers", "date"),
 )
+# Of what the Triton kernels take of a multiprocessor, of what they take in each layout, and of the steps of gpu.py.
+REGISTER_COLUMNS = (
+    *("form", "dtype", "columns", "kernel", "num_warps", "registers", "spill_stores", "spill_loads", "shared_bytes"),
+    *("architecture", "triton", "date"),
+)
+LAYOUT_COLUMNS = (
+    *("form", "columns", "num_warps", "processor_warps"),
+    *("forward_ms", "backward_ms", "forward_launch_ms", "backward_launch_ms"),
+    *("forward_registers", "backward_registers", "forward_spills", "backward_spills"),
+    *("batch_size", "length", "width", "heads", "window"),
+    *("dtype", "architecture", "processor", "torch", "triton", "date"),
+)
+STEP_COLUMNS = ("part", "step", "status", "seconds", "device", "processor", "date", "command", "last_lines")
 
 
-def read_rows(path: Path) -> list[dict]:
+def read_rows(path: Path, columns: tuple[str, ...] = COLUMNS) -> list[dict]:
     """The rows of a file, none if there is no such file.
 
     Raises:
@@ -32,8 +45,8 @@ def read_rows(path: Path) -> list[dict]:
         return []
     with open(path, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise ValueError(f"{path} must have the columns {', '.join(COLUMNS)}, got {reader.fieldnames}: remove it.")
+        if tuple(reader.fieldnames or ()) != columns:
+            raise ValueError(f"{path} must have the columns {', '.join(columns)}, got {reader.fieldnames}: remove it.")
         return list(reader)
 
 
