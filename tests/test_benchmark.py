@@ -8,6 +8,7 @@ import benchmark
 import pytest
 import roofline
 import torch
+from launching import processes
 from transformers import DynamicCache, StaticCache
 
 from aft import benchmark_contestants, benchmark_rows
@@ -129,7 +130,8 @@ def test_memory_suite_measures_each_model_in_its_own_process(tmp_path):
     assert int(row["peak_bytes"]) > 4 * 4 * int(row["parameters"]) + 4 * 4 * 2048 * 4 * 64
 
 
-def test_a_process_of_its_own_is_another_one():
+def test_a_process_of_its_own_is_another_one(monkeypatch):
+    monkeypatch.setattr(benchmark, "get_context", lambda method: processes())
     assert benchmark.in_own_process(os.getpid) != os.getpid()
 
 
@@ -331,7 +333,8 @@ def test_values_that_cannot_be_are_refused(flags, message):
 
 
 @pytest.mark.parametrize("suite", ["train", "memory"])
-def test_what_no_memory_holds_is_left_out(tmp_path, capsys, suite):
+def test_what_no_memory_holds_is_left_out(tmp_path, capsys, monkeypatch, suite):
+    monkeypatch.setattr(benchmark, "get_context", lambda method: processes())
     flags = ["--models", "aft-simple", "--lengths", "1000000000000", "--batch_size", "1", "--width", "1024"]
     assert rows_of(tmp_path, suite, *flags) == []
     assert "left out for want of memory: aft-simple" in capsys.readouterr().out

@@ -6,8 +6,10 @@ import re
 import shutil
 from pathlib import Path
 from statistics import fmean, median, stdev
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
+import launching
 import numpy as np
 import pytest
 import small_runs
@@ -385,10 +387,17 @@ def test_process_of_its_own(inputs, monkeypatch):
     assert 0 < result["peak_bytes"] < 2**30 and result["command"] == "command"
 
 
-def test_runs_beside_each_other(inputs, monkeypatch, capfd):
-    """Two of three at once, one of which fails: each has its own output, and the table is that of the others."""
+def forked(monkeypatch) -> None:
+    """Processes of runs take over the libraries, which takes ten seconds less than to import them."""
     monkeypatch.undo()
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    launching.processes()  # which threads must not start at once
+    monkeypatch.setattr(comparison, "get_context", lambda method: SimpleNamespace(Process=launching.fork))
+
+
+def test_runs_beside_each_other(inputs, monkeypatch, capfd):
+    """Two of three at once, one of which fails: each has its own output, and the table is that of the others."""
+    forked(monkeypatch)
     plan = "  wrong: {model_preset: model.json, training: {learning_rate: 1.0e+20, lr_decay: constant}}\n"
     (inputs / "plan.yaml").write_text((inputs / "plan.yaml").read_text() + plan)
     with pytest.raises(RuntimeError, match="wrong-seed0$"):
@@ -444,8 +453,7 @@ def test_table_lies_beside_the_runs_unless_told(inputs):
 
 
 def test_failed_process_says_why_in_one_line(inputs, monkeypatch, capfd):
-    monkeypatch.undo()
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    forked(monkeypatch)
     with pytest.raises(RuntimeError, match="these runs failed, see above: local-seed0$"):
         main(flags(inputs, "--only", "local", "--seeds", "0", "--learning_rate", "1e30"))
     printed = capfd.readouterr().err

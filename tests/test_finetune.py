@@ -544,7 +544,7 @@ def test_two_processes_equal_one(bases, rows, tmp_path):
     one = finetune(tmp_path / "one", **values, per_device_train_batch_size=4)
 
     def launch(flags):
-        run_on_two_processes(ROOT / "scripts" / "finetune.py", flags, ACCELERATE_USE_CPU="true")
+        run_on_two_processes(ROOT / "scripts" / "finetune.py", flags)
         return json.loads((tmp_path / "two" / "all_results.json").read_text())
 
     two = finetune(tmp_path / "two", launch, **values, per_device_train_batch_size=2)

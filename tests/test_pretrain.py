@@ -17,7 +17,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from families import VARIANTS, make_model
-from launching import run_on_two_processes
+from launching import launch_two_processes
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
@@ -701,7 +701,7 @@ def test_compiled_run_saves_and_resumes(inputs, without_dropout, tmp_path, monke
 def test_two_processes_equal_one(inputs, without_dropout, tmp_path):
     changes, one = without_dropout
     two = tmp_path / "two"
-    result = run_on_two_processes(SCRIPT, flags(inputs, two, **changes))
+    result = launch_two_processes(SCRIPT, flags(inputs, two, **changes))
     assert events(two, "config")[0]["num_processes"] == 2
     assert result.stdout.count("test: ") == 1  # one process prints
     torch.testing.assert_close(weights(two), weights(one), rtol=0, atol=1e-4)
