@@ -65,7 +65,8 @@ def _call(environment: dict[str, str], streams: list[int], function: Callable, a
         os.dup2(stream, number)
     os.environ.clear()
     os.environ.update(environment)
-    if "HF_MODULES_CACHE" in environment:  # which transformers has read
+    if "HF_MODULES_CACHE" in environment:  # which transformers has read; and the search path is that of the tests
+        sys.path[:] = [folder for folder in sys.path if not Path(folder, "transformers_modules").is_dir()]
         sys.modules["transformers.dynamic_module_utils"].HF_MODULES_CACHE = environment["HF_MODULES_CACHE"]
     sys.path[:0] = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
     function(*arguments)
