@@ -1,5 +1,6 @@
 """Settings of every test: no network, one thread per test process, seeded."""
 
+import gc
 import os
 
 
@@ -22,6 +23,17 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):  # keywords hold the names of folders as well
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish():
+    """All that has been imported and collected stays: the collector of garbage, whose every full turn takes half a
+    second else, looks at what tests make."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()  # libraries count what they leave behind
 
 
 @pytest.fixture

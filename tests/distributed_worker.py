@@ -1,4 +1,4 @@
-"""What each of the processes of test_distributed.py runs: `torchrun distributed_worker.py FOLDER`.
+"""What each of the processes of test_distributed.py runs, as `torchrun distributed_worker.py FOLDER` does.
 
 FOLDER has the file `runs.json`: arguments of scripts/pretrain_enwik8.py by the names of runs. The first process writes
 what it finds to FOLDER.

@@ -11,7 +11,6 @@ Each run of tests is a process of its own, forked from one that has imported the
 import importlib
 import inspect
 import io
-import multiprocessing
 import os
 import random
 import sys
@@ -25,11 +24,11 @@ from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
+from launching import processes
+
 
 ROOT = Path(__file__).parents[1]
 PACKAGE, PROGRAMS = "modeling_aft", "aft"
-# What importing the package takes its time for.
-LIBRARIES = ["pytest", "torch._dynamo", "transformers.generation", "transformers.modeling_layers"]
 REMOTE_CODE = "transformers_modules"  # the package of it
 # The module that has the list `FAULTS`, and the name of the function that calls the one with the fault.
 LIST, REPLACED = "faults", "<replaced by a fault>"
@@ -224,16 +223,9 @@ def run_tests(tests: str, fault_name: str | None, without: list[str]) -> Failure
     return recorder.failure
 
 
-@cache
-def _processes():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(LIBRARIES)
-    return context
-
-
 def first_failure(tests: str, fault: Fault | None = None, without: tuple[str, ...] = ()) -> Failure | None:
     """The same in a process of its own."""
-    with ProcessPoolExecutor(1, mp_context=_processes()) as process:
+    with ProcessPoolExecutor(1, mp_context=processes()) as process:
         return process.submit(run_tests, tests, fault and fault.name, list(without)).result()
 
 

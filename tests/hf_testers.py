@@ -146,6 +146,9 @@ class MixerTests:
     model_tester_class = ModelTester
     has_attentions = True
     has_text = True
+    # Models as small as these learn faster than the 300 steps at 0.001 that the library gives every model.
+    training_overfit_steps = 100
+    training_overfit_learning_rate = 0.003
 
     def setUp(self):
         self.model_tester = self.model_tester_class(self, self.variant, self.is_decoder)

@@ -11,10 +11,12 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+from comparisons import in_this_process
 from datasets import Dataset
 from small_runs import history
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, set_seed
 
+from aft import comparison
 from aft.commands.compare import main as compare
 from aft.commands.draw import main as draw
 from aft.commands.evaluate import main as evaluate
@@ -208,7 +210,8 @@ def test_a_model_is_fine_tuned_with_its_tokenizer(runs, tmp_path, capsys):
     generate(["--model", str(tmp_path / "tuned"), "--prompt", "the", "--max_new_tokens", "3"])
 
 
-def test_tokenizers_are_compared_in_bits_per_byte(inputs, tmp_path):
+def test_tokenizers_are_compared_in_bits_per_byte(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison, "run_process", in_this_process)
     runs = {
         "bytes": {"model_preset": str(inputs / "aft.json")},
         "bpe": {"model_preset": str(inputs / "aft.json"), "training": {"tokenizer": "bpe", "vocab_size": 270}},

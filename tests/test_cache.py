@@ -3,9 +3,6 @@
 import copy
 import itertools
 import json
-import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -21,6 +18,7 @@ from families import (
     make_ids,
     make_model,
 )
+from launching import run
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, StaticCache
 
@@ -481,21 +479,17 @@ def test_two_copies_of_the_code_in_one_process(variant, names, tmp_path):
     folders = [tmp_path / name for name in names]
     for folder in folders:
         make_model(variant, dtype=torch.float32).save_pretrained(folder)
-    script = tmp_path / "script.py"
-    script.write_text(TWO_COPIES)
-    command = [sys.executable, "-P", str(script), *map(str, folders), str(tmp_path / "cache")]
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
-    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=240)
-    assert run.stdout.strip().endswith("fine"), run.stderr[-2000:]
+    options = {"cwd": tmp_path, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = run(TWO_COPIES, *folders, tmp_path / "cache", **options)
+    assert done.stdout.strip().endswith("fine"), done.stderr[-2000:]
 
 
 def test_the_package_can_be_imported_beside_a_saved_model(tmp_path):
     make_model("local").save_pretrained(tmp_path)
     root = str(Path(__file__).parents[1])
-    command = [sys.executable, "-c", "import modeling_aft; print(modeling_aft.AFTConfig.model_type)"]
-    environment = {**os.environ, "PYTHONPATH": root}
-    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert run.stdout.strip() == "aft", run.stderr[-2000:]
+    code = f"import sys; sys.path[:0] = ['', {root!r}]; import modeling_aft; print(modeling_aft.AFTConfig.model_type)"
+    done = run(code, cwd=tmp_path)
+    assert done.stdout.strip() == "aft", done.stderr[-2000:]
 
 
 def test_every_config_says_what_its_states_mean():

@@ -1,9 +1,6 @@
 """Two processes on the CPU: DDP through the Trainer and the pre-training script, and sharding with fully_shard."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,7 +19,7 @@ from distributed_worker import (
     train_with_trainer,
 )
 from families import make_config, make_ids, make_model
-from launching import free_port
+from launching import run_on_two_processes
 from safetensors.torch import load_file
 
 import modeling_aft  # noqa: F401  (registers the model types)
@@ -62,17 +59,7 @@ def folder(tmp_path_factory) -> Path:
         for name, more in {"windows": {}, "carried": carried}.items()
     }
     (folder / "runs.json").write_text(json.dumps(runs))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
-    launch += [str(TESTS / "distributed_worker.py"), str(folder)]
-    paths = [str(TESTS.parent), str(TESTS.parent / "scripts")]
-    result = subprocess.run(
-        launch,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-5000:]
+    run_on_two_processes(TESTS / "distributed_worker.py", [str(folder)])
     return folder
 
 

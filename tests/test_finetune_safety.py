@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import launching
 import pytest
 import torch
 from safetensors import SafetensorError
@@ -424,6 +425,6 @@ def test_the_program_prints_labels_anywhere_and_errors_in_one_line(base, tmp_pat
     assert "labels: caf\\xe9 (8 rows), \\u0441\\u043f\\u0430\\u043c (8 rows)" in done.stdout
     found = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_bytes().splitlines()]
     assert {line["label"] for line in found} <= {"caf\u00e9", "\u0441\u043f\u0430\u043c"}
-    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    again = launching.run(launching.program(Path(command[1])), *command[2:])
     assert again.returncode == 1 and "Traceback" not in again.stderr
     assert again.stderr.splitlines()[-1].startswith("error: --output_dir ")

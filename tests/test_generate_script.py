@@ -2,10 +2,9 @@
 
 import io
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import launching
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -193,13 +192,9 @@ def test_code_beside_the_weights_runs_only_when_asked_for(program, trusted, fold
     if program == "score":
         (tmp_path / "data").write_bytes(bytes(range(256)))
         flags = [folder, "--dataset_path", str(tmp_path / "data")]
-    result = subprocess.run(
-        [sys.executable, str(SCRIPT.with_name(f"{program}.py")), *flags, *["--trust_remote_code"] * trusted],
-        env={**os.environ, "PYTHONPATH": str(tmp_path), "HF_MODULES_CACHE": str(tmp_path / "modules")},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    environment = {"PYTHONPATH": str(tmp_path), "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    code = launching.program(SCRIPT.with_name(f"{program}.py"))
+    result = launching.run(code, *flags, *["--trust_remote_code"] * trusted, **environment)
     if trusted:
         assert result.returncode == 0, result.stderr[-3000:]
         assert result.stdout.startswith("The ")

@@ -1,9 +1,6 @@
 """AFT for images: forms, sizes, padding, loss, presets, weights of a ViT, saving, pipelines, ONNX."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import onnx_ir
@@ -11,6 +8,7 @@ import onnxruntime
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from launching import run
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch.export import Dim
@@ -512,9 +510,7 @@ torch.save([head.eval()(images).logits, body(images).pooler_output, found], out 
 
 def test_loads_without_the_package(folder, tmp_path):
     torch.save(images := torch.randn(2, 3, 24, 20), tmp_path / "images.pt")
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    command = [sys.executable, "-I", "-c", WITHOUT_PACKAGE, str(folder), str(tmp_path)]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    result = run(WITHOUT_PACKAGE, folder, tmp_path, cwd=tmp_path, HF_MODULES_CACHE=str(tmp_path / "modules"))
     assert result.returncode == 0, result.stderr
     logits, pooled, found = torch.load(tmp_path / "found.pt")
     model = AFTForImageClassification.from_pretrained(folder)

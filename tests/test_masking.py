@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from comparisons import in_this_process
 from safetensors.torch import load_file
 from small_runs import STEPS, flags, make_inputs
 from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
 
+from aft import comparison
 from aft.bits_per_byte import evaluate_bits_per_byte
 from aft.commands.compare import main as compare
 from aft.commands.evaluate import main as evaluate
@@ -276,7 +278,8 @@ def test_training_goes_on_with_a_saved_model(inputs, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "further").mask_token_id == MASK
 
 
-def test_models_are_compared_by_what_they_fill_in(inputs, tmp_path):
+def test_models_are_compared_by_what_they_fill_in(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison, "run_process", in_this_process)
     (tmp_path / "plan.yaml").write_text(
         "training: {objective: masked, batch_size: 4, max_steps: 2, warmup_steps: 1, eval_every: 1, log_every: 1}\n"
         f"seeds: [0]\nreference: one\nruns: {{one: {{model_preset: {inputs / 'model.json'}}}}}\n"

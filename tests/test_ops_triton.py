@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,17 +34,30 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, tor
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs the package triton", allow_module_level=True)
 
+from triton.runtime import interpreter  # noqa: E402
+
 from aft.triton_kernels import H100, compiling_for, resources  # noqa: E402
 from modeling_aft import ops_triton  # noqa: E402
 
 
 # Expressions over names of tests that share them out among processes.
-PARTS = {
-    "simple": "simple",
-    "local": "local and not simple",
-    "conv": "conv and not simple and not local",
-    "others": "not simple and not local and not conv",
-}
+PARTS = {"simple-or-conv": "simple or conv", "others": "not simple and not conv"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def patch_once():
+    """What the interpreter does to the language of Triton at each call of a function, 40 % of all it does, is done
+    once for each module that has functions."""
+    patch, patched = interpreter._patch_lang, {}
+
+    def patch_for_module(function):
+        if function.__module__ not in patched:
+            patched[function.__module__] = patch(function)
+        return SimpleNamespace(restore=lambda: None)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(interpreter, "_patch_lang", patch_for_module)
+        yield
 
 
 @pytest.mark.skipif(RUNS_HERE, reason="the kernels run in this process")
@@ -61,7 +75,7 @@ def test_under_the_interpreter(part):
 @pytest.mark.skipif(RUNS_HERE, reason="the kernels run in this process")
 @pytest.mark.parametrize(
     ("form", "decay"),
-    [("simple", False), ("local", False), ("local", True), ("conv", True)],
+    [("simple", False), ("local", False), ("conv", True)],
     ids=lambda value: str(value),
 )
 def test_compile_for_a_gpu(form, decay):
@@ -202,8 +216,8 @@ class TestKernels:
 
     @pytest.mark.parametrize("length", [1, 20])
     def test_a_window_longer_than_the_text(self, length):
-        assert_agree(make_tensors("local", length, window=100))
-        assert_agree(make_tensors("conv", length, window=100, past=True))
+        assert_agree(make_tensors("local", length, window=40))
+        assert_agree(make_tensors("conv", length, window=40, past=True))
 
     @pytest.mark.parametrize(
         ("heads", "keys", "width"),
@@ -211,21 +225,21 @@ class TestKernels:
             (1, 1, 5),
             (1, 3, 9),
             (2, 4, 12),
-            (4, 4, 4),
-            (1, 40, 40),
-            (1, 2, 70),
-            (2, 2, 100 if DEVICE == "cpu" else 400),
+            (3, 3, 3),
+            (1, 20, 20),
+            (1, 2, 34),
+            (2, 2, 40 if DEVICE == "cpu" else 400),
         ],
         ids=lambda size: str(size),
     )
     def test_shared_keys_and_heads_of_the_bias(self, heads, keys, width):
         assert_agree(make_tensors("rows", LONG, window=3, heads=heads, keys=keys, width=width))
-        if width < 100:
+        if heads == 1:
             assert_agree(make_tensors("simple", LONG, keys=keys, width=width))
 
     @pytest.mark.parametrize("length", [1, LONG])
     @pytest.mark.parametrize(
-        ("form", "window"), [("simple", 1), ("conv", 5), ("rows", 5), ("rows", 70)], ids=lambda value: str(value)
+        ("form", "window"), [("simple", 1), ("conv", 5), ("rows", 5), ("rows", 34)], ids=lambda value: str(value)
     )
     def test_past_keys_and_the_sum_before_them(self, form, window, length):
         assert_agree(make_tensors(form, length, window=window, past=True))
@@ -237,7 +251,7 @@ class TestKernels:
             ("conv", 5, False, torch.bfloat16),
             ("conv", 33, True, torch.float64),
             ("local", 5, True, torch.float32),
-            ("rows", 70, True, torch.float64),
+            ("rows", 34, True, torch.float64),
         ],
         ids=lambda value: str(value),
     )
@@ -281,19 +295,26 @@ class TestKernels:
         dtype = torch.float64 if kind == "scaled" else torch.float32
         assert_agree(tensors, dtype)
 
-    def test_log_space_in_a_later_tile(self):
-        tensors = make_tensors("local", 40, window=32)
-        tensors[1][:, 39:] += 200
+    @pytest.fixture
+    def tile(self, monkeypatch):
+        """How many queries a tile has: fewer under the interpreter, to which each key in log space takes long."""
+        if DEVICE == "cpu":
+            monkeypatch.setattr(ops_triton, "_BLOCK_T", 16)
+        return ops_triton._BLOCK_T
+
+    def test_log_space_in_a_later_tile(self, tile):
+        tensors = make_tensors("local", tile + 8, window=tile)
+        tensors[1][:, tile + 7 :] += 200
         assert_agree(tensors, torch.float32)
 
     @pytest.mark.parametrize(
         ("form", "window"), [("simple", 1), ("conv", 5), ("rows", 5)], ids=lambda value: str(value)
     )
-    def test_log_space_in_one_of_several_chunks(self, form, window, monkeypatch):
+    def test_log_space_in_one_of_several_chunks(self, form, window, tile, monkeypatch):
         """What the other chunks have written is replaced, also in rows that share a program with others."""
-        monkeypatch.setattr(ops_triton, "_chunks", lambda *_: 3)
-        tensors = make_tensors(form, 70, window=window, heads=1, past=True, decay=True)
-        tensors[1][1, 66:, :3] += 200
+        monkeypatch.setattr(ops_triton, "_chunks", lambda *_: 2)
+        tensors = make_tensors(form, tile + 8, window=window, heads=1, past=True, decay=True)
+        tensors[1][1, tile + 4 :, :3] += 200
         assert_agree(tensors, torch.float32)
 
     def test_rows_of_the_batch_side_by_side(self, monkeypatch):
@@ -322,14 +343,12 @@ class TestKernels:
         ],
         ids=lambda value: str(value),
     )
-    def test_chunks_side_by_side_equal_one_after_the_other(self, form, window, decay, monkeypatch):
+    def test_chunks_side_by_side_match_the_reference(self, form, window, decay, monkeypatch):
         tensors = make_tensors(form, 66 if DEVICE == "cpu" else 300, window=window, past=True, decay=decay)
         tensors[1][:, 50:] += 50
-        wholes = results(by_triton, leaves(tensors, device=DEVICE))
         calls = []
         monkeypatch.setattr(ops_triton, "_chunks", lambda programs, tiles, *_: calls.append(tiles) or 2)
-        for chunked, whole in zip(results(by_triton, leaves(tensors, device=DEVICE)), wholes, strict=True):
-            torch.testing.assert_close(chunked, whole, rtol=1e-9, atol=1e-9)
+        assert_agree(tensors)
         assert calls == ([3, 3] if DEVICE == "cpu" else [10, 10])
 
     def test_slices_of_one_projection(self):
@@ -352,7 +371,7 @@ class TestKernels:
             for a, b in zip(once, results(by_triton, leaves(tensors, torch.float32, DEVICE)), strict=True):
                 assert torch.equal(a, b)
 
-    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("form", ["simple", "conv"])
     def test_compiles_as_one_graph(self, form):
         torch._dynamo.reset()
         tensors = make_tensors(form, 20, past=True)
@@ -361,10 +380,10 @@ class TestKernels:
         for a, e in zip(actual, results(by_triton, leaves(tensors, device=DEVICE)), strict=True):
             torch.testing.assert_close(a, e)
 
-    @pytest.mark.parametrize("form", FORMS)
-    def test_operators_are_registered_soundly(self, form):
+    @pytest.mark.parametrize(("form", "decays"), [("simple", False), ("local", False), ("conv", True)])
+    def test_operators_are_registered_soundly(self, form, decays):
         query, key, value, rows, *_ = leaves(make_tensors(form, 5, heads=1), device=DEVICE)
         initial = (1 + torch.rand(BATCH, 3, WIDTH, dtype=torch.float64, device=DEVICE)).requires_grad_()
         decay = torch.rand(key.shape[2], dtype=torch.float64, device=DEVICE, requires_grad=True)
-        for rates in (None, decay):
-            torch.library.opcheck(ops_triton._windowed, (query, key, value, rows, initial, rates, "sigmoid"))
+        rates = decay if decays else None
+        torch.library.opcheck(ops_triton._windowed, (query, key, value, rows, initial, rates, "sigmoid"))

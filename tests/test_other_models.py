@@ -1,12 +1,12 @@
 """Models that are not of the package: of transformers, and variants of a reader's own, from training to the Hub."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launching import run
 from small_runs import flags, make_inputs
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -145,8 +145,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 config = AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True)
 print(AutoModelForCausalLM.from_config(config, trust_remote_code=True).num_parameters())
 """
-    command = [sys.executable, "-I", "-c", program, str(tmp_path / "config")]
-    environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HOME": str(tmp_path)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = run(program, tmp_path / "config", cwd=tmp_path, HF_MODULES_CACHE=str(tmp_path / "modules"))
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == AutoModelForCausalLM.from_config(config).num_parameters()

@@ -4,7 +4,6 @@ import io
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from families import VARIANTS, make_model
-from launching import run_on_two_processes
+from launching import launch_two_processes, program, start
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
@@ -632,24 +631,21 @@ def test_killed_and_resumed_equals_uninterrupted(inputs, tmp_path):
     changes = {"max_steps": 120, "save_every": 30, "log_every": 1, "eval_every": 0, "sample_every": 0}
     changes["optimizer"] = "muon"  # and AdamW beside it
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), *flags(inputs, killed, **changes)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    with open(os.devnull, "wb") as nothing:
+        streams = {"stdout": nothing.fileno(), "stderr": nothing.fileno()}
+        process = start(program(SCRIPT), *flags(inputs, killed, **changes), **streams)
     steps_after_checkpoint = 0
     deadline = time.monotonic() + 120
     while steps_after_checkpoint < 3:
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.is_alive() and time.monotonic() < deadline
         checkpoints = complete_checkpoints(killed / "checkpoints")
         if checkpoints:
             last_line = (killed / "run.jsonl").read_text().splitlines()[-1]
             if last_line.endswith("}"):
                 steps_after_checkpoint = json.loads(last_line).get("step", 0) - int(checkpoints[-1].name[5:])
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert not (killed / "config.json").exists()
     # What an interrupted save leaves behind is no checkpoint.
     (killed / "checkpoints" / "step-110.tmp").mkdir()
@@ -701,7 +697,7 @@ def test_compiled_run_saves_and_resumes(inputs, without_dropout, tmp_path, monke
 def test_two_processes_equal_one(inputs, without_dropout, tmp_path):
     changes, one = without_dropout
     two = tmp_path / "two"
-    result = run_on_two_processes(SCRIPT, flags(inputs, two, **changes))
+    result = launch_two_processes(SCRIPT, flags(inputs, two, **changes))
     assert events(two, "config")[0]["num_processes"] == 2
     assert result.stdout.count("test: ") == 1  # one process prints
     torch.testing.assert_close(weights(two), weights(one), rtol=0, atol=1e-4)

@@ -3,12 +3,10 @@
 import ast
 import contextlib
 import io
-import os
 import re
 import runpy
 import shlex
 import shutil
-import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -17,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.commands.launch import launch_command_parser
+from launching import run
 from PIL import Image
 
 from aft.__main__ import main as aft
@@ -200,12 +199,11 @@ def first_examples() -> list:
 
 @pytest.mark.parametrize("example", first_examples())
 def test_first_example_writes_text_or_draws(example, tmp_path):
-    """In a process of its own, which has imported nothing yet."""
+    """In a process of its own, which has imported nothing of the package yet."""
     assert "model_cards/" in example
     (tmp_path / "model_cards").symlink_to(ROOT / "model_cards")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    command = [sys.executable, "-c", "import torch; torch.manual_seed(0)\n" + example]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    environment = {"PYTHONPATH": str(ROOT), "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = run("import torch; torch.manual_seed(0)\n" + example, cwd=tmp_path, **environment)
     assert done.returncode == 0, done.stderr
     pictures = [np.asarray(Image.open(path)) for path in sorted(tmp_path.glob("*.png"))]
     if pictures:

@@ -1,13 +1,11 @@
 """A saved folder carries its code: it loads, and computes the same, in a process without the package."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from families import VARIANTS, make_ids, make_model, make_seq2seq, model_classes
+from launching import run
 from PIL import Image
 from transformers import AutoModelForCausalLM
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -100,14 +98,7 @@ def test_two_copies_of_the_code_of_encoder_decoders_do_not_mix(variant, tmp_path
 
 
 def run_without_package(folder, out, script=LOAD):
-    environment = {**os.environ, "HF_HOME": str(out / "home"), "HF_MODULES_CACHE": str(out / "modules")}
-    return subprocess.run(
-        [sys.executable, "-I", "-c", WITHOUT_PACKAGE + script, str(folder), str(out)],
-        cwd=out,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    return run(WITHOUT_PACKAGE + script, folder, out, cwd=out, HF_MODULES_CACHE=str(out / "modules"))
 
 
 @pytest.mark.parametrize("variant", ["full", "conv-nopos", "fixed-random", "random+dot_product"])

@@ -199,7 +199,7 @@ def test_two_processes_score_as_one(finished, inputs, tmp_path):
     values |= {"predict_file": inputs / "new.jsonl", "num_train_epochs": 0, "per_device_eval_batch_size": 2}
     values |= {"output_dir": tmp_path / "run", "source_prefix": "first: ", "use_cpu": True, "metrics": "bleu"}
     flags = [word for name, value in values.items() for word in (f"--{name}", str(value))]
-    run_on_two_processes(ROOT / "scripts" / "seq2seq.py", flags, ACCELERATE_USE_CPU="true")
+    run_on_two_processes(ROOT / "scripts" / "seq2seq.py", flags)
     metrics = json.loads((tmp_path / "run/all_results.json").read_text())
     for name in ("eval_log_perplexity", "test_log_perplexity", "test_bleu", "test_exact_match"):
         assert metrics[name] == pytest.approx(finished[1][name], rel=1e-5)

@@ -2,14 +2,12 @@
 
 import copy
 import json
-import os
 import pickle
 import random
-import subprocess
-import sys
 import time
 
 import pytest
+from launching import run
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -412,11 +410,7 @@ def test_load_where_the_package_is_not_installed(tmp_path, monkeypatch, remote_c
     ByteTokenizer().save_pretrained(folder)
     assert (folder / "tokenization_bytes.py").exists() == remote_code
 
-    script = tmp_path / "load.py"
-    script.write_text(LOAD_WITHOUT_PACKAGE.format(trust="trust_remote_code=True" if remote_code else ""))
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
-    result = subprocess.run(
-        [sys.executable, "-I", str(script), str(folder)], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    code = LOAD_WITHOUT_PACKAGE.format(trust="trust_remote_code=True" if remote_code else "")
+    result = run(code, folder, cwd=tmp_path, HF_MODULES_CACHE=str(tmp_path / "modules"))
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == ("ByteTokenizer" if remote_code else "TokenizersBackend")

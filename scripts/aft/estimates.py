@@ -21,6 +21,7 @@ from aft.saved_models import LANGUAGE_MODELS, without_cache
 
 
 MOST_LAYERS = 48  # of a model that is made whole; of one with more, the layers are alike
+_FOUND: dict[tuple, tuple] = {}  # what `of_all_layers` has found
 
 
 @dataclass
@@ -77,22 +78,38 @@ def state_bytes(model: torch.nn.Module) -> int:
     return 4 * sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
-def of_all_layers(config: PreTrainedConfig, measure: Callable[[PreTrainedConfig], tuple]) -> tuple | None:
-    """What `measure` says of the model, of very many layers as follows from two; None if it needs data for it."""
+def of_all_layers(
+    config: PreTrainedConfig, measure: Callable[..., tuple], length: int, objective: str
+) -> tuple | None:
+    """
+    What `measure` says of the model, of very many layers as follows from two; None if it needs data for it. That is
+    found once for each model: many runs of a plan have the same.
+    """
 
     def of_layers(number: int) -> tuple:
         changed = copy.deepcopy(config)
         changed.num_hidden_layers = number
-        return measure(changed)
+        return measure(changed, length, objective)
 
+    key = (measure, type(config), config.to_json_string(use_diff=False), length, objective)
+    if key in _FOUND:
+        return _FOUND[key]
     try:
         layers = getattr(config, "num_hidden_layers", 1)
         if layers <= MOST_LAYERS:
-            return measure(config)
-        first, second = of_layers(1), of_layers(2)
-        return tuple(a + (b - a) * (layers - 1) for a, b in zip(first, second, strict=True))
+            found = measure(config, length, objective)
+        else:
+            first, second = of_layers(1), of_layers(2)
+            found = tuple(a + (b - a) * (layers - 1) for a, b in zip(first, second, strict=True))
     except Exception:  # of a library's model: what it does may need values
         return None
+    _FOUND[key] = found
+    return found
+
+
+def _measure_bound(config: PreTrainedConfig, length: int, objective: str) -> tuple[int, int]:
+    model = make(config, objective)
+    return state_bytes(model), kept_bytes(model, objective, 1, length)[0]
 
 
 def bound(config: PreTrainedConfig, windows: int, length: int, objective: str = "causal") -> int | None:
@@ -100,25 +117,20 @@ def bound(config: PreTrainedConfig, windows: int, length: int, objective: str = 
     The bytes of memory that a forward and backward pass of so many windows needs at most, which is found sooner than
     an estimate: all of what a window keeps is counted for each. None for a model that cannot be traced without data.
     """
-
-    def measure(config: PreTrainedConfig) -> tuple[int, int]:
-        model = make(config, objective)
-        return state_bytes(model), kept_bytes(model, objective, 1, length)[0]
-
-    found = of_all_layers(config, measure)
+    found = of_all_layers(config, _measure_bound, length, objective)
     return None if found is None else found[0] + windows * found[1]
+
+
+def _measure_step(config: PreTrainedConfig, length: int, objective: str) -> tuple[float, int, int, int]:
+    model = make(config, objective)
+    one, _ = kept_bytes(model, objective, 1, length)
+    with FlopCounterMode(display=False) as counter:
+        two, loss = kept_bytes(model, objective, 2, length)
+        loss.backward()
+    return counter.get_total_flops() / (2 * length), state_bytes(model), two - one, max(2 * one - two, 0)
 
 
 def estimate(config: PreTrainedConfig, length: int, objective: str = "causal") -> Estimate | None:
     """What a step on windows of `length` tokens takes; None for a model that cannot be traced without data."""
-
-    def measure(config: PreTrainedConfig) -> tuple[float, int, int, int]:
-        model = make(config, objective)
-        one, _ = kept_bytes(model, objective, 1, length)
-        with FlopCounterMode(display=False) as counter:
-            two, loss = kept_bytes(model, objective, 2, length)
-            loss.backward()
-        return counter.get_total_flops() / (2 * length), state_bytes(model), two - one, max(2 * one - two, 0)
-
-    found = of_all_layers(config, measure)
+    found = of_all_layers(config, _measure_step, length, objective)
     return None if found is None else Estimate(found[0], *map(int, found[1:]))
