@@ -64,7 +64,7 @@ from aft.benchmark_rows import add_rows, read_rows
 from aft.benchmark_seq2seq import seq2seq_configs, seq2seq_contestants
 from aft.benchmark_serving import serving_contestants
 from aft.console import any_text, is_out_of_memory, run_program
-from aft.machine import peak_bytes, processor_name
+from aft.machine import peak_bytes, processor_name, settle_allocator
 
 
 SUITES = {
@@ -122,12 +122,6 @@ def measure(contestants: dict[str, Contestant], seconds: float, repeats: int, de
         for name, contestant in contestants.items():
             times[name].append(take_turn(contestant, device))
     return times
-
-
-def settle_allocator() -> None:
-    """Makes glibc keep what it has, instead of fetching it from the system again in every call: it does so by itself
-    once a process has freed a block of nearly 32 MiB, as any training run of some size has."""
-    torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
 def training_peak(args, name: str, batch: int, length: int) -> tuple[int | None, dict]:

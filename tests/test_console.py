@@ -2,6 +2,7 @@
 
 import io
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -131,3 +132,24 @@ def test_exceptions_reach_whoever_calls_from_python():
     with pytest.raises(SystemExit) as ending:
         run_program(lambda: int("x"))
     assert ending.value.code == 1
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator of another library")
+def test_memory_that_a_step_frees_stays():
+    """The next step finds it: no page of it comes from the system again."""
+    body = """
+import resource
+import torch
+from aft.machine import settle_allocator
+def main():
+    for settle in (lambda: None, settle_allocator):
+        settle()
+        for _ in range(2):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            blocks = [torch.ones(3 * 2**18) for _ in range(20)]
+            del blocks
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    result = program(body)
+    plain, settled = map(int, result.stdout.split())
+    assert plain > 10_000 and settled < 100

@@ -27,6 +27,7 @@ from aft.finetuning_checkpoints import check_identity, find_checkpoint
 from aft.finetuning_trainer import FinetuningTrainer, RunIdentity
 from aft.flags import import_files
 from aft.learning_rate_search import search_learning_rate
+from aft.machine import settle_allocator
 from aft.model_configs import changed_fields
 
 
@@ -123,6 +124,7 @@ def train_and_evaluate(
     Returns:
         The trainer, and all metrics.
     """
+    settle_allocator()
     use_cache = getattr(task.model.config, "use_cache", None)
     if args.learning_rate is None:
         args.learning_rate = default_learning_rate(task.model.num_parameters())

@@ -52,7 +52,7 @@ from aft.checkpointing import (
 from aft.console import program
 from aft.estimates import estimate
 from aft.folder_lock import locked
-from aft.machine import hardware_name
+from aft.machine import hardware_name, settle_allocator
 from aft.masking import MaskedWindows, Masking, make_masking
 from aft.masking_arguments import complete_masking
 from aft.model_configs import changed_fields, has_length_limit
@@ -698,6 +698,7 @@ def pretrain(argv: list[str]) -> dict:
     with locked(Path(args.output_dir), active=processes.is_main_process):
         processes.wait_for_everyone()  # no process looks into the folder before it is held
         run = set_up(args, argv, config)
+        settle_allocator()
         run.train()
         final = run.finish()
         run.accelerator.end_training()
