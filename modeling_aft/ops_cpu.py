@@ -94,7 +94,7 @@ class _Plan:
         self.shift = (row - origin)[:, None, None] * decay
         self.first_shift = (self.reach - 1 - origin) * decay
 
-    def refer(self, key: Tensor, rows: Tensor, maximum: Tensor, normalizer: Tensor) -> Tensor:
+    def refer(self, key: Tensor, rows: Tensor, maximum: Tensor) -> Tensor:
         """The rows of the bias relative to the references of the queries, -inf where there is no key. The references
         make exp(15) of the largest key of each sequence and channel, and of the largest weight of a query, unless that
         is between exp(-15) and exp(15) already."""
@@ -107,9 +107,9 @@ class _Plan:
             first.masked_fill_(tap > step, -math.inf)
         heaviest = _without_infinity(rows.amax(-1))
         reference = (heaviest - _LARGEST_EXPONENT).clamp(min=0)
-        if not self.shared and not normalizer.any():  # nothing is older than the window of the first queries
-            reference[..., : self.taps] += (heaviest + _LARGEST_EXPONENT).clamp(max=0)[..., : self.taps]
         self.older = reference.neg().exp()
+        if not self.shared and maximum.isneginf().all():  # nothing is older than the window of the first queries
+            reference[..., : self.taps] += (heaviest + _LARGEST_EXPONENT).clamp(max=0)[..., : self.taps]
         return rows.sub_(reference[..., None])
 
     def older_of(self, start: int, count: int, batch: slice) -> Tensor:
@@ -442,7 +442,7 @@ def windowed(
     plan = _Plan(key, value, rows, decay)
     bounds = _Bounds.of(plan, key, value, rows, maximum, normalizer, average)
     if bounds is not None:
-        logits = plan.refer(key, rows, maximum, normalizer) if bounds.referred else rows
+        logits = plan.refer(key, rows, maximum) if bounds.referred else rows
         out, sums = _forward(plan, query, key, value, logits, _initial(plan, maximum, normalizer, average), activation)
         bounds = bounds.with_total(plan, sums)
     if bounds is None:
@@ -543,7 +543,7 @@ def windowed_backward(
             return gradients_inside_operator(lambda *inputs: _exact(*inputs, activation), [*inputs, decay], grad)
         grads = gradients_inside_operator(lambda *inputs: _exact(*inputs, decay, activation), inputs, grad)
         return *grads, sums.new_empty(0)
-    rows = plan.refer(key, rows, maximum, normalizer) if bounds.referred else rows
+    rows = plan.refer(key, rows, maximum) if bounds.referred else rows
     *grads, d_decay, carry = _backward(plan, grad, sums, query, key, value, rows, activation, needs_rows, needs_decay)
     # The sum of the keys before the first is exp(maximum) normalizer, and that times the average.
     d_weight, d_term = plan.parts(carry)
