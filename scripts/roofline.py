@@ -33,7 +33,8 @@ from aft.console import any_text, run_program
 from modeling_aft import ops_cpu
 
 
-KINDS = {"bmm": "products", "baddbmm": "products", "mm": "products", "exp": "exponentials", "exp_": "exponentials"}
+PRODUCTS = dict.fromkeys(("bmm", "baddbmm", "baddbmm_", "mm"), "products")
+KINDS = {**PRODUCTS, "exp": "exponentials", "exp_": "exponentials"}
 KINDS |= {"copy_": "copies", "cat": "copies"}
 SHARES = ("products", "exponentials", "copies", "other_operations", "outside")
 
