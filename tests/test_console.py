@@ -152,4 +152,4 @@ def main():
 """
     result = program(body)
     plain, settled = map(int, result.stdout.split())
-    assert plain > 10_000 and settled < 100
+    assert plain > 10_000 and settled < plain / 10
