@@ -56,11 +56,13 @@ def _row_blocks(queries: int, keys: int, visible: int):
     return [(slice(t, min(t + count, queries)), min(visible + t + count - 1, keys)) for t in range(0, queries, count)]
 
 
-def masked(bias: Tensor, visible: int) -> Tensor:
-    """The bias [G, C, Z+S] with -inf for what a query does not see, if `visible` > 0."""
+def masked(bias: Tensor, visible: int, query: Tensor | None = None) -> Tensor:
+    """The bias [.., C, Z+S] with -inf for what a query does not see, if `visible` > 0; the queries [C] are 0, 1, ...
+    unless they are given."""
     if visible <= 0:
         return bias
-    query, key = (torch.arange(size, device=bias.device) for size in bias.shape[1:])
+    own, key = (torch.arange(size, device=bias.device) for size in bias.shape[-2:])
+    query = own if query is None else query
     return bias.masked_fill(key >= visible + query[:, None], -torch.inf)
 
 
@@ -93,10 +95,7 @@ def exact_weights(index, key, maximum, normalizer, bias, visible=0):
     """Normalised weights [R, Z+S, K] of the rows `index`, all zero where a row sees nothing, and the log of what they
     were divided by, [R, K]."""
     g, c, p = index
-    rows = bias[g, c]
-    if visible > 0:
-        rows = rows.masked_fill(torch.arange(rows.shape[1], device=rows.device) >= visible + c[:, None], -torch.inf)
-    logits = torch.cat([maximum[g, :, p], key[g, :, p]], 1) + rows[..., None]
+    logits = torch.cat([maximum[g, :, p], key[g, :, p]], 1) + masked(bias[g, c], visible, c)[..., None]
     reference = finite(logits.amax(1, keepdim=True))
     weights = (logits - reference).exp()
     sums = maximum.shape[1]

@@ -57,14 +57,18 @@ SHORTEST = 5.0  # seconds, of a step that is begun
 LAST = 15  # lines
 
 
+def environment() -> dict[str, str]:
+    """That of processes which find the package and the programs of this repository."""
+    paths = [str(ROOT), str(ROOT / "scripts"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+
+
 def call(arguments: list[str], log: Path, seconds: float) -> int | None:
     """Runs a process at the root of the repository, with all that it starts; its exit status, None if it was ended."""
-    paths = [str(ROOT), str(ROOT / "scripts"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "wb") as file:
         process = subprocess.Popen(
-            arguments, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            arguments, cwd=ROOT, env=environment(), stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
             return process.wait(seconds)
@@ -132,11 +136,7 @@ def run_steps(args: argparse.Namespace, plan: list[Step], processor: str) -> dic
 def find_processor(device: str) -> str:
     """Its name, from a process of its own, which then holds nothing of its memory."""
     program = f"from aft.machine import processor_name; print(processor_name({device!r}))"
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "scripts"), os.environ.get("PYTHONPATH", "")]),
-    }
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, text=True)
     if done.returncode or not done.stdout.strip():
         reason = " ".join(done.stderr.strip().splitlines()[-1:])
         raise ValueError(f"gpu.py: --device must be cpu, or cuda where there is a GPU, got {device}: {reason}")

@@ -50,7 +50,7 @@ from modeling_aft import ops_triton, triton_layouts
 
 
 COMPILING = 0.6  # of --seconds, at most
-DEFAULT = {"columns": 32, "num_warps": 1, "processor_warps": 8}  # where the search begins
+DEFAULT = triton_layouts.LAYOUTS["default"]["simple"]["forward"]  # where the search begins
 
 
 def passes_in(args: argparse.Namespace, form: str, sizes: Sizes) -> dict[str, Callable]:
