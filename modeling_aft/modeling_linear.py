@@ -13,11 +13,13 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 from transformers import initialization
+from transformers.activations import GELUActivation
 
 from .ops_modes import is_exporting, is_static, is_transformed
 
 
 FEW_ROWS = range(3, 9)
+ONE_ROW = range(1, 2)
 
 
 def activated(tensor: torch.Tensor, activation: str) -> torch.Tensor:
@@ -30,22 +32,44 @@ def project(layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     `layer(hidden_states)`, [..., in] to [..., out]. A few rows, as decoding steps of a batch have them, are multiplied
     faster on CPUs if the outputs are the rows: libraries of matrix products share the work out by these.
     """
-    if torch.is_grad_enabled() or is_static() or not _is_sooner_transposed(layer, hidden_states):
+    if not (_has_rows(hidden_states, FEW_ROWS) and _is_sooner_transposed(layer, hidden_states)):
         return layer(hidden_states)
     rows = hidden_states.reshape(-1, layer.in_features).T
     out = layer.weight @ rows if layer.bias is None else torch.addmm(layer.bias[:, None], layer.weight, rows)
     return out.T.contiguous().view(*hidden_states.shape[:-1], layer.out_features)
 
 
+def activate(act_fn: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """`act_fn(hidden_states)`, an activation of each number. torch has GELU on CPUs from a library whose call takes
+    longer than the numbers of one token do."""
+    if not (_has_rows(hidden_states, ONE_ROW) and _is_exact_gelu(act_fn) and _is_plain(act_fn, hidden_states)):
+        return act_fn(hidden_states)
+    half = hidden_states * 0.5
+    return torch.addcmul(half, half, (hidden_states * 2**-0.5).erf_())
+
+
+def _has_rows(hidden_states: torch.Tensor, numbers: range) -> bool:
+    """Whether no gradient is recorded and no graph made, and [..., D] has one of so many rows."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False  # before sizes decide anything
+    return hidden_states.numel() // hidden_states.shape[-1] in numbers and not is_static()
+
+
 def _is_sooner_transposed(layer: nn.Module, hidden_states: torch.Tensor) -> bool:
-    """Whether there are a few rows, and this is a plain layer with plain weights of float32 on a CPU, which nobody
-    watches."""
-    if hidden_states.numel() // hidden_states.shape[-1] not in FEW_ROWS:
+    """Whether this is a plain layer with plain weights."""
+    if type(layer) is not nn.Linear or not _is_plain(layer, hidden_states):
         return False
-    if type(layer) is not nn.Linear or hidden_states.device.type != "cpu":
-        return False
-    plain = type(layer.weight) is nn.Parameter and layer.weight.dtype == hidden_states.dtype == torch.float32
-    return plain and not is_watched(layer) and not is_transformed()
+    return type(layer.weight) is nn.Parameter and layer.weight.dtype == torch.float32
+
+
+def _is_exact_gelu(act_fn: nn.Module) -> bool:
+    return type(act_fn) is GELUActivation and act_fn.act is F.gelu
+
+
+def _is_plain(module: nn.Module, hidden_states: torch.Tensor) -> bool:
+    """Whether the input is float32 on a CPU, and nobody watches the module."""
+    is_plain = hidden_states.device.type == "cpu" and hidden_states.dtype == torch.float32
+    return is_plain and not is_watched(module) and not is_transformed()
 
 
 def is_watched(module: nn.Module) -> bool:

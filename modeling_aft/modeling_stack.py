@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .compatibility import CACHE_NAMES
-from .modeling_linear import activated, draw_rows, make_linear, project
+from .modeling_linear import activate, activated, draw_rows, make_linear, project
 from .ops_tokens import Tokens
 
 
@@ -103,7 +103,8 @@ class FeedForward(nn.Module):
         self.linear_activation = config.linear_activation
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.act_fn(activated(project(self.up_proj, hidden_states), self.linear_activation))
+        hidden_states = activated(project(self.up_proj, hidden_states), self.linear_activation)
+        hidden_states = activate(self.act_fn, hidden_states)
         return activated(project(self.down_proj, hidden_states), self.linear_activation)
 
 

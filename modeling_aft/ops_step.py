@@ -29,7 +29,7 @@ from .ops_windows import bias_rows
 
 
 _NOTHING = 1e-30  # in place of a sum over nothing, which is 0
-ROOM = 8  # tokens that are taken up at once
+ROOM = 16  # tokens that are taken up at once
 
 
 class RecentTokens:

@@ -7,9 +7,10 @@ import torch
 from families import make_config, make_ids, make_model
 from torch import nn
 from torch.func import grad
+from transformers.activations import ACT2FN
 
 from modeling_aft import AFTForCausalLM
-from modeling_aft.modeling_linear import SparseLinear, make_linear, project
+from modeling_aft.modeling_linear import SparseLinear, activate, make_linear, project
 
 
 def make_sparse(in_features=11, out_features=7, fan_in=3, bias=True, dtype=torch.float64):
@@ -192,3 +193,22 @@ def test_other_dtypes_and_graphs_take_the_layer_itself(dtype):
         assert torch.equal(traced(layer, hidden), layer(hidden))
         rows = torch.func.vmap(lambda rows: project(layer, rows))(hidden[None])
         torch.testing.assert_close(rows[0], layer(hidden))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 64), (2, 64), (64,), (1, 2)], ids=str)
+@pytest.mark.parametrize("name", ["gelu", "gelu_new", "gelu_python", "silu"])
+def test_activations_of_one_row_are_what_their_modules_say(name, shape):
+    act_fn, hidden = ACT2FN[name], 8 * torch.randn(shape)
+    hidden.view(-1)[:2] = torch.tensor([-30.0, float("nan")])[: hidden.numel()]
+    expected = act_fn(hidden)
+    assert torch.equal(activate(act_fn, hidden).nan_to_num(), expected.nan_to_num())
+    with torch.no_grad():
+        torch.testing.assert_close(activate(act_fn, hidden), expected, equal_nan=True)
+
+
+def test_an_activation_that_is_watched_or_in_another_dtype_is_called():
+    act_fn, hidden, calls = ACT2FN["gelu"], torch.randn(1, 1, 64), []
+    with torch.no_grad():
+        assert torch.equal(activate(act_fn, hidden.double()), act_fn(hidden.double()))
+        act_fn.register_forward_hook(lambda *_: calls.append(1))
+        assert torch.equal(activate(act_fn, hidden), act_fn(hidden)) and len(calls) == 2
