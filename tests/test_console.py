@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from aft.console import any_text, one_line, run_program
+from aft.console import WAITING, any_text, one_line, run_program
 
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
@@ -153,3 +153,13 @@ def main():
     result = program(body)
     plain, settled = map(int, result.stdout.split())
     assert plain > 10_000 and settled < plain / 10
+
+
+@pytest.mark.parametrize("given", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "7"}], ids=str)
+def test_waiting_threads_look_for_work_briefly_unless_told_otherwise(monkeypatch, given):
+    for name in WAITING:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    run_program(lambda: None)
+    assert {name: os.environ[name] for name in WAITING if name in os.environ} == (given or WAITING)

@@ -31,6 +31,10 @@ NOISE = {
     "transformers.trainer": rf"missing keys in the checkpoint model loaded: \[({TIED}, )?'lm_head.weight'\]",
     "transformers.trainer_utils": "The tokenizer has new PAD/BOS/EOS tokens",
 }
+# Threads that wait look for work for some tenths of a millisecond, which the pauses between the operations of a step
+# are shorter than, and then sleep: a training step takes a third longer if they sleep at once, and two programs that
+# share their cores several times as long if they go on looking.
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "4000"}
 CAN_FAIL = ("strict", "surrogateescape", "surrogatepass")  # error handlers of a stream that do not know every text
 
 
@@ -88,8 +92,8 @@ def run_program(main: Callable[[], object]) -> None:
     Raises:
         SystemExit: with the status, if it is not 0.
     """
-    # Threads that wait sleep, instead of taking the cores from what else runs; torch reads it when it is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if not WAITING.keys() & os.environ.keys():  # torch reads them when it is imported
+        os.environ.update(WAITING)
     for name, text in NOISE.items():
         logging.getLogger(name).addFilter(lambda record, text=text: not re.search(text, record.getMessage()))
     message, status = None, 0

@@ -137,7 +137,7 @@ def create_optimizers(model: nn.Module, args: argparse.Namespace) -> list[torch.
             raise ValueError(f"--optimizer must be adamw: {type(model).__name__} has no linear layers, got 'muon'")
         optimizers.append(Muon([groups.pop("linear")], lr=args.learning_rate))
     betas = (args.adam_beta1, args.adam_beta2)
-    return [*optimizers, torch.optim.AdamW(list(groups.values()), lr=args.learning_rate, betas=betas)]
+    return [*optimizers, torch.optim.AdamW(list(groups.values()), lr=args.learning_rate, betas=betas, fused=True)]
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], value: float) -> None:
