@@ -34,7 +34,7 @@ NOISE = {
 # Threads that wait look for work for some tenths of a millisecond, which the pauses between the operations of a step
 # are shorter than, and then sleep: a training step takes a third longer if they sleep at once, and two programs that
 # share their cores several times as long if they go on looking.
-WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "4000"}
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "8000"}
 CAN_FAIL = ("strict", "surrogateescape", "surrogatepass")  # error handlers of a stream that do not know every text
 
 
