@@ -67,9 +67,9 @@ def _is_exact_gelu(act_fn: nn.Module) -> bool:
 
 
 def _is_plain(module: nn.Module, hidden_states: torch.Tensor) -> bool:
-    """Whether the input is float32 on a CPU, and nobody watches the module."""
-    is_plain = hidden_states.device.type == "cpu" and hidden_states.dtype == torch.float32
-    return is_plain and not is_watched(module) and not is_transformed()
+    """Whether the input is an ordinary tensor of float32 on a CPU, and nobody watches the module."""
+    is_plain = type(hidden_states) is torch.Tensor and hidden_states.dtype == torch.float32
+    return is_plain and hidden_states.device.type == "cpu" and not is_watched(module) and not is_transformed()
 
 
 def is_watched(module: nn.Module) -> bool:

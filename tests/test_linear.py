@@ -212,3 +212,17 @@ def test_an_activation_that_is_watched_or_in_another_dtype_is_called():
         assert torch.equal(activate(act_fn, hidden.double()), act_fn(hidden.double()))
         act_fn.register_forward_hook(lambda *_: calls.append(1))
         assert torch.equal(activate(act_fn, hidden), act_fn(hidden)) and len(calls) == 2
+
+
+def test_a_tensor_of_another_type_reaches_the_activation_itself():
+    functions = []
+
+    class Recorded(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            functions.append(function)
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    with torch.no_grad():
+        activate(ACT2FN["gelu"], torch.randn(1, 1, 64).as_subclass(Recorded))
+    assert nn.functional.gelu in functions
