@@ -141,11 +141,7 @@ def step(call: Call) -> tuple[Tensor, AFTState | None]:
             distance = torch.arange(keys.shape[1], -1, -1, device=keys.device, dtype=logits.dtype)[:, None]
             logits = torch.addcmul(logits, decay, distance, value=-1)
         logits = logits.clamp_min(torch.finfo(older.dtype).min)
-        weights = logits.softmax(1)
-        if key.shape[2] != value.shape[2]:
-            shared = value.shape[2] // key.shape[2]
-            weights = weights[..., None].expand(-1, -1, -1, shared).flatten(-2)
-        out = (weights * values).sum(1)
+        out = (spread(logits.softmax(1), values) * values).sum(1)
         values = values[:, 1:]
     # The key that leaves the window joins the older ones.
     maximum, oldest = maximum if decay is None else maximum - decay, keys[:, 0]
