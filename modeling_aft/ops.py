@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from .ops_chunks import windowed_bidirectional, windowed_chunks, windowed_export
 from .ops_cpu import windowed_cpu
-from .ops_full import full
+from .ops_full import full, has_table, on_table
 from .ops_grid import by_convolution, by_pairs, convolution_pays, densely, on_grid, pair_bias
 from .ops_kernels import Kernel, choose
 from .ops_modes import can_read, is_exporting, is_static, is_transformed, without_autocast
@@ -24,8 +24,10 @@ from .ops_reference import aft_attention_reference
 from .ops_state import QUERY_ACTIVATIONS, AFTState, Call, compute_dtype, position_rows, position_tables
 from .ops_step import can_step, step
 from .ops_tokens import count_tokens, refused
-from .ops_triton import triton_can_run, windowed_triton
+from .ops_triton import windowed_triton
+from .ops_triton_full import full_triton
 from .ops_windows import Window, several_queries
+from .triton_language import triton_can_run
 
 
 def _has_window(call: Call) -> bool:
@@ -45,6 +47,15 @@ def _has_operators(call: Call) -> bool:
     return not is_exporting() and not is_transformed()
 
 
+def _has_triton(call: Call) -> bool:
+    return triton_can_run(call.value.device)
+
+
+def _has_tensor_cores(call: Call) -> bool:
+    """Whether matrix products have them to gain from: on a GPU, but not in float64."""
+    return call.value.device.type == "cuda" and call.value.dtype != torch.float64
+
+
 def _composed(window: Window) -> Tensor:
     return windowed_chunks(window, panel_composed)
 
@@ -61,10 +72,9 @@ KERNELS = (
     Kernel(
         "triton",
         "causal forms with a window on a CUDA device, with the package triton, outside of exports and transforms",
-        lambda call: _has_window(call) and call.causal and triton_can_run(call.value.device) and _has_operators(call),
+        lambda call: _has_window(call) and call.causal and _has_triton(call) and _has_operators(call),
         several_queries(windowed_triton),
-        # In float64 matrix products on a GPU have no tensor cores to gain from.
-        pays=lambda call: call.value.device.type == "cuda" and call.value.dtype != torch.float64,
+        pays=_has_tensor_cores,
     ),
     Kernel(
         "cpu",
@@ -89,6 +99,14 @@ KERNELS = (
         "chunks_export", "forms with a window", _has_window, several_queries(windowed_export), lambda _: is_exporting()
     ),
     Kernel("chunks_composed", "forms with a window", _has_window, several_queries(_composed)),
+    Kernel(
+        "full_triton",
+        "AFT-full at the positions 0, 1, ... on a CUDA device, with the package triton, outside of exports and "
+        "transforms",
+        lambda call: _is_full(call) and has_table(call) and _has_triton(call) and _has_operators(call),
+        on_table(full_triton),
+        pays=_has_tensor_cores,
+    ),
     Kernel(
         "full",
         "AFT-full, outside of exports and transforms",
@@ -118,7 +136,7 @@ KERNELS = (
         "reference", "calls outside of graphs and transforms", lambda call: not is_static(), aft_attention_reference
     ),
 )
-TABLES = {"auto": KERNELS, "torch": tuple(kernel for kernel in KERNELS if kernel.name != "triton")}
+TABLES = {"auto": KERNELS, "torch": tuple(kernel for kernel in KERNELS if "triton" not in kernel.name)}
 
 
 def aft_attention(

@@ -27,37 +27,55 @@ from .ops_state import (
 from .ops_tokens import compact, expand
 
 
+def has_table(call: Call) -> bool:
+    """Whether all rows of the batch have the positions 0, 1, ... of a table, and so the same biases."""
+    return call.state is None and call.tokens.position_ids is None and position_tables(call.position_bias) is not None
+
+
 def full(panel: Callable[..., Tensor]) -> Callable[[Call], tuple[Tensor, AFTState | None]]:
     """The answer to a call, by a function that gives the average of a panel: the output, and the state if one is
     wanted."""
 
+    @on_table
+    def of_table(key, value, bias, causal):
+        dtype = compute_dtype(key, value)
+        return shared_average(panel, key.to(dtype), value.to(dtype), bias.to(dtype), causal)
+
     def run(call: Call) -> tuple[Tensor, AFTState | None]:
-        key, value, bias, state, tokens = call.key, call.value, call.position_bias, call.state, call.tokens
-        dtype, new_state = compute_dtype(key, value), None
-        tables = position_tables(bias.to(dtype))
-        if state is None and tokens.position_ids is None and tables is not None:
-            if call.return_state:
-                new_state = full_state(key, value, tokens, None)
-            average = _shared(panel, key.to(dtype), value.to(dtype), tables, call.causal, tokens.slot)
-        else:
-            # The queries of a state see what the next one holds: one copy of it serves both.
-            new_state = full_state(key.to(dtype), value.to(dtype), tokens, state)
-            average = _by_rows(panel, new_state, bias.to(dtype), call.causal, tokens.keep, key.shape[1])
-        out = gated(call.query, average, call.query_activation)
-        return out, completed(new_state, key, value, tokens) if call.return_state else None
+        if has_table(call):
+            return of_table(call)
+        key, value, bias, tokens = call.key, call.value, call.position_bias, call.tokens
+        dtype = compute_dtype(key, value)
+        # The queries of a state see what the next one holds: one copy of it serves both.
+        new_state = full_state(key.to(dtype), value.to(dtype), tokens, call.state)
+        average = _by_rows(panel, new_state, bias.to(dtype), call.causal, tokens.keep, key.shape[1])
+        return _answer(call, average, new_state)
 
     return run
 
 
-def _shared(panel, key, value, tables, causal, slot):
-    """Average [B, T, V] where all rows of the batch have the positions 0, 1, ... of the tables [h, N, N]."""
-    length = key.shape[1]
-    if slot is not None:
-        key, value = compact(key, slot, -torch.inf), compact(value, slot)
-    beyond = max(length - tables.shape[1], 0)  # only padding can lie beyond the table
-    bias = F.pad(tables[:, :length, :length], (0, beyond, 0, beyond))
-    out = shared_average(panel, key, value, bias, causal)
-    return out if slot is None else expand(out, slot)
+def on_table(shared: Callable[[Tensor, Tensor, Tensor, bool], Tensor]) -> Callable[[Call], tuple]:
+    """The same for a call that has a table, by a function of keys [B, T, K], values [B, T, V], biases [h, T, T] and
+    `causal` that gives the average [B, T, V]."""
+
+    def run(call: Call) -> tuple[Tensor, AFTState | None]:
+        key, value, slot = call.key, call.value, call.tokens.slot
+        new_state = full_state(key, value, call.tokens, None) if call.return_state else None
+        tables = position_tables(call.position_bias)
+        length = key.shape[1]
+        if slot is not None:
+            key, value = compact(key, slot, -torch.inf), compact(value, slot)
+        beyond = max(length - tables.shape[1], 0)  # only padding can lie beyond the table
+        bias = F.pad(tables[:, :length, :length], (0, beyond, 0, beyond))
+        average = shared(key, value, bias, call.causal)
+        return _answer(call, average if slot is None else expand(average, slot), new_state)
+
+    return run
+
+
+def _answer(call: Call, average: Tensor, new_state: AFTState | None) -> tuple[Tensor, AFTState | None]:
+    out = gated(call.query, average, call.query_activation)
+    return out, completed(new_state, call.key, call.value, call.tokens) if call.return_state else None
 
 
 def shared_average(panel: Callable[..., Tensor], key: Tensor, value: Tensor, bias: Tensor, causal: bool) -> Tensor:

@@ -35,8 +35,6 @@ D = K x SHARED value channels (SHARED of them share a key channel), n taps (0 fo
 tiles are BLOCK_B rows of the batch x BLOCK_K key channels of one head x BLOCK_R of the value channels of each.
 """
 
-from functools import cache
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -45,48 +43,32 @@ from torch import Tensor
 from .ops_operators import flops_of, operator_namespace
 from .ops_state import compute_dtype, decayed, moment, spread
 from .ops_windows import Window
-from .triton_layouts import LAYOUTS
-
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton, tl = None, SimpleNamespace(constexpr=None)
+from .triton_language import (
+    INTERPRETED,
+    LARGEST,
+    TINY,
+    TRITON_DTYPE,
+    Columns,
+    Matrix,
+    ceil_divide,
+    exp,
+    factor_dtype,
+    finite,
+    inverse,
+    jit,
+    layout_of,
+    matrix,
+    power_of_two,
+    processor,
+    tl,
+)
 
 
 _NAMESPACE = operator_namespace(__name__)
-_INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # decided when triton is imported
-_TINY = {torch.float32: 1e-25, torch.float64: 1e-250}  # denominators below are computed again in log space
-_LARGEST = {torch.float32: 1e30, torch.float64: 1e250}  # of the gradients of a row outside of log space
 _BLOCK_T = 32  # queries of a tile, and keys of a block
-_TRITON_DTYPE = triton and {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
-
-
-def triton_can_run(device: torch.device) -> bool:
-    """Whether triton is there, and the device one that it has code for, as the CPU is for its interpreter."""
-    return triton is not None and (device.type == "cuda" or _INTERPRETED)
-
-
-def _jit(function):
-    return function if triton is None else triton.jit(function)
 
 
 # ---------------------------------------------------------------------------------------------------------- records
-
-
-class _Matrix(NamedTuple):
-    """
-    A tensor [batches, rows, channels], its channels side by side: what a kernel needs to know of it.
-
-    Attributes:
-        start: the tensor; in a kernel, the address of its first element.
-        batch, row: how many elements lie between two batches, and between two rows.
-    """
-
-    start: Any
-    batch: int
-    row: int
 
 
 class _Bias(NamedTuple):
@@ -117,9 +99,9 @@ class _Inputs(NamedTuple):
     """query [B, T, D], key [B, L+T, K], value [B, L+T, D], the largest of each channel's keys [B, K], and the bias and
     the decay [K], both unread without."""
 
-    query: _Matrix
-    key: _Matrix
-    value: _Matrix
+    query: Matrix
+    key: Matrix
+    value: Matrix
     reference: Any
     bias: _Bias
     decay: Any
@@ -225,14 +207,6 @@ class _Constants(NamedTuple):
 # Records that kernels make.
 
 
-class _Columns(NamedTuple):
-    """The row of the batch and the channel of each column of a tile, and whether there is one."""
-
-    batch: Any
-    channel: Any
-    exists: Any
-
-
 class _Part(NamedTuple):
     """What a program works on: the inputs, its columns of them, and the bias of its head; and of each column the
     reference, the least denominator that does without log space, and the decay.
@@ -240,12 +214,12 @@ class _Part(NamedTuple):
     (A field must not be called `values` or `type`: Triton's tuples have these.)
     """
 
-    query: _Matrix
-    key: _Matrix
-    value: _Matrix
+    query: Matrix
+    key: Matrix
+    value: Matrix
     bias: _Bias
-    key_columns: _Columns
-    value_columns: _Columns
+    key_columns: Columns
+    value_columns: Columns
     reference: Any
     least: Any
     decay: Any
@@ -279,41 +253,14 @@ class _Sent(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------- helpers
 
 
-@_jit
-def _finite(maximum):
-    """Replaces the maximum of nothing (minus infinity), so that differences with it stay numbers."""
-    return tl.where(maximum == float("-inf"), 0.0, maximum)
-
-
-@_jit
-def _exp(x, C: tl.constexpr):
-    if C.FAST:  # without the care of numbers below 1e-38, which costs three times as many instructions
-        x *= 1.4426950408889634
-        return tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        return tl.exp(x)
-
-
-@_jit
-def _inverse(x, C: tl.constexpr):
-    if C.FAST:
-        return tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        return 1 / x
-
-
-@_jit
+@jit
 def _program(blocks, chunks):
     """Channel block, chunk and group of this program; neighbours in memory run side by side."""
     index = tl.program_id(0)
     return index % blocks, (index // blocks) % chunks, (index // (blocks * chunks)).to(tl.int64)
 
 
-@_jit
+@jit
 def _block(block, sizes, C: tl.constexpr):
     """Head of the bias, first key channel in it, and which block of the value channels of each key."""
     share_blocks: tl.constexpr = (C.SHARED + C.BLOCK_R - 1) // C.BLOCK_R
@@ -322,7 +269,7 @@ def _block(block, sizes, C: tl.constexpr):
     return head, (block // share_blocks) % key_blocks * C.BLOCK_K, block % share_blocks
 
 
-@_jit
+@jit
 def _batch(group, index, C: tl.constexpr):
     """The row of the batch with this index in its group: one number where it is one for all, which loads fast."""
     if C.BLOCK_B == 1:
@@ -331,7 +278,7 @@ def _batch(group, index, C: tl.constexpr):
         return group * C.BLOCK_B + index
 
 
-@_jit
+@jit
 def _key_columns(block, group, column, EACH: tl.constexpr, sizes, C: tl.constexpr):
     """The key channels of the columns of a block, of which EACH side by side share one."""
     head, first, _ = _block(block, sizes, C)
@@ -343,10 +290,10 @@ def _key_columns(block, group, column, EACH: tl.constexpr, sizes, C: tl.constexp
     exists = key < sizes.head_keys
     if C.BLOCK_B > 1:
         exists &= batch < sizes.batches
-    return _Columns(batch, key + head * sizes.head_keys, exists)
+    return Columns(batch, key + head * sizes.head_keys, exists)
 
 
-@_jit
+@jit
 def _columns(block, group, sizes, C: tl.constexpr):
     """The key and the value channels of a block, as many of each."""
     _, _, share_block = _block(block, sizes, C)
@@ -355,16 +302,16 @@ def _columns(block, group, sizes, C: tl.constexpr):
     batch, key, exists = _key_columns(block, group, column, C.BLOCK_R, sizes, C)
     share = share_block * C.BLOCK_R + column % C.BLOCK_R
     exists &= share < C.SHARED
-    return _Columns(batch, key, exists), _Columns(batch, key * C.SHARED + share, exists)
+    return Columns(batch, key, exists), Columns(batch, key * C.SHARED + share, exists)
 
 
-@_jit
+@jit
 def _contiguous(pointer, rows, width):
     """A contiguous tensor [., rows, width]."""
-    return _Matrix(pointer, rows * width, width)
+    return Matrix(pointer, rows * width, width)
 
 
-@_jit
+@jit
 def _load_decay(pointer, columns, C: tl.constexpr):
     """The decay of each key channel of some columns."""
     decay = tl.zeros((C.BLOCK_B * C.BLOCK_K * C.BLOCK_R,), C.DTYPE)
@@ -373,7 +320,7 @@ def _load_decay(pointer, columns, C: tl.constexpr):
     return decay
 
 
-@_jit
+@jit
 def _of_head(bias, head, batch):
     """The bias from this head and row of the batch on."""
     rows = bias.rows + head.to(tl.int64) * bias.row_head + batch * bias.row_batch
@@ -381,7 +328,7 @@ def _of_head(bias, head, batch):
     return _Bias(rows, bias.weights, bias.maxima, 0, 0, bias.row, maxima, 0, bias.tile)
 
 
-@_jit
+@jit
 def _part(inputs, sizes, block, group, C: tl.constexpr):
     """What the program of this block and group works on."""
     keys, values = _columns(block, group, sizes, C)
@@ -391,17 +338,17 @@ def _part(inputs, sizes, block, group, C: tl.constexpr):
     reference = inputs.reference + (keys.batch * (sizes.width // C.SHARED) + keys.channel)
     reference = tl.load(reference, mask=keys.exists, other=float("-inf")).to(C.DTYPE)
     least = tl.where(reference > float("-inf"), C.TINY, -1.0).to(C.DTYPE)
-    return _Part(inputs.query, inputs.key, inputs.value, bias, keys, values, _finite(reference), least, decay)
+    return _Part(inputs.query, inputs.key, inputs.value, bias, keys, values, finite(reference), least, decay)
 
 
-@_jit
+@jit
 def _addresses(matrix, columns, start, SIZE: tl.constexpr):
     """Those of rows start to start + SIZE - 1: [SIZE, columns]."""
     base = matrix.start + (columns.batch.to(tl.int64) * matrix.batch + start * tl.cast(matrix.row, tl.int64))
     return (base + columns.channel)[None, :] + tl.arange(0, SIZE)[:, None] * matrix.row
 
 
-@_jit
+@jit
 def _mask(columns, row, stop, C: tl.constexpr):
     """Which rows before `stop` exist, of the columns that do."""
     mask = ((row >= 0) & (row < stop))[:, None]
@@ -410,21 +357,21 @@ def _mask(columns, row, stop, C: tl.constexpr):
     return mask
 
 
-@_jit
+@jit
 def _load(matrix, columns, start, stop, other, SIZE: tl.constexpr, C: tl.constexpr):
     """Rows start to start + SIZE - 1 of those before `stop`, `other` where they do not exist: [SIZE, columns]."""
     mask = _mask(columns, start + tl.arange(0, SIZE), stop, C)
     return tl.load(_addresses(matrix, columns, start, SIZE), mask=mask, other=other).to(C.DTYPE)
 
 
-@_jit
+@jit
 def _store(matrix, columns, start, stop, tile, SIZE: tl.constexpr, C: tl.constexpr):
     """Writes what `_load` would read."""
     mask = _mask(columns, start + tl.arange(0, SIZE), stop, C)
     tl.store(_addresses(matrix, columns, start, SIZE), tile.to(matrix.start.dtype.element_ty), mask=mask)
 
 
-@_jit
+@jit
 def _load_keys(part, sizes, start, t0, SIZE: tl.constexpr, C: tl.constexpr):
     """The keys and values of the queries start to start + SIZE - 1, as they are at the end of the tile at t0."""
     row, stop = start + sizes.left, sizes.length + sizes.left
@@ -435,20 +382,20 @@ def _load_keys(part, sizes, start, t0, SIZE: tl.constexpr, C: tl.constexpr):
     return k, _load(part.value, part.value_columns, row, stop, 0.0, SIZE, C)
 
 
-@_jit
+@jit
 def _load_exp(part, sizes, start, t0, C: tl.constexpr):
     """exp(k - reference) of a block of keys as they are at the end of the tile at t0, and their values."""
     k, v = _load_keys(part, sizes, start, t0, C.BLOCK_T, C)
-    return _exp(k - part.reference[None, :], C), v
+    return exp(k - part.reference[None, :], C), v
 
 
-@_jit
+@jit
 def _triples(pointer, count, index, width, columns):
     """Addresses of the first numbers of triple `index` of a buffer [B, count, 3, width]."""
     return pointer + ((columns.batch.to(tl.int64) * count + index) * (3 * width) + columns.channel)
 
 
-@_jit
+@jit
 def _load_sum(pointer, count, index, width, columns, DTYPE: tl.constexpr):
     """Triple `index` of a buffer [B, count, 3, width]."""
     pointers = _triples(pointer, count, index, width, columns)
@@ -457,7 +404,7 @@ def _load_sum(pointer, count, index, width, columns, DTYPE: tl.constexpr):
     return _Sum(maximum, normalizer, tl.load(pointers + 2 * width, mask=columns.exists, other=0.0).to(DTYPE))
 
 
-@_jit
+@jit
 def _store_sum(pointer, count, index, width, columns, triple):
     first, second, third = triple
     pointers = _triples(pointer, count, index, width, columns)
@@ -466,22 +413,22 @@ def _store_sum(pointer, count, index, width, columns, triple):
     tl.store(pointers + 2 * width, third, mask=columns.exists)
 
 
-@_jit
+@jit
 def _merge(one, other, C: tl.constexpr):
     """Adds up two sums over disjoint keys."""
     maximum = tl.maximum(one.maximum, other.maximum)
-    scale, other_scale = _exp(one.maximum - _finite(maximum), C), _exp(other.maximum - _finite(maximum), C)
+    scale, other_scale = exp(one.maximum - finite(maximum), C), exp(other.maximum - finite(maximum), C)
     normalizer = one.normalizer * scale + other.normalizer * other_scale
     return _Sum(maximum, normalizer, one.total * scale + other.total * other_scale)
 
 
-@_jit
+@jit
 def _fall(decay, tiles, C: tl.constexpr):
     """What remains of a sum over keys some tiles later."""
-    return _exp(-decay * (tiles * C.BLOCK_T), C)
+    return exp(-decay * (tiles * C.BLOCK_T), C)
 
 
-@_jit
+@jit
 def _fallen(sum, decay, tiles, EXACT: tl.constexpr, C: tl.constexpr):
     """A sum over keys as it is some tiles later."""
     if not C.DECAY:
@@ -493,43 +440,43 @@ def _fallen(sum, decay, tiles, EXACT: tl.constexpr, C: tl.constexpr):
         return _Sum(sum.maximum, sum.normalizer * fall, sum.total * fall)
 
 
-@_jit
+@jit
 def _with(older, k, v, EXACT: tl.constexpr, C: tl.constexpr):
     """A sum with a block of keys more; outside of log space, given exp(k - reference)."""
     if EXACT:
         maximum = tl.max(k, 0)
-        e = _exp(k - _finite(maximum)[None, :], C)
+        e = exp(k - finite(maximum)[None, :], C)
         return _merge(older, _Sum(maximum, tl.sum(e, 0), tl.sum(e * v, 0)), C)
     else:
         return _Sum(older.maximum, older.normalizer + tl.sum(k, 0), older.total + tl.sum(k * v, 0))
 
 
-@_jit
+@jit
 def _relative(sum, reference, C: tl.constexpr):
     """A sum relative to the reference."""
-    scale = _exp(sum.maximum - reference, C)
+    scale = exp(sum.maximum - reference, C)
     return _Sum(reference, sum.normalizer * scale, sum.total * scale)
 
 
-@_jit
+@jit
 def _nothing_sent(C: tl.constexpr):
     zero = tl.zeros((C.BLOCK_B * C.BLOCK_K * C.BLOCK_R,), C.DTYPE)
     return _Sent(zero + float("inf"), zero, zero)
 
 
-@_jit
+@jit
 def _sent_on(sent, more, EXACT: tl.constexpr, C: tl.constexpr):
     """Adds what the queries of a tile send back to `sent`, what all later ones do; both as of that tile."""
     if EXACT:
         # Without later queries the maximum is plus infinity, and there is nothing to scale.
-        scale = _exp(more.maximum - _finite(sent.maximum), C)
+        scale = exp(more.maximum - finite(sent.maximum), C)
         scale = tl.where(sent.maximum == float("inf"), 0.0, scale)
         return _Sent(more.maximum, sent.g * scale + more.g, sent.c * scale + more.c)
     else:
         return _Sent(more.maximum, sent.g + more.g, sent.c + more.c)
 
 
-@_jit
+@jit
 def _risen(sent, decay, tiles, EXACT: tl.constexpr, C: tl.constexpr):
     """What queries send back, for keys as they were some tiles earlier."""
     if not C.DECAY:
@@ -541,7 +488,7 @@ def _risen(sent, decay, tiles, EXACT: tl.constexpr, C: tl.constexpr):
         return _Sent(sent.maximum, sent.g * fall, sent.c * fall)
 
 
-@_jit
+@jit
 def _log_weights(bias, sizes, t0, shift, KEYS: tl.constexpr, C: tl.constexpr):
     """w [BLOCK_T, KEYS] of queries t0, ... and keys t0 - shift, ...: minus infinity for keys that come later."""
     query = tl.arange(0, C.BLOCK_T)[:, None]
@@ -554,14 +501,14 @@ def _log_weights(bias, sizes, t0, shift, KEYS: tl.constexpr, C: tl.constexpr):
     return weights
 
 
-@_jit
+@jit
 def _maxima_addresses(bias, tile, C: tl.constexpr):
     """Those of the maxima [BLOCK_T] of a tile; what lies before the first tile reads those of the first."""
     start = bias.tile_head + tl.maximum(tile, 0).to(tl.int64) * bias.tile
     return bias.maxima + start + tl.arange(0, C.BLOCK_T)
 
 
-@_jit
+@jit
 def _weights_addresses(bias, tile, block, C: tl.constexpr):
     """Those of the weights [BLOCK_T, BLOCK_T] of a tile and a block of its panel, in the same way."""
     panel: tl.constexpr = C.PAST + C.BLOCK_T
@@ -570,7 +517,7 @@ def _weights_addresses(bias, tile, block, C: tl.constexpr):
     return bias.weights + start * panel + (query * panel + block * C.BLOCK_T + key)
 
 
-@_jit
+@jit
 def _weights(part, tile, block, C: tl.constexpr):
     """The weights [BLOCK_T, BLOCK_T] of the queries of a tile and the keys of a block of its panel."""
     if C.PAST == 0:
@@ -580,7 +527,7 @@ def _weights(part, tile, block, C: tl.constexpr):
         return tl.load(_weights_addresses(part.bias, tile, block, C))
 
 
-@_jit
+@jit
 def _row_maximum(part, tile, C: tl.constexpr):
     """The maximum [BLOCK_T] that the weights of the queries of a tile are relative to."""
     BLOCK_T: tl.constexpr = C.BLOCK_T
@@ -590,18 +537,18 @@ def _row_maximum(part, tile, C: tl.constexpr):
         return tl.load(_maxima_addresses(part.bias, tile, C))
 
 
-@_jit
+@jit
 def _dot(a, b, C: tl.constexpr):
     return tl.dot(a.to(C.FACTOR), b.to(C.FACTOR), input_precision=C.PRECISION, out_dtype=C.DTYPE)
 
 
-@_jit
+@jit
 def _panel(part, sizes, older, tile, C: tl.constexpr):
     """The panel of the queries of a tile, given the sum of all older keys; and that of all older than the next one, as
     of this tile."""
     t0 = tile * C.BLOCK_T
     row_maximum = _row_maximum(part, tile, C)
-    scale = _exp(-row_maximum, C)[:, None]
+    scale = exp(-row_maximum, C)[:, None]
     e, v = _load_exp(part, sizes, t0 - C.PAST, t0, C)
     w = _weights(part, tile, 0, C)
     denominator = older.normalizer[None, :] * scale + _dot(w, e, C)
@@ -615,7 +562,7 @@ def _panel(part, sizes, older, tile, C: tl.constexpr):
     return _Panel(row_maximum, denominator, numerator), next_older
 
 
-@_jit
+@jit
 def _exact_panel(part, sizes, older, tile, C: tl.constexpr):
     """The same in log space, key by key."""
     BLOCK_T: tl.constexpr = C.BLOCK_T
@@ -633,7 +580,7 @@ def _exact_panel(part, sizes, older, tile, C: tl.constexpr):
     return _Panel(total.maximum, total.normalizer, total.total), _with(older, k, v, True, C)
 
 
-@_jit
+@jit
 def _underflows(panel, part, sizes, tile, C: tl.constexpr):
     """Which denominators need log space, as integers."""
     query = tile * C.BLOCK_T + tl.arange(0, C.BLOCK_T)
@@ -641,13 +588,13 @@ def _underflows(panel, part, sizes, tile, C: tl.constexpr):
     return (counts & (panel.denominator < part.least[None, :])).to(tl.int32)
 
 
-@_jit
+@jit
 def _raise_flag(sums, found):
     """Says whether this program has found what needs log space."""
     tl.store(sums.flags + tl.program_id(0), tl.max(tl.max(found, 1), 0))
 
 
-@_jit
+@jit
 def _flagged(sums, sizes, block, group):
     """Whether any chunk of this block and group needs log space."""
     found = tl.load(sums.flags + (group * sizes.chunks * sizes.blocks + block))
@@ -656,14 +603,14 @@ def _flagged(sums, sizes, block, group):
     return found > 0
 
 
-@_jit
+@jit
 def _gate(query, C: tl.constexpr):
     """The activation of the query and its derivative."""
     if C.ACTIVATION == "sigmoid":
-        gate = _inverse(1 + _exp(-query, C), C)
+        gate = inverse(1 + exp(-query, C), C)
         slope = gate * (1 - gate)
     elif C.ACTIVATION == "tanh":
-        gate = 2 * _inverse(1 + _exp(-2 * query, C), C) - 1
+        gate = 2 * inverse(1 + exp(-2 * query, C), C) - 1
         slope = 1 - gate * gate
     elif C.ACTIVATION == "relu":
         gate = tl.maximum(query, 0.0)
@@ -674,7 +621,7 @@ def _gate(query, C: tl.constexpr):
     return gate, slope
 
 
-@_jit
+@jit
 def _query_gradients(grad, part, sizes, older, tile, EXACT: tl.constexpr, C: tl.constexpr):
     """What the queries of a tile send back: to themselves, to the keys of their panel, and to the older ones.
 
@@ -686,18 +633,18 @@ def _query_gradients(grad, part, sizes, older, tile, EXACT: tl.constexpr, C: tl.
     t0 = tile * C.BLOCK_T
     if EXACT:
         panel, _ = _exact_panel(part, sizes, older, tile, C)
-        maximum = _finite(panel.maximum)
-        weight = _exp(older.maximum[None, :] - maximum, C)
+        maximum = finite(panel.maximum)
+        weight = exp(older.maximum[None, :] - maximum, C)
     else:
         panel, _ = _panel(part, sizes, older, tile, C)
         maximum = panel.maximum
-        weight = _exp(-maximum, C)[:, None]
+        weight = exp(-maximum, C)[:, None]
     q = _load(part.query, part.value_columns, t0, sizes.length, 0.0, C.BLOCK_T, C)
     dy = _load(grad, part.value_columns, t0, sizes.length, 0.0, C.BLOCK_T, C)
     gate, slope = _gate(q, C)
-    inverse = tl.where(panel.denominator < C.TINY, 0.0, _inverse(panel.denominator, C))
-    average = panel.numerator * inverse
-    g = dy * gate * inverse
+    reciprocal = tl.where(panel.denominator < C.TINY, 0.0, inverse(panel.denominator, C))
+    average = panel.numerator * reciprocal
+    g = dy * gate * reciprocal
     c = g * average
     # Weights in log space are at most 1: there no sum is larger than what it is a gradient of.
     large = tl.maximum(tl.abs(g), tl.abs(c)) > C.LARGEST
@@ -711,7 +658,7 @@ def _query_gradients(grad, part, sizes, older, tile, EXACT: tl.constexpr, C: tl.
 # ---------------------------------------------------------------------------------------------------------- kernels
 
 
-@_jit
+@jit
 def _lay_out_weights(bias, heads, batches, sizes, C: tl.constexpr):
     """The weights and their maxima of one tile, head and row of the batch."""
     index = tl.program_id(0)
@@ -728,10 +675,10 @@ def _lay_out_weights(bias, heads, batches, sizes, C: tl.constexpr):
     tl.store(_maxima_addresses(bias, tile, C), maximum)
     for block in range(panel // BLOCK_T):
         w = _log_weights(bias, sizes, t0, C.PAST - block * BLOCK_T, BLOCK_T, C)
-        tl.store(_weights_addresses(bias, tile, block, C), _exp(w - maximum[:, None], C).to(C.FACTOR))
+        tl.store(_weights_addresses(bias, tile, block, C), exp(w - maximum[:, None], C).to(C.FACTOR))
 
 
-@_jit
+@jit
 def _forward_sums(inputs, carry, sizes, C: tl.constexpr):
     """Sum of the keys that leave the window during each chunk, into carry [B, chunks, 3, D]. Reads key and value."""
     block, chunk, group = _program(sizes.blocks, sizes.chunks)
@@ -745,7 +692,7 @@ def _forward_sums(inputs, carry, sizes, C: tl.constexpr):
     _store_sum(carry, sizes.chunks, chunk, sizes.width, part.value_columns, older)
 
 
-@_jit
+@jit
 def _forward_scan(inputs, sums, sizes, C: tl.constexpr):
     """Replaces the sum of each chunk in carry by that of everything before."""
     block, _, group = _program(sizes.blocks, 1)
@@ -759,15 +706,15 @@ def _forward_scan(inputs, sums, sizes, C: tl.constexpr):
         older = _Sum(older.maximum, older.normalizer + leaving.normalizer, older.total + leaving.total)
 
 
-@_jit
+@jit
 def _average(part, sizes, panel, tile, C: tl.constexpr):
     """The output of the queries of a tile."""
     q = _load(part.query, part.value_columns, tile * C.BLOCK_T, sizes.length, 0.0, C.BLOCK_T, C)
     gate, _ = _gate(q, C)
-    return gate * tl.where(panel.denominator < C.TINY, 0.0, panel.numerator * _inverse(panel.denominator, C))
+    return gate * tl.where(panel.denominator < C.TINY, 0.0, panel.numerator * inverse(panel.denominator, C))
 
 
-@_jit
+@jit
 def _forward(inputs, sums, out, sizes, C: tl.constexpr):
     """Reads the inputs and carry; writes out [B, T, D], the states and the flags.
 
@@ -795,7 +742,7 @@ def _forward(inputs, sums, out, sizes, C: tl.constexpr):
     _raise_flag(sums, found)
 
 
-@_jit
+@jit
 def _forward_in_log_space(inputs, sums, out, sizes, C: tl.constexpr):
     """Writes out and the states again, for the whole sequence, where there is a flag."""
     block, _, group = _program(sizes.blocks, 1)
@@ -811,7 +758,7 @@ def _forward_in_log_space(inputs, sums, out, sizes, C: tl.constexpr):
             _store(rows, columns, tile * C.BLOCK_T, sizes.length, y, C.BLOCK_T, C)
 
 
-@_jit
+@jit
 def _backward_sums(grad, inputs, sums, sizes, C: tl.constexpr):
     """What the queries of each chunk send back to the keys older than its first panel, into carry.
 
@@ -831,7 +778,7 @@ def _backward_sums(grad, inputs, sums, sizes, C: tl.constexpr):
     _store_sum(sums.carry, sizes.chunks, chunk, sizes.width, part.value_columns, sent)
 
 
-@_jit
+@jit
 def _backward_scan(inputs, sums, sizes, C: tl.constexpr):
     """Replaces what each chunk sends back, in carry, by what everything after it does."""
     block, _, group = _program(sizes.blocks, 1)
@@ -845,7 +792,7 @@ def _backward_scan(inputs, sums, sizes, C: tl.constexpr):
         sent = _sent_on(_risen(sent, part.decay, sizes.chunk_tiles, False, C), more, False, C)
 
 
-@_jit
+@jit
 def _block_gradients(
     part, sizes, maximum, sent, g, c, logits, tile, stop, block, EXACT: tl.constexpr, C: tl.constexpr
 ):
@@ -866,14 +813,14 @@ def _block_gradients(
             this = tl.arange(0, BLOCK_T) == j
             k_j, v_j = _load_keys(part, sizes, start + j, t0, 1, C)
             w_j = _log_weights(part.bias, sizes, t0, t0 - start - j, 1, C)
-            e = _exp(k_j + w_j - maximum, C)
+            e = exp(k_j + w_j - maximum, C)
             d_logits = e * (g * v_j - c)
             dv += tl.where(this[:, None], tl.sum(e * g, 0)[None, :], 0.0)
             dk += tl.where(this[:, None], tl.sum(d_logits, 0)[None, :], 0.0)
             dw += tl.where(this[None, :], tl.sum(d_logits, 1)[:, None], 0.0)
         if block == 0:
             k, v = _load_keys(part, sizes, start, t0, BLOCK_T, C)
-            entering = _exp(k - _finite(sent.maximum)[None, :], C)
+            entering = exp(k - finite(sent.maximum)[None, :], C)
             dv += entering * sent.g[None, :]
             dk += entering * (v * sent.g[None, :] - sent.c[None, :])
     else:
@@ -901,7 +848,7 @@ def _block_gradients(
     return dk, dv
 
 
-@_jit
+@jit
 def _slot(scratch, index, C: tl.constexpr):
     """Addresses [BLOCK_T, columns] of a block of the ring, for gradients of keys; those of values are PAST rows on."""
     COLUMNS: tl.constexpr = C.BLOCK_B * C.BLOCK_K * C.BLOCK_R
@@ -909,7 +856,7 @@ def _slot(scratch, index, C: tl.constexpr):
     return scratch + (row[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :])
 
 
-@_jit
+@jit
 def _logits_of(gradients, sizes, block, group, chunk, C: tl.constexpr):
     """Where the gradients of the panels of a chunk begin."""
     index, size = block * sizes.groups + group, C.BLOCK_T * (C.PAST + C.BLOCK_T)
@@ -919,7 +866,7 @@ def _logits_of(gradients, sizes, block, group, chunk, C: tl.constexpr):
         return gradients.logits + (index * sizes.chunks + chunk) * size
 
 
-@_jit
+@jit
 def _backward_tiles(
     grad, part, sums, sent, scratch, gradients, sizes, block, chunk, group, stop,
     EXACT: tl.constexpr, C: tl.constexpr,
@@ -933,7 +880,7 @@ def _backward_tiles(
     columns = part.value_columns
     _, _, share_block = _block(block, sizes, C)
     batch, key, exists = _key_columns(block, group, tl.arange(0, C.BLOCK_B * C.BLOCK_K), 1, sizes, C)
-    block_keys = _Columns(batch + share_block * sizes.batches, key, exists)
+    block_keys = Columns(batch + share_block * sizes.batches, key, exists)
     keys = sizes.left + sizes.length
     d_query = _contiguous(gradients.query, sizes.length, sizes.width)
     d_value = _contiguous(gradients.value, keys, sizes.width)
@@ -996,7 +943,7 @@ def _backward_tiles(
     return to_older, found
 
 
-@_jit
+@jit
 def _store_older(gradients, part, sizes, sent, scale):
     """The gradients of the initial sum."""
     columns = part.value_columns
@@ -1005,7 +952,7 @@ def _store_older(gradients, part, sizes, sent, scale):
     tl.store(pointers + sizes.width, sent.c * scale, mask=columns.exists)
 
 
-@_jit
+@jit
 def _backward(grad, inputs, sums, scratch, gradients, sizes, C: tl.constexpr):
     """Reads grad [B, T, D], the inputs, the states and, of several chunks, carry; writes the gradients and the flags.
 
@@ -1022,11 +969,11 @@ def _backward(grad, inputs, sums, scratch, gradients, sizes, C: tl.constexpr):
     )
     if chunk == 0:
         initial = _load_sum(sums.initial, 1, 0, sizes.width, part.value_columns, C.DTYPE)
-        _store_older(gradients, part, sizes, to_older, _exp(initial.maximum - part.reference, C))
+        _store_older(gradients, part, sizes, to_older, exp(initial.maximum - part.reference, C))
     _raise_flag(sums, found)
 
 
-@_jit
+@jit
 def _backward_in_log_space(grad, inputs, sums, scratch, gradients, sizes, C: tl.constexpr):
     """Writes the gradients again, for the whole sequence, where there is a flag."""
     block, _, group = _program(sizes.blocks, 1)
@@ -1046,10 +993,6 @@ def _backward_in_log_space(grad, inputs, sums, scratch, gradients, sizes, C: tl.
 # -------------------------------------------------------------------------------------------------------- operators
 
 
-def _matrix(tensor: Tensor) -> _Matrix:
-    return _Matrix(tensor, tensor.stride(0), tensor.stride(1))
-
-
 def _inputs(query, key, value, rows, reference, weights, maxima, decay) -> _Inputs:
     bias = _Bias(query, query, query, 0, 0, 0, 0, 0, 0)  # some addresses: they are not read
     if rows is not None:
@@ -1059,43 +1002,12 @@ def _inputs(query, key, value, rows, reference, weights, maxima, decay) -> _Inpu
         )
         bias = _Bias(rows, weights, maxima, row_head, row_batch, row, tile_head, tile_batch, tile)
     decay = query if decay is None else decay
-    return _Inputs(_matrix(query), _matrix(key), _matrix(value), reference, bias, decay)
-
-
-def _ceil(number: int, divisor: int) -> int:
-    return -(-number // divisor)
-
-
-def _power_of_two(number: int) -> int:
-    """The least one that is not below the number."""
-    return 1 << (number - 1).bit_length()
+    return _Inputs(matrix(query), matrix(key), matrix(value), reference, bias, decay)
 
 
 def _past(rows: Tensor | None) -> int:
     """The keys of a panel before its own."""
-    return 0 if rows is None else _ceil(max(rows.shape[3] - 1, 1), _BLOCK_T) * _BLOCK_T
-
-
-def _factor_dtype(*inputs: Tensor) -> torch.dtype:
-    """What the factors of matrix products are rounded to. Those of float16 need more exponents than it has, and the
-    interpreter multiplies the bits of bfloat16."""
-    narrow = all(t.dtype == torch.bfloat16 for t in inputs) and not _INTERPRETED
-    return torch.bfloat16 if narrow else compute_dtype(*inputs)
-
-
-@cache
-def _processor(device: torch.device) -> tuple[str, int]:
-    """What the layouts call a GPU, and how many multiprocessors it has."""
-    if device.type != "cuda":
-        return "default", 0
-    properties = torch.cuda.get_device_properties(device)
-    return f"sm_{properties.major}{properties.minor}", properties.multi_processor_count
-
-
-def _layout(form: str, direction: str, device: torch.device) -> dict[str, int]:
-    """That of a GPU that was measured, else the default."""
-    measured = LAYOUTS.get(_processor(device)[0], {}).get(form, {}).get(direction)
-    return measured or LAYOUTS["default"][form][direction]
+    return 0 if rows is None else ceil_divide(max(rows.shape[3] - 1, 1), _BLOCK_T) * _BLOCK_T
 
 
 def _plan(query, key, value, rows, decay, activation, direction) -> tuple[_Sizes, _Constants, dict]:
@@ -1103,20 +1015,20 @@ def _plan(query, key, value, rows, decay, activation, direction) -> tuple[_Sizes
     batch, length, width = query.shape
     heads = 1 if rows is None else rows.shape[0]
     head_keys, shared = key.shape[2] // heads, width // key.shape[2]
-    layout = _layout("simple" if rows is None else "windowed", direction, query.device)
+    layout = layout_of("simple" if rows is None else "windowed", direction, query.device)
     half = all(t.dtype in (torch.float16, torch.bfloat16) for t in (query, key, value))
     columns = layout["columns"] // (1 if half else 2)
-    block_r = min(_power_of_two(shared), columns)
-    block_k = min(_power_of_two(head_keys), columns // block_r)
+    block_r = min(power_of_two(shared), columns)
+    block_k = min(power_of_two(head_keys), columns // block_r)
     block_b = 1
     if rows is None or rows.shape[1] == 1:  # rows of the batch that share their weights
-        block_b = min(_power_of_two(batch), columns // (block_r * block_k))
+        block_b = min(power_of_two(batch), columns // (block_r * block_k))
     block_k = max(block_k, 16 // (block_r * block_b))  # the smallest matrix product
-    blocks = heads * _ceil(head_keys, block_k) * _ceil(shared, block_r)
-    groups, tiles = _ceil(batch, block_b), _ceil(length, _BLOCK_T)
-    chunk_tiles = _ceil(tiles, _chunks(blocks * groups, tiles, layout, query.device))
-    chunks = _ceil(tiles, chunk_tiles)
-    dtype, factor = compute_dtype(query, key, value), _factor_dtype(query, key, value)
+    blocks = heads * ceil_divide(head_keys, block_k) * ceil_divide(shared, block_r)
+    groups, tiles = ceil_divide(batch, block_b), ceil_divide(length, _BLOCK_T)
+    chunk_tiles = ceil_divide(tiles, _chunks(blocks * groups, tiles, layout, query.device))
+    chunks = ceil_divide(tiles, chunk_tiles)
+    dtype, factor = compute_dtype(query, key, value), factor_dtype(query, key, value)
     sizes = _Sizes(
         batches=batch,
         length=length,
@@ -1137,15 +1049,15 @@ def _plan(query, key, value, rows, decay, activation, direction) -> tuple[_Sizes
         BLOCK_R=block_r,
         BLOCK_T=_BLOCK_T,
         PAST=_past(rows),
-        DTYPE=_TRITON_DTYPE[dtype],
-        TINY=_TINY[dtype],
-        LARGEST=_LARGEST[dtype],
-        FACTOR=_TRITON_DTYPE[factor],
+        DTYPE=TRITON_DTYPE[dtype],
+        TINY=TINY[dtype],
+        LARGEST=LARGEST[dtype],
+        FACTOR=TRITON_DTYPE[factor],
         PRECISION="tf32" if half else "ieee" if dtype == torch.float64 else "tf32x3",
         ACTIVATION=activation,
         CHUNKED=chunks > 1,
         EVEN=batch % block_b == head_keys % block_k == shared % block_r == 0,
-        FAST=dtype == torch.float32 and not _INTERPRETED,
+        FAST=dtype == torch.float32 and not INTERPRETED,
         DECAY=decay is not None,
         LOGITS="none",
     )
@@ -1154,8 +1066,8 @@ def _plan(query, key, value, rows, decay, activation, direction) -> tuple[_Sizes
 
 def _chunks(programs: int, tiles: int, layout: dict[str, int], device: torch.device) -> int:
     """Into how many chunks of time to cut the work of so many programs: 1 where they fill the chip without."""
-    wanted = layout["processor_warps"] * _processor(device)[1]
-    return max(1, min(_ceil(wanted, programs * layout["num_warps"]), tiles // 8))
+    wanted = layout["processor_warps"] * processor(device)[1]
+    return max(1, min(ceil_divide(wanted, programs * layout["num_warps"]), tiles // 8))
 
 
 def _sums_like(query, key, value, count):
@@ -1165,11 +1077,11 @@ def _sums_like(query, key, value, count):
 
 def _weights_like(query, key, value, rows) -> tuple[Tensor, Tensor]:
     """Buffers for the weights and their maxima, empty without a bias."""
-    dtype, factor = compute_dtype(query, key, value), _factor_dtype(query, key, value)
+    dtype, factor = compute_dtype(query, key, value), factor_dtype(query, key, value)
     if rows is None:
         return query.new_empty(0, dtype=factor), query.new_empty(0, dtype=dtype)
     heads, batch, length, _ = rows.shape
-    size = (heads, batch, 1 if length == 1 else _ceil(length, _BLOCK_T), _BLOCK_T)
+    size = (heads, batch, 1 if length == 1 else ceil_divide(length, _BLOCK_T), _BLOCK_T)
     return query.new_empty(*size, _past(rows) + _BLOCK_T, dtype=factor), query.new_empty(size, dtype=dtype)
 
 
@@ -1211,7 +1123,7 @@ def _windowed(
 
 @_windowed.register_fake
 def _(query, key, value, rows, initial, decay, query_activation):
-    states = _sums_like(query, key, value, _ceil(query.shape[1], _BLOCK_T))
+    states = _sums_like(query, key, value, ceil_divide(query.shape[1], _BLOCK_T))
     reference = states.new_empty(key.shape[0], key.shape[2])
     return query.new_empty(query.shape), states, reference, *_weights_like(query, key, value, rows)
 
@@ -1219,7 +1131,7 @@ def _(query, key, value, rows, initial, decay, query_activation):
 @flops_of(_windowed)
 def _windowed_flops(query, key, value, rows, *_):
     batch, length, width = query.shape
-    tiles = _ceil(length, _BLOCK_T)
+    tiles = ceil_divide(length, _BLOCK_T)
     return 2 * batch * tiles * _BLOCK_T * (_past(rows) + _BLOCK_T) * 2 * width  # a denominator for each channel
 
 
@@ -1252,7 +1164,7 @@ def _windowed_backward(
         _backward_sums[(programs,)](grad, inputs, sums, sizes, constants, **options)
         _backward_scan[(blocks * groups,)](inputs, sums, sizes, constants, num_warps=1)
 
-    share_blocks = _ceil(constants.SHARED, constants.BLOCK_R)
+    share_blocks = ceil_divide(constants.SHARED, constants.BLOCK_R)
     d_query, d_value = query.new_empty(query.shape), value.new_empty(value.shape)
     in_parts = share_blocks > 1 or needs_decay  # to be added up before they are rounded
     d_key = key.new_empty(share_blocks, *key.shape, dtype=states.dtype if in_parts else key.dtype)

@@ -9,9 +9,14 @@
 """How the Triton kernels are laid out, by compute capability, form and direction; `default` is for GPUs that were not
 measured. scripts/tune_triton.py writes the entry of the GPU that it measures.
 
-`columns` of a program in half precision; else it has half as many, which take as many registers. `num_warps` of it:
-one warp reduces over time without the others, and repeats no work of theirs. `processor_warps`: how many warps a
-multiprocessor should get; where there are fewer, time is cut into chunks.
+Numbers are those of half precision; in others tiles are half as large, which takes as many registers.
+
+simple, windowed: `columns` of a program. `num_warps` of it: one warp reduces over time without the others, and repeats
+no work of theirs. `processor_warps`: how many warps a multiprocessor should get; where there are fewer, time is cut
+into chunks.
+
+full: `rows` and `columns` of a tile of the result, of which there are two, `depth` of what is multiplied at once,
+`num_warps` of a program, and `num_stages`: how many factors it loads ahead. The default fits into 99 KiB.
 """
 
 LAYOUTS = {
@@ -23,6 +28,16 @@ LAYOUTS = {
         "windowed": {
             "forward": {"columns": 32, "num_warps": 1, "processor_warps": 8},
             "backward": {"columns": 32, "num_warps": 1, "processor_warps": 8},
+        },
+        "full": {
+            "forward": {"rows": 128, "columns": 64, "depth": 32, "num_warps": 8, "num_stages": 3},
+            "backward": {"rows": 128, "columns": 64, "depth": 32, "num_warps": 8, "num_stages": 3},
+        },
+    },
+    "sm_90": {
+        "full": {
+            "forward": {"rows": 128, "columns": 128, "depth": 64, "num_warps": 8, "num_stages": 3},
+            "backward": {"rows": 128, "columns": 128, "depth": 64, "num_warps": 8, "num_stages": 3},
         },
     },
 }

@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import itertools
 from datetime import date
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -29,13 +30,14 @@ import torch
 from aft.atomic_files import write_rows
 from aft.benchmark_rows import REGISTER_COLUMNS
 from aft.console import any_text, run_program
-from aft.triton_kernels import DIRECTIONS, FORMS, H100, Sizes, compiling_for, make_passes, replaced, resources
-from modeling_aft import ops_triton
+from aft.triton_kernels import DIRECTIONS, FORMS, H100, Sizes, compiling_for, laid_out, make_passes, resources
+from modeling_aft import ops_triton, triton_layouts
 
 
 DTYPES = ("bfloat16", "float16", "float32")
 # Of inputs whose time is cut into chunks, with the heads of AFT-conv that give each program channels of one.
 SIZES = Sizes(batch_size=1, length=1024, width=64, heads=2, window=32)
+WIDE = SIZES._replace(width=1024)  # of AFT-full, so that its tiles are as wide as they may be
 
 
 def compile_kernels(case: tuple[str, str, str, tuple]) -> list[dict]:
@@ -51,11 +53,11 @@ def compile_kernels(case: tuple[str, str, str, tuple]) -> list[dict]:
     about = {"architecture": architecture, "triton": triton.__version__, "date": date.today().isoformat()}
     with compiling_for(architecture, H100[1]) as kernels, contextlib.ExitStack() as stack:
         if columns is not None:
-            layout = {"columns": columns, "num_warps": warps, "processor_warps": 8}
-            stack.enter_context(replaced(ops_triton, "_layout", lambda *_: layout))
-        _, backward = make_passes(form, SIZES, getattr(torch, dtype), "cpu")
+            default = triton_layouts.LAYOUTS["default"][FORMS[form]]["forward"]
+            stack.enter_context(laid_out({**default, "columns": columns, "num_warps": warps}))
+        _, backward = make_passes(form, WIDE if form == "full" else SIZES, getattr(torch, dtype), "cpu")
         backward()
-        layouts = {name: ops_triton._layout(FORMS[form], name, torch.device("cpu")) for name in DIRECTIONS}
+        layouts = {name: ops_triton.layout_of(FORMS[form], name, torch.device("cpu")) for name in DIRECTIONS}
     rows = []
     for name, kernel in kernels.items():
         own = layouts["backward" if "backward" in name else "forward"]["columns"]
@@ -89,7 +91,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         problems.append(f"--csv must be a .csv file, got {args.csv}")
     if problems:
         raise ValueError("compile_triton.py: " + "; ".join(problems))
-    if ops_triton.triton is None:
+    if find_spec("triton") is None:
         raise ValueError("compile_triton.py needs the package triton, and there is none here")
     return args
 

@@ -8,8 +8,8 @@
 # specific language governing permissions and limitations under the License.
 """
 Times the Triton kernels in many layouts, on a GPU: how wide a program is, how many warps it has, and how many warps a
-multiprocessor should get before time is cut into chunks. The best go into modeling_aft/triton_layouts.py, where the
-kernels read them, as those of GPUs of the same compute capability.
+multiprocessor should get before time is cut into chunks; of AFT-full those of a list. The best go into
+modeling_aft/triton_layouts.py, where the kernels read them, as those of GPUs of the same compute capability.
 
     python scripts/tune_triton.py
     python scripts/tune_triton.py --chosen_from benchmarks/gpu/triton-layouts.csv     # measured before: needs no GPU
@@ -29,6 +29,7 @@ import os
 import time
 from collections.abc import Callable
 from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -42,15 +43,20 @@ from aft.triton_kernels import (
     Sizes,
     add_layouts,
     best_layouts,
+    laid_out,
     make_passes,
     noting_kernels,
-    replaced,
 )
 from modeling_aft import ops_triton, triton_layouts
 
 
 COMPILING = 0.6  # of --seconds, at most
 DEFAULT = triton_layouts.LAYOUTS["default"]["simple"]["forward"]  # where the search begins
+FULL = tuple(triton_layouts.LAYOUTS["default"]["full"]["forward"])  # rows, columns, depth, num_warps, num_stages
+FULL_LAYOUTS = (
+    *((128, 128, 64, 8, 3), (128, 64, 64, 4, 3), (128, 128, 32, 8, 4), (128, 64, 64, 8, 3), (64, 128, 64, 4, 3)),
+    *((128, 128, 64, 8, 2), (64, 64, 64, 4, 4), (128, 64, 32, 4, 4), (64, 256, 64, 8, 3), (128, 64, 32, 8, 3)),
+)
 
 
 def passes_in(args: argparse.Namespace, form: str, sizes: Sizes) -> dict[str, Callable]:
@@ -61,7 +67,7 @@ def passes_in(args: argparse.Namespace, form: str, sizes: Sizes) -> dict[str, Ca
 def compile_layouts(args: argparse.Namespace, form: str, layouts: list[dict]) -> None:
     """Leaves the kernels of layouts in Triton's cache on the disk, without running them."""
     for layout, sizes in itertools.product(layouts, args.sizes):
-        with replaced(ops_triton, "_layout", lambda *_, layout=layout: layout), noting_kernels(runs=False):
+        with laid_out(layout), noting_kernels(runs=False):
             passes_in(args, form, sizes)["backward"]()
 
 
@@ -81,14 +87,14 @@ def measure(args: argparse.Namespace, form: str, layout: dict, sizes: Sizes) -> 
     import triton
 
     figures = {}
-    with replaced(ops_triton, "_layout", lambda *_: layout):
+    with laid_out(layout):
         try:
             with noting_kernels(runs=True) as kernels:
                 passes = passes_in(args, form, sizes)
                 passes["backward"]()
             for direction, function in passes.items():
                 milliseconds = triton.testing.do_bench_cudagraph(function, rep=args.milliseconds, return_mode="median")
-                kernel = kernels[f"_{direction}"]
+                kernel = kernels.get(f"_{direction}") or kernels["_backward_keys"]
                 figures[f"{direction}_ms"] = f"{milliseconds:.4g}"
                 figures[f"{direction}_launch_ms"] = f"{launch_milliseconds(function):.4g}"
                 figures |= {f"{direction}_registers": kernel.n_regs, f"{direction}_spills": kernel.n_spills}
@@ -98,20 +104,29 @@ def measure(args: argparse.Namespace, form: str, layout: dict, sizes: Sizes) -> 
     return figures
 
 
-def in_order(args: argparse.Namespace) -> list[tuple[str, dict]]:
-    """All forms and layouts, those first that are the fewest doublings away from the default."""
+def layouts_of(form: str, args: argparse.Namespace) -> list[dict]:
+    """Those to try of a form, the ones first that are expected to be the best."""
+    if FORMS[form] == "full":
+        return [dict(zip(FULL, numbers, strict=True)) for numbers in FULL_LAYOUTS]
     names = tuple(DEFAULT)
     values = itertools.product(args.columns, args.warps, args.processor_warps)
     layouts = [dict(zip(names, chosen, strict=True)) for chosen in values]
-    layouts.sort(key=lambda layout: sum(abs(math.log2(layout[name] / DEFAULT[name])) for name in names))
-    return [(form, layout) for layout in layouts for form in args.forms]
+    # The fewest doublings away from the default.
+    return sorted(layouts, key=lambda layout: sum(abs(math.log2(layout[name] / DEFAULT[name])) for name in names))
+
+
+def in_order(args: argparse.Namespace) -> list[tuple[str, dict]]:
+    """All forms and layouts, the first of each form before the second of any."""
+    columns = itertools.zip_longest(*([(form, layout) for layout in layouts_of(form, args)] for form in args.forms))
+    return [case for row in columns for case in row if case is not None]
 
 
 def compile_in_time(args: argparse.Namespace, cases: list[tuple[str, dict]], deadline: float) -> list:
     """The forms and layouts that were compiled before the deadline."""
     units = {}  # one for all layouts that differ in the number of chunks alone: kernels know one or several
     for form, layout in cases:
-        units.setdefault((form, layout["columns"], layout["num_warps"]), []).append(layout)
+        unit = [(name, number) for name, number in layout.items() if name != "processor_warps"]
+        units.setdefault((form, *unit), []).append(layout)
     compiled = []
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
         results = [pool.apply_async(compile_layouts, (args, unit[0], layouts)) for unit, layouts in units.items()]
@@ -127,7 +142,7 @@ def measure_layouts(args: argparse.Namespace) -> list[dict]:
     import triton
 
     started = time.perf_counter()
-    architecture, _ = ops_triton._processor(torch.device("cuda", torch.cuda.current_device()))
+    architecture, _ = ops_triton.processor(torch.device("cuda", torch.cuda.current_device()))
     about = {"dtype": args.dtype, "architecture": architecture, "processor": processor_name("cuda")}
     about |= {"torch": torch.__version__, "triton": triton.__version__, "date": date.today().isoformat()}
     cases = in_order(args)
@@ -137,7 +152,7 @@ def measure_layouts(args: argparse.Namespace) -> list[dict]:
         row = {"form": form, **layout, **sizes._asdict(), **about}
         if (form, layout) in compiled and time.perf_counter() < started + args.seconds:
             row |= measure(args, form, layout, sizes)
-            print("  ".join(str(row.get(name, "")) for name in LAYOUT_COLUMNS[:12]), flush=True)
+            print("  ".join(str(row.get(name, "")) for name in LAYOUT_COLUMNS[:15]), flush=True)
         rows.append(row)
     return rows
 
@@ -200,7 +215,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         raise ValueError("tune_triton.py: " + "; ".join(problems))
     if args.chosen_from is not None:
         check_file(Path(args.chosen_from), "tune_triton.py: --chosen_from")
-    elif not torch.cuda.is_available() or ops_triton.triton is None:
+    elif not torch.cuda.is_available() or find_spec("triton") is None:
         raise ValueError("tune_triton.py needs a CUDA device and the package triton, and there is none here")
     args.sizes = [Sizes(batch, length, args.width, args.heads, args.window) for batch, length in args.sizes]
     return args

@@ -9,6 +9,7 @@ from modeling_aft.compatibility import CACHE_NAME
 from modeling_aft.ops_chunks import bidirectional
 from modeling_aft.ops_state import nothing
 from modeling_aft.ops_triton import windowed_triton
+from modeling_aft.ops_triton_full import full_triton
 from modeling_aft.ops_windows import Window
 
 
@@ -81,6 +82,10 @@ def test_operators_of_compiled_and_gpu_models_count_as_by_hand():
     window = Window(query, key, query, rows, past, initial, True, "sigmoid")
     assert counted(lambda: windowed_triton(window)) == forward
     assert counted(lambda: windowed_triton(window._replace(rows=None, past=None))) == forward / 2
+    table = torch.empty(1, 70, 70, device="meta", requires_grad=True)
+    tile = 2 * BATCH * 64 * 64 * 2 * WIDTH  # of 70 queries there are two
+    assert counted(lambda: full_triton(query, query, table, False)) == 4 * tile
+    assert counted(lambda: full_triton(query, query, table, True).sum().backward()) == 3 * 3 * tile
     # Two chunks of 64, with the four keys around each and two sums.
     forward = 2 * BATCH * 128 * (64 + WINDOW - 1 + 2) * (HEADS + WIDTH)
     none, decay = key.new_empty(0), key.new_empty(HEADS).requires_grad_()

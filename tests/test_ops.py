@@ -705,6 +705,10 @@ BAD_CALLS = {
     "activation": ({"query_activation": "softplus"}, "query_activation.*softplus"),
     "backend": ({"backend": "cuda"}, "backend.*cuda"),
     "triton-on-a-cpu": ({"backend": "triton"}, "backend.*CUDA.*triton"),
+    "full_triton-on-a-cpu": (
+        {"backend": "full_triton", "position_bias": torch.zeros(9, 9)},
+        "backend.*AFT-full at the positions 0, 1, ... on a CUDA device, with the package triton",
+    ),
     "state-bidirectional": ({"causal": False, "return_state": True}, "return_state"),
     "decay-shape": ({"decay": torch.zeros(3)}, r"`decay` .*\[8\].*\[3\]"),
     "decay-below-0": ({"decay": torch.linspace(-0.1, 1, 8)}, "`decay` .*at least 0.*-0.1 to 1"),

@@ -1,40 +1,28 @@
-"""The Triton kernels against the plain formula, on a GPU, or without one under Triton's interpreter.
-
-Triton decides between the two when it is imported, for the whole process: the interpreter gets a process of its own,
-started by `test_under_the_interpreter`, which runs the tests of this file in it.
-"""
+"""The Triton kernels of the causal windowed forms against the plain formula, see triton_tests.py."""
 
 import importlib.util
 import math
-import os
 import re
-import subprocess
 import sys
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from triton_tests import DEVICE, RUNS_HERE, TOLERANCE, patch_once, run_under_interpreter  # noqa: F401
 
 from modeling_aft.ops import aft_attention
 from modeling_aft.ops_state import AFTState, compute_dtype, nothing
 from modeling_aft.ops_windows import Window
 
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-RUNS_HERE = DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
 FORMS = ["simple", "local", "conv"]
 BATCH, WIDTH, HEADS = 2, 8, 2
 LONG = 70 if DEVICE == "cuda" else 40  # more than a tile of 32, of which each takes seconds under the interpreter
 KINDS = ["scaled", "jump up", "jump down", "largest sum off both maxima"]
 # Under the interpreter those with a window take half a minute each; `test_log_space_in_a_later_tile` is one.
 EXTREMES = [(form, kind) for form in FORMS for kind in KINDS if DEVICE == "cuda" or form == "simple"]
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs the package triton", allow_module_level=True)
-
-from triton.runtime import interpreter  # noqa: E402
 
 from aft.triton_kernels import H100, compiling_for, resources  # noqa: E402
 from modeling_aft import ops_triton  # noqa: E402
@@ -44,32 +32,10 @@ from modeling_aft import ops_triton  # noqa: E402
 PARTS = {"simple-or-conv": "simple or conv", "others": "not simple and not conv"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def patch_once():
-    """What the interpreter does to the language of Triton at each call of a function, 40 % of all it does, is done
-    once for each module that has functions."""
-    patch, patched = interpreter._patch_lang, {}
-
-    def patch_for_module(function):
-        if function.__module__ not in patched:
-            patched[function.__module__] = patch(function)
-        return SimpleNamespace(restore=lambda: None)
-
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(interpreter, "_patch_lang", patch_for_module)
-        yield
-
-
 @pytest.mark.skipif(RUNS_HERE, reason="the kernels run in this process")
 @pytest.mark.parametrize("part", PARTS)
 def test_under_the_interpreter(part):
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", PARTS[part], __file__]
-    root = Path(__file__).resolve().parent.parent
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{root}:{os.environ.get('PYTHONPATH', '')}"}
-    environment.pop("PYTEST_XDIST_WORKER", None)
-    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout and " failed" not in result.stdout
+    run_under_interpreter(__file__, PARTS[part])
 
 
 @pytest.mark.skipif(RUNS_HERE, reason="the kernels run in this process")

@@ -42,7 +42,7 @@ SHARED = """cache_files cache_state compatibility configuration_common continuou
 modeling_heads modeling_linear modeling_stack modeling_text modeling_tokens ops_kernels ops_modes ops_operators
 ops_packing ops_tokens refresh"""
 AFT = """configuration_aft modeling_attention_free ops ops_chunks ops_cpu ops_full ops_grid ops_panel ops_reference
-ops_state ops_step ops_triton ops_windows triton_layouts"""
+ops_state ops_step ops_triton ops_triton_full ops_windows triton_language triton_layouts"""
 SYNTHESIZER = "configuration_synthesizer modeling_synthesizer ops_synthesizer"
 SEQ2SEQ = """configuration_seq2seq configuration_{0}_seq2seq modeling_seq2seq modeling_seq2seq_heads
 modeling_{0}_seq2seq"""

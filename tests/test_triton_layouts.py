@@ -11,7 +11,7 @@ import tune_triton
 
 from aft.benchmark_rows import LAYOUT_COLUMNS, REGISTER_COLUMNS
 from aft.triton_kernels import add_layouts, best_layouts
-from modeling_aft import ops_triton, triton_layouts
+from modeling_aft import ops_triton, triton_language, triton_layouts
 
 
 GPU = "sm_80"
@@ -59,6 +59,21 @@ def test_the_fastest_layout_of_each_direction_is_chosen_over_all_forms_and_sizes
     }
 
 
+def test_a_layout_has_the_fields_of_its_form():
+    fields = {
+        "rows": "128",
+        "columns": "64",
+        "depth": "32",
+        "num_warps": "8",
+        "num_stages": "3",
+        "processor_warps": "",
+    }
+    found = best_layouts([{**row("full", 64, 1.0, 2.0), **fields}, row("simple", 16, 1.0, 1.0)])
+    layout = triton_layouts.LAYOUTS["default"]["full"]["forward"]
+    assert found[GPU]["full"] == {"forward": layout, "backward": layout}
+    assert found[GPU]["simple"]["forward"] == {"columns": 16, "num_warps": 1, "processor_warps": 8}
+
+
 def test_a_layout_that_was_not_timed_at_all_sizes_is_not_chosen():
     rows = [row("simple", 16, 1.0, "", 64), row("simple", 16, "", "", 640)]
     rows += [row("simple", 32, 3.0, 3.0, length) for length in (64, 640)]
@@ -67,16 +82,16 @@ def test_a_layout_that_was_not_timed_at_all_sizes_is_not_chosen():
 
 
 def test_entries_are_added_and_the_file_stays_as_the_formatter_writes_it(table):
-    before = table.read_text(encoding="utf-8")
+    before, shipped = table.read_text(encoding="utf-8"), layouts_in(table)
     add_layouts(table, {})
     assert table.read_text(encoding="utf-8") == before
     layout = {"columns": 16, "num_warps": 2, "processor_warps": 4}
     add_layouts(table, {GPU: {"simple": {"forward": layout}}})
     add_layouts(table, {GPU: {"windowed": {"backward": layout}}, "sm_90": {"simple": {"forward": layout}}})
     assert layouts_in(table) == {
-        "default": triton_layouts.LAYOUTS["default"],
+        "default": shipped["default"],
         GPU: {"simple": {"forward": layout}, "windowed": {"backward": layout}},
-        "sm_90": {"simple": {"forward": layout}},
+        "sm_90": {**shipped["sm_90"], "simple": {"forward": layout}},
     }
     after = table.read_text(encoding="utf-8")
     assert after.startswith(before.partition("LAYOUTS = ")[0]) and after.endswith("    },\n}\n")
@@ -85,11 +100,12 @@ def test_entries_are_added_and_the_file_stays_as_the_formatter_writes_it(table):
 def test_the_kernels_read_the_entry_of_their_gpu(monkeypatch):
     layout = {"columns": 16, "num_warps": 2, "processor_warps": 4}
     monkeypatch.setitem(triton_layouts.LAYOUTS, GPU, {"simple": {"forward": layout}})
-    monkeypatch.setattr(ops_triton, "_processor", lambda device: (GPU, 100))
+    for module in (triton_language, ops_triton):
+        monkeypatch.setattr(module, "processor", lambda device: (GPU, 100))
     device, default = torch.device("cpu"), triton_layouts.LAYOUTS["default"]
-    assert ops_triton._layout("simple", "forward", device) == layout
-    assert ops_triton._layout("simple", "backward", device) == default["simple"]["backward"]
-    assert ops_triton._layout("windowed", "forward", device) == default["windowed"]["forward"]
+    assert ops_triton.layout_of("simple", "forward", device) == layout
+    assert ops_triton.layout_of("simple", "backward", device) == default["simple"]["backward"]
+    assert ops_triton.layout_of("windowed", "forward", device) == default["windowed"]["forward"]
     # 400 warps are wanted, and each program has two of them; a chunk has eight tiles at least.
     chunks = [
         ops_triton._chunks(programs, tiles, layout, device) for programs, tiles in ((10, 800), (10, 80), (300, 80))
@@ -103,7 +119,7 @@ def test_the_kernels_read_the_entry_of_their_gpu(monkeypatch):
 def test_what_a_processor_is_called(device, expected, monkeypatch):
     properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    assert ops_triton._processor.__wrapped__(torch.device(device)) == expected
+    assert ops_triton.processor.__wrapped__(torch.device(device)) == expected
 
 
 def write_table(path, rows):
@@ -136,6 +152,11 @@ def test_layouts_near_the_default_come_first():
     args = SimpleNamespace(columns=[16, 32, 64], warps=[1, 2, 4], processor_warps=[8, 16], forms=["simple", "conv"])
     cases = tune_triton.in_order(args)
     assert len(cases) == 36 and [form for form, _ in cases[:2]] == ["simple", "conv"]
+    args.forms = ["conv", "full"]
+    mixed = tune_triton.in_order(args)
+    assert [form for form, _ in mixed] == ["conv", "full"] * 10 + ["conv"] * 8
+    shipped = triton_layouts.LAYOUTS["sm_90"]["full"]["forward"]
+    assert mixed[1] == ("full", shipped) and ("full", triton_layouts.LAYOUTS["default"]["full"]["forward"]) in mixed
     assert cases[0][1] == tune_triton.DEFAULT
     assert cases[-1][1] in [{"columns": columns, "num_warps": 4, "processor_warps": 16} for columns in (16, 64)]
 

@@ -26,7 +26,7 @@ REGISTER_COLUMNS = (
     *("architecture", "triton", "date"),
 )
 LAYOUT_COLUMNS = (
-    *("form", "columns", "num_warps", "processor_warps"),
+    *("form", "rows", "columns", "depth", "num_warps", "num_stages", "processor_warps"),
     *("forward_ms", "backward_ms", "forward_launch_ms", "backward_launch_ms"),
     *("forward_registers", "backward_registers", "forward_spills", "backward_spills"),
     *("batch_size", "length", "width", "heads", "window"),

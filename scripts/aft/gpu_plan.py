@@ -77,6 +77,7 @@ def make_plan(device: str, folder: Path) -> list[Step]:
     lengths, context = " ".join(str(length) for length in LENGTHS[device]), CONTEXT[device]
     models, sizes = " ".join(AFT_MODELS), SIZES[device]
     side_by_side = "-n 8" if find_spec("xdist") else ""  # most of their time goes into compilers
+    kernels = "tests/test_ops_triton.py tests/test_ops_triton_full.py"
     pytest = f"-m pytest -q -p no:cacheprovider {side_by_side}"
     layouts = f"{into}/triton-layouts.csv"
 
@@ -95,7 +96,7 @@ def make_plan(device: str, folder: Path) -> list[Step]:
     ]
     if on_gpu:
         steps += [
-            Step("tests", "kernels", 2.5, f"{pytest} tests/test_ops_triton.py", ("pytest", "triton")),
+            Step("tests", "kernels", 2.5, f"{pytest} {kernels}", ("pytest", "triton")),
             Step("tests", "marked gpu", 1.5, f"{pytest} -m gpu {' '.join(marked_files())}", ("pytest",)),
             Step(
                 "tune",

@@ -22,12 +22,14 @@ from typing import NamedTuple
 import torch
 
 from aft.atomic_files import write_whole
-from modeling_aft import ops_triton, triton_layouts
+from modeling_aft import ops_triton, ops_triton_full, triton_language, triton_layouts
 from modeling_aft.ops_state import nothing
 
 
-FORMS = {"simple": "simple", "local": "windowed", "conv": "windowed"}  # of AFT, and what the layouts call them
+# Forms of AFT, and what the layouts call them.
+FORMS = {"simple": "simple", "local": "windowed", "conv": "windowed", "full": "full"}
 DIRECTIONS = ("forward", "backward")
+LAYOUT_FIELDS = ("rows", "columns", "depth", "num_warps", "num_stages", "processor_warps")
 H100 = "sm_90", 132  # its compute capability, and its multiprocessors
 START = "LAYOUTS = "  # of the table, which is the last in its file
 
@@ -47,6 +49,13 @@ def make_passes(form: str, sizes: Sizes, dtype: torch.dtype, device: str) -> tup
     batch, length, width, heads, window = sizes
     torch.manual_seed(0)
     query, value, grad = (torch.randn(batch, length, width, device=device, dtype=dtype) for _ in range(3))
+    if form == "full":
+        inputs = query, value, torch.randn(1, length, length, device=device)  # the query as the key
+        saved = ops_triton_full._full(*inputs, True)
+        return (
+            lambda: ops_triton_full._full(*inputs, True),
+            lambda: ops_triton_full._full_backward(grad, *inputs, *saved, True, True),
+        )
     key = torch.randn(batch, length, heads if form == "conv" else width, device=device, dtype=dtype)
     shape = {"simple": None, "local": (1, 1, length, window), "conv": (heads, 1, 1, window)}[form]
     rows = None if shape is None else torch.randn(*shape, device=device)
@@ -73,6 +82,15 @@ def replaced(owner: object, name: str, value: object) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, original)
+
+
+@contextlib.contextmanager
+def laid_out(layout: dict[str, int]) -> Iterator[None]:
+    """All kernels have this layout while the block runs."""
+    with contextlib.ExitStack() as stack:
+        for module in (ops_triton, ops_triton_full):
+            stack.enter_context(replaced(module, "layout_of", lambda *_: layout))
+        yield
 
 
 @contextlib.contextmanager
@@ -120,7 +138,8 @@ def compiling_for(architecture: str, processors: int) -> Iterator[dict[str, obje
     def logged(kernel, *arguments, **options):
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             compiled = run(kernel, *arguments, **options)
-        compiled.log = printed.getvalue()
+        if printed.getvalue():  # else it was compiled before
+            compiled.log = printed.getvalue()
         return compiled
 
     with contextlib.ExitStack() as stack:
@@ -130,7 +149,8 @@ def compiling_for(architecture: str, processors: int) -> Iterator[dict[str, obje
         triton.knobs.cache.dir = stack.enter_context(tempfile.TemporaryDirectory())  # what is read there has no log
         triton.knobs.nvidia.dump_ptxas_log = True
         stack.enter_context(replaced(triton.runtime.driver, "_active", _Driver(architecture)))
-        stack.enter_context(replaced(ops_triton, "_processor", lambda device: (architecture, processors)))
+        for module in (triton_language, ops_triton, ops_triton_full):
+            stack.enter_context(replaced(module, "processor", lambda device: (architecture, processors)))
         stack.enter_context(replaced(triton.JITFunction, "run", logged))
         yield stack.enter_context(noting_kernels(runs=False))
 
@@ -164,7 +184,7 @@ def best_layouts(rows: list[dict]) -> dict[str, dict]:
     """
     times = defaultdict(lambda: defaultdict(dict))
     for row in rows:
-        layout = tuple((name, int(row[name])) for name in ("columns", "num_warps", "processor_warps"))
+        layout = tuple((name, int(row[name])) for name in LAYOUT_FIELDS if row[name])
         case = tuple(row[name] for name in ("form", *Sizes._fields, "dtype"))
         for direction in DIRECTIONS:
             milliseconds = row.get(f"{direction}_ms")
