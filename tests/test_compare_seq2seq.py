@@ -68,7 +68,7 @@ def finished(tmp_path_factory) -> Path:
     return finish(folder, plan_flags(folder))
 
 
-@pytest.mark.parametrize("name", ["translation", "summaries", "strings"])
+@pytest.mark.parametrize("name", ["translation", "summaries", "strings", "long-strings"])
 def test_shipped_plan(name, tmp_path):
     plan = read_plan(CONFIGURATION / "compare" / f"{name}.yaml")
     columns = [plan.training.get(f"{role}_column", role) for role in ("source", "target")]
