@@ -195,6 +195,63 @@ def test_other_dtypes_and_graphs_take_the_layer_itself(dtype):
         torch.testing.assert_close(rows[0], layer(hidden))
 
 
+def compiled(function, layer, hidden):
+    """Its result, and whether the graph has a product of a matrix with a vector."""
+    targets = []
+
+    def backend(graph, inputs):
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    torch._dynamo.reset()
+    found = torch.compile(function, backend=backend, fullgraph=True)(layer, hidden)
+    return found, any("mv" in target for target in targets)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+def test_a_compiled_step_multiplies_one_row_with_a_matrix(bias, dtype):
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 10, bias=bias, dtype=dtype)
+    for shape, expected in {(1, 1): True, (1,): True, (): True, (2, 1): False, (1, 3): False}.items():
+        wide = torch.randn(*shape, 12, dtype=dtype)
+        for hidden in (wide[..., :6], wide[..., 3:9], wide[..., ::2]):
+            with torch.no_grad():
+                found, is_vector = compiled(project, layer, hidden)
+            assert is_vector == expected and found.shape == (*shape, 10)
+            tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
+            torch.testing.assert_close(found, layer(hidden).detach(), rtol=tolerance, atol=tolerance)
+    assert not compiled(project, layer, hidden[:1, :1])[1]  # where gradients are recorded
+
+
+@pytest.mark.parametrize("change", [hooked, replaced, quantized, adapted, "autocast", "mixed"])
+def test_a_compiled_layer_that_does_more_is_called(change):
+    layer, hidden = nn.Linear(6, 10), torch.randn(1, 6)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=isinstance(change, str)):
+        layer = layer.bfloat16() if change == "mixed" else layer if change == "autocast" else change(layer)
+        expected = layer(hidden)
+        found, is_vector = compiled(project, layer, hidden)
+    assert not is_vector and found.dtype == expected.dtype
+    torch.testing.assert_close(found.as_subclass(torch.Tensor), expected.as_subclass(torch.Tensor))
+
+
+def test_inductor_gives_what_the_layer_gives():
+    """Of inputs, and of what is computed before: whole, a part, and every second number; with what comes after."""
+    torch.manual_seed(0)
+    layer, norm, wide = nn.Linear(70, 30), nn.LayerNorm(70), nn.LayerNorm(140)
+
+    def step(product, hidden):
+        one, whole = norm(hidden[:, -1:, 70:]), wide(hidden)[:, -1:]
+        rows = (hidden[:, -1:, 7:77], hidden[:, :1, ::2], one, whole[..., 70:], whole[..., 3:73], whole[..., ::2])
+        return [product(layer, row).sigmoid() + 1 for row in rows]
+
+    torch._dynamo.reset()
+    hidden = torch.randn(1, 4, 140)
+    with torch.no_grad():
+        found = torch.compile(lambda hidden: step(project, hidden), fullgraph=True)(hidden)
+        torch.testing.assert_close(found, step(lambda layer, row: layer(row), hidden))
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 64), (2, 64), (64,), (1, 2)], ids=str)
 @pytest.mark.parametrize("name", ["gelu", "gelu_new", "gelu_python", "silu"])
 def test_activations_of_one_row_are_what_their_modules_say(name, shape):
