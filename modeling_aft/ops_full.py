@@ -61,12 +61,12 @@ def on_table(shared: Callable[[Tensor, Tensor, Tensor, bool], Tensor]) -> Callab
     def run(call: Call) -> tuple[Tensor, AFTState | None]:
         key, value, slot = call.key, call.value, call.tokens.slot
         new_state = full_state(key, value, call.tokens, None) if call.return_state else None
-        tables = position_tables(call.position_bias)
         length = key.shape[1]
+        bias = position_tables(call.position_bias)[:, :length, :length]
         if slot is not None:
             key, value = compact(key, slot, -torch.inf), compact(value, slot)
-        beyond = max(length - tables.shape[1], 0)  # only padding can lie beyond the table
-        bias = F.pad(tables[:, :length, :length], (0, beyond, 0, beyond))
+            beyond = length - bias.shape[1]  # only padding can lie beyond the table
+            bias = F.pad(bias, (0, beyond, 0, beyond))
         average = shared(key, value, bias, call.causal)
         return _answer(call, average if slot is None else expand(average, slot), new_state)
 

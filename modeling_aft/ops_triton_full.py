@@ -609,7 +609,7 @@ def _full(key: Tensor, value: Tensor, bias: Tensor, causal: bool) -> tuple[Tenso
     [`_Inputs`]. key, value [B, T, D], bias [h, T, T]."""
     sizes, constants, options = _plan(key, value, bias, causal, "forward")
     average, logs, pairs, maxima, reference = _outputs_like(key, value, bias)
-    torch.amax(key.to(reference.dtype), 1, out=reference)
+    reference.copy_(key.amax(1))
     factors = _factors_like(key, sizes, pairs.dtype)
     inputs = _inputs(key, value, bias, pairs, maxima, reference, factors)
     programs = (sizes.tiles * sizes.heads * sizes.head_blocks,)
@@ -715,6 +715,7 @@ def full_triton(key: Tensor, value: Tensor, bias: Tensor, causal: bool) -> Tenso
     float32, or in float64 if an input is. Products of bfloat16 inputs are taken in bfloat16, those of float16 in tf32,
     and added up in float32.
     """
-    key = key.repeat_interleave(value.shape[2] // key.shape[2], 2)
+    if key.shape[2] < value.shape[2]:
+        key = key.repeat_interleave(value.shape[2] // key.shape[2], 2)
     key, value, bias = (t if t.stride(-1) == 1 else t.contiguous() for t in (key, value, bias))
     return _full(key, value, bias, causal)[0]
