@@ -10,6 +10,7 @@
 
 import torch
 from torch import nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 from transformers import initialization
@@ -65,11 +66,16 @@ def _is_compiled_row(layer: nn.Module, hidden_states: torch.Tensor) -> bool:
     """Whether torch.compile makes the graph of a plain layer for one row on a CPU, without gradients."""
     if not torch.compiler.is_compiling() or torch.is_grad_enabled() or is_exporting():
         return False
-    if hidden_states.device.type != "cpu" or any(size != 1 for size in hidden_states.shape[:-1]):
+    if hidden_states.device.type != "cpu" or not all(map(_is_surely_one, hidden_states.shape[:-1])):
         return False
     if type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter or is_watched(layer):
         return False
     return layer.weight.dtype == hidden_states.dtype and not torch.is_autocast_enabled("cpu")
+
+
+def _is_surely_one(size: int | torch.SymInt) -> bool:
+    """Without a guard on a size that torch.compile leaves open."""
+    return statically_known_true(size == 1)
 
 
 def _is_sooner_transposed(layer: nn.Module, hidden_states: torch.Tensor) -> bool:

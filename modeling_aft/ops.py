@@ -51,9 +51,15 @@ def _has_triton(call: Call) -> bool:
     return triton_can_run(call.value.device)
 
 
-def _has_tensor_cores(call: Call) -> bool:
-    """Whether matrix products have them to gain from: on a GPU, but not in float64."""
-    return call.value.device.type == "cuda" and call.value.dtype != torch.float64
+def _gains_by_triton(call: Call) -> bool:
+    """Whether a kernel can gain from tensor cores: on a GPU, but not in float64."""
+    return call.value.device.type == "cuda" and compute_dtype(call.key, call.value) != torch.float64
+
+
+def _has_even_heads(call: Call) -> bool:
+    """Whether the channels that share a bias come in whole lines of memory."""
+    tables = position_tables(call.position_bias)
+    return call.value.shape[2] // tables.shape[0] % 16 == 0
 
 
 def _composed(window: Window) -> Tensor:
@@ -74,7 +80,7 @@ KERNELS = (
         "causal forms with a window on a CUDA device, with the package triton, outside of exports and transforms",
         lambda call: _has_window(call) and call.causal and _has_triton(call) and _has_operators(call),
         several_queries(windowed_triton),
-        pays=_has_tensor_cores,
+        pays=_gains_by_triton,
     ),
     Kernel(
         "cpu",
@@ -105,7 +111,7 @@ KERNELS = (
         "transforms",
         lambda call: _is_full(call) and has_table(call) and _has_triton(call) and _has_operators(call),
         on_table(full_triton),
-        pays=_has_tensor_cores,
+        pays=lambda call: _gains_by_triton(call) and _has_even_heads(call),
     ),
     Kernel(
         "full",

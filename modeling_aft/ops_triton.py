@@ -44,20 +44,21 @@ from .ops_operators import flops_of, operator_namespace
 from .ops_state import compute_dtype, decayed, moment, spread
 from .ops_windows import Window
 from .triton_language import (
-    INTERPRETED,
-    LARGEST,
-    TINY,
-    TRITON_DTYPE,
     Columns,
     Matrix,
     ceil_divide,
+    contiguous,
     exp,
     factor_dtype,
     finite,
     inverse,
+    is_half,
     jit,
     layout_of,
+    least_denominator,
     matrix,
+    numerics,
+    on_its_device,
     power_of_two,
     processor,
     tl,
@@ -176,11 +177,9 @@ class _Constants(NamedTuple):
     Attributes:
         SHARED, BLOCK_B, BLOCK_K, BLOCK_R, BLOCK_T: see above; the last is the number of queries of a tile.
         PAST: the keys of a panel before its own, 0 without a window.
-        DTYPE, TINY, LARGEST: of the computation, and the bounds beyond which it is done in log space.
-        FACTOR, PRECISION: what the factors of matrix products are rounded to, and how they are multiplied.
+        DTYPE, TINY, LARGEST, FACTOR, PRECISION, FAST: see [`numerics`].
         CHUNKED: whether there are several chunks.
         EVEN: whether all columns of all programs exist.
-        FAST: whether the processor's own approximations of exp(x) and 1 / x, in float32, will do.
         DECAY: whether there is one.
         LOGITS: the gradient of the bias: "none", "each" (of each tile) or "sum" (of a chunk).
     """
@@ -306,12 +305,6 @@ def _columns(block, group, sizes, C: tl.constexpr):
 
 
 @jit
-def _contiguous(pointer, rows, width):
-    """A contiguous tensor [., rows, width]."""
-    return Matrix(pointer, rows * width, width)
-
-
-@jit
 def _load_decay(pointer, columns, C: tl.constexpr):
     """The decay of each key channel of some columns."""
     decay = tl.zeros((C.BLOCK_B * C.BLOCK_K * C.BLOCK_R,), C.DTYPE)
@@ -337,7 +330,7 @@ def _part(inputs, sizes, block, group, C: tl.constexpr):
     decay = _load_decay(inputs.decay, keys, C)
     reference = inputs.reference + (keys.batch * (sizes.width // C.SHARED) + keys.channel)
     reference = tl.load(reference, mask=keys.exists, other=float("-inf")).to(C.DTYPE)
-    least = tl.where(reference > float("-inf"), C.TINY, -1.0).to(C.DTYPE)
+    least = least_denominator(reference, C)
     return _Part(inputs.query, inputs.key, inputs.value, bias, keys, values, finite(reference), least, decay)
 
 
@@ -591,7 +584,7 @@ def _underflows(panel, part, sizes, tile, C: tl.constexpr):
 @jit
 def _raise_flag(sums, found):
     """Says whether this program has found what needs log space."""
-    tl.store(sums.flags + tl.program_id(0), tl.max(tl.max(found, 1), 0))
+    tl.store(sums.flags + tl.program_id(0), tl.max(found))
 
 
 @jit
@@ -722,7 +715,7 @@ def _forward(inputs, sums, out, sizes, C: tl.constexpr):
     before a tile come from the cache.
     """
     block, chunk, group = _program(sizes.blocks, sizes.chunks)
-    part, out = _part(inputs, sizes, block, group, C), _contiguous(out, sizes.length, sizes.width)
+    part, out = _part(inputs, sizes, block, group, C), contiguous(out, sizes.length, sizes.width)
     BLOCK_T: tl.constexpr = C.BLOCK_T
     COLUMNS: tl.constexpr = C.BLOCK_B * C.BLOCK_K * C.BLOCK_R
     columns = part.value_columns
@@ -748,7 +741,7 @@ def _forward_in_log_space(inputs, sums, out, sizes, C: tl.constexpr):
     block, _, group = _program(sizes.blocks, 1)
     if _flagged(sums, sizes, block, group):
         part = _part(inputs, sizes, block, group, C)
-        columns, rows = part.value_columns, _contiguous(out, sizes.length, sizes.width)
+        columns, rows = part.value_columns, contiguous(out, sizes.length, sizes.width)
         older = _load_sum(sums.initial, 1, 0, sizes.width, columns, C.DTYPE)
         for tile in range(sizes.tiles):
             _store_sum(sums.states, sizes.tiles, tile, sizes.width, columns, older)
@@ -766,7 +759,7 @@ def _backward_sums(grad, inputs, sums, sizes, C: tl.constexpr):
     [B, T, D], all inputs and the states.
     """
     block, chunk, group = _program(sizes.blocks, sizes.chunks)
-    part, grad = _part(inputs, sizes, block, group, C), _contiguous(grad, sizes.length, sizes.width)
+    part, grad = _part(inputs, sizes, block, group, C), contiguous(grad, sizes.length, sizes.width)
     sent = _nothing_sent(C)
     first = chunk * sizes.chunk_tiles + C.PAST // C.BLOCK_T
     stop = tl.minimum(first + sizes.chunk_tiles, sizes.tiles)
@@ -882,11 +875,11 @@ def _backward_tiles(
     batch, key, exists = _key_columns(block, group, tl.arange(0, C.BLOCK_B * C.BLOCK_K), 1, sizes, C)
     block_keys = Columns(batch + share_block * sizes.batches, key, exists)
     keys = sizes.left + sizes.length
-    d_query = _contiguous(gradients.query, sizes.length, sizes.width)
-    d_value = _contiguous(gradients.value, keys, sizes.width)
-    d_key = _contiguous(gradients.key, keys, sizes.width // C.SHARED)
+    d_query = contiguous(gradients.query, sizes.length, sizes.width)
+    d_value = contiguous(gradients.value, keys, sizes.width)
+    d_key = contiguous(gradients.key, keys, sizes.width // C.SHARED)
     logits = _logits_of(gradients, sizes, block, group, chunk, C)
-    grad = _contiguous(grad, sizes.length, sizes.width)
+    grad = contiguous(grad, sizes.length, sizes.width)
     scratch += tl.program_id(0).to(tl.int64) * (2 * C.PAST * COLUMNS)
 
     zeros = tl.zeros((BLOCK_T, COLUMNS), tl.int32)
@@ -1016,8 +1009,7 @@ def _plan(query, key, value, rows, decay, activation, direction) -> tuple[_Sizes
     heads = 1 if rows is None else rows.shape[0]
     head_keys, shared = key.shape[2] // heads, width // key.shape[2]
     layout = layout_of("simple" if rows is None else "windowed", direction, query.device)
-    half = all(t.dtype in (torch.float16, torch.bfloat16) for t in (query, key, value))
-    columns = layout["columns"] // (1 if half else 2)
+    columns = layout["columns"] // (1 if is_half(query, key, value) else 2)
     block_r = min(power_of_two(shared), columns)
     block_k = min(power_of_two(head_keys), columns // block_r)
     block_b = 1
@@ -1028,7 +1020,6 @@ def _plan(query, key, value, rows, decay, activation, direction) -> tuple[_Sizes
     groups, tiles = ceil_divide(batch, block_b), ceil_divide(length, _BLOCK_T)
     chunk_tiles = ceil_divide(tiles, _chunks(blocks * groups, tiles, layout, query.device))
     chunks = ceil_divide(tiles, chunk_tiles)
-    dtype, factor = compute_dtype(query, key, value), factor_dtype(query, key, value)
     sizes = _Sizes(
         batches=batch,
         length=length,
@@ -1049,15 +1040,10 @@ def _plan(query, key, value, rows, decay, activation, direction) -> tuple[_Sizes
         BLOCK_R=block_r,
         BLOCK_T=_BLOCK_T,
         PAST=_past(rows),
-        DTYPE=TRITON_DTYPE[dtype],
-        TINY=TINY[dtype],
-        LARGEST=LARGEST[dtype],
-        FACTOR=TRITON_DTYPE[factor],
-        PRECISION="tf32" if half else "ieee" if dtype == torch.float64 else "tf32x3",
         ACTIVATION=activation,
         CHUNKED=chunks > 1,
         EVEN=batch % block_b == head_keys % block_k == shared % block_r == 0,
-        FAST=dtype == torch.float32 and not INTERPRETED,
+        **numerics(query, key, value),
         DECAY=decay is not None,
         LOGITS="none",
     )
@@ -1086,6 +1072,7 @@ def _weights_like(query, key, value, rows) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::windowed_triton", mutates_args=())
+@on_its_device
 def _windowed(
     query: Tensor,
     key: Tensor,
@@ -1136,6 +1123,7 @@ def _windowed_flops(query, key, value, rows, *_):
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::windowed_triton_backward", mutates_args=())
+@on_its_device
 def _windowed_backward(
     grad: Tensor,
     query: Tensor,

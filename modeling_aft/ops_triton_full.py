@@ -30,21 +30,23 @@ from .ops_full import shared_average
 from .ops_operators import differentiable_gradients, flops_of, operator_namespace
 from .ops_panel import panel_composed
 from .ops_state import compute_dtype
+from .ops_tokens import refused
 from .triton_language import (
     INTERPRETED,
-    LARGEST,
-    TINY,
-    TRITON_DTYPE,
     Columns,
     Matrix,
     ceil_divide,
+    contiguous,
     exp,
     factor_dtype,
     finite,
     inverse,
     jit,
     layout_of,
+    least_denominator,
     matrix,
+    numerics,
+    on_its_device,
     power_of_two,
     processor,
     tl,
@@ -65,7 +67,7 @@ class _Inputs(NamedTuple):
         bias: [h, T, T]; `bias_head`, `bias_row`: how many elements lie between two heads, and between two queries.
         pairs: [h, padded, padded], exp(w - row maximum), 0 for later keys.
         maxima: [h, padded], the row maxima.
-        reference: [B, D], the largest key of each column.
+        bounds: [2, B, D], the largest key of each column, the reference, and the largest magnitude of its values.
         factors: [B, 2, padded, D], exp(k - reference) and the same times v.
     """
 
@@ -76,12 +78,13 @@ class _Inputs(NamedTuple):
     bias_row: int
     pairs: Any
     maxima: Any
-    reference: Any
+    bounds: Any
     factors: Any
 
 
 class _Results(NamedTuple):
-    """average [B, T, D], the logs of its denominators [B, T, D], and the flags [tiles, blocks]."""
+    """average [B, T, D], the logs [B, T, D] of its denominators, relative to the maxima of bias and keys, and flags
+    [tiles, blocks]."""
 
     average: Any
     logs: Any
@@ -136,11 +139,9 @@ class _Constants(NamedTuple):
         SIDE: what the pairs are laid out in blocks of, a multiple of ROWS.
         ROWS, COLUMNS: of an accumulator. That of the gradient of the bias has ROWS in both dimensions.
         DEPTH: how much of the other dimension is multiplied at once.
-        DTYPE, TINY, LARGEST: of the computation, and the bounds beyond which it is done in log space.
-        FACTOR, PRECISION: what the factors are rounded to, and how they are multiplied.
+        DTYPE, TINY, LARGEST, FACTOR, PRECISION, FAST: see [`numerics`].
         CAUSAL: whether a query sees no later keys.
         EVEN: whether all columns of all blocks exist.
-        FAST: whether the processor's own approximations of exp(x) and 1 / x, in float32, will do.
     """
 
     SIDE: int
@@ -199,11 +200,6 @@ def _store(start, columns, rows, sizes, tile, C: tl.constexpr):
 
 
 @jit
-def _gapless(start, sizes):
-    return Matrix(start, sizes.length * sizes.width, sizes.width)
-
-
-@jit
 def _factor_addresses(factors, which, columns, rows, sizes):
     """Those of the first or the second of the factors: [rows, columns]."""
     start = factors + (2 * columns.batch + which) * sizes.padded * sizes.width + columns.channel
@@ -244,10 +240,12 @@ def _load_bias(inputs, head, rows, keys, sizes, C: tl.constexpr):
 
 
 @jit
-def _load_reference(inputs, columns, sizes):
-    """The largest key of each column, minus infinity if it has none."""
-    start = inputs.reference + columns.batch * sizes.width + columns.channel
-    return tl.load(start, mask=columns.exists, other=float("-inf"))
+def _load_bounds(inputs, columns, sizes):
+    """The largest key of each column, minus infinity if it has none, and the largest magnitude of its values."""
+    start = inputs.bounds + columns.batch * sizes.width + columns.channel
+    reference = tl.load(start, mask=columns.exists, other=float("-inf"))
+    size = tl.load(start + tl.cast(sizes.batches, tl.int64) * sizes.width, mask=columns.exists, other=0.0)
+    return reference, size
 
 
 @jit
@@ -256,14 +254,8 @@ def _load_maxima(inputs, head, rows, sizes):
 
 
 @jit
-def _least(reference, C: tl.constexpr):
-    """The least denominator of each column that does without log space: any if it has no keys."""
-    return tl.where(reference == float("-inf"), 0.0, C.TINY).to(C.DTYPE)
-
-
-@jit
 def _found_any(found):
-    return tl.max(tl.max(found.to(tl.int32), 1), 0)
+    return tl.max(found.to(tl.int32))
 
 
 @jit
@@ -281,9 +273,17 @@ def _keys_seen(tile, sizes, C: tl.constexpr):
 
 
 @jit
-def _exact_weights(k, bias, logs, C: tl.constexpr):
+def _load_logits(inputs, head, columns, rows, key, reference, sizes, C: tl.constexpr):
+    """k + w of queries [rows] and one key, relative to the maxima of both: [rows, columns]."""
+    k = _load(inputs.key, columns, key, sizes.length, float("-inf"), C) - reference[None, :]
+    w = _load_bias(inputs, head, rows, key, sizes, C) - _load_maxima(inputs, head, rows, sizes)[:, None]
+    return k + w
+
+
+@jit
+def _exact_weights(logits, logs, C: tl.constexpr):
     """exp(k + w) / denominator, 0 for a query that sees nothing."""
-    return tl.where(logs == float("-inf"), 0.0, exp(k + bias - finite(logs), C))
+    return tl.where(logs == float("-inf"), 0.0, exp(logits - finite(logs), C))
 
 
 # ---------------------------------------------------------------------------------------------------------- kernels
@@ -315,7 +315,7 @@ def _lay_out_factors(inputs, sizes, C: tl.constexpr):
     ROWS: tl.constexpr = C.ROWS
     tile, _, columns, _ = _tile_and_columns(sizes, False, C)
     rows = tile * ROWS + tl.arange(0, ROWS)
-    reference = finite(_load_reference(inputs, columns, sizes))
+    reference = finite(_load_bounds(inputs, columns, sizes)[0])
     e = exp(_load(inputs.key, columns, rows, sizes.length, float("-inf"), C) - reference[None, :], C)
     v = _load(inputs.value, columns, rows, sizes.length, 0.0, C)
     _store_factor(inputs.factors, 0, columns, rows, sizes, e, C)
@@ -337,13 +337,13 @@ def _forward(inputs, results, sizes, C: tl.constexpr):
         w = _load_pairs(inputs, head, rows, keys, sizes)
         denominator = _dot(w, _load_factor(inputs.factors, 0, columns, keys, sizes, C), denominator, C)
         numerator = _dot(w, _load_factor(inputs.factors, 1, columns, keys, sizes, C), numerator, C)
-    reference = _load_reference(inputs, columns, sizes)
+    reference, size = _load_bounds(inputs, columns, sizes)
     counts = (rows < sizes.length)[:, None] & columns.exists[None, :]
-    tl.store(results.flags + flag, _found_any(counts & (denominator < _least(reference, C)[None, :])))
+    found = (denominator < least_denominator(reference, C)[None, :]) | (size > C.LARGEST)[None, :]
+    tl.store(results.flags + flag, _found_any(counts & found))
     underflows = denominator < C.TINY
     average = tl.where(underflows, 0.0, numerator * inverse(denominator, C))
-    relative = tl.where(underflows, float("-inf"), tl.log(tl.where(underflows, 1.0, denominator)))
-    logs = relative + finite(reference)[None, :] + _load_maxima(inputs, head, rows, sizes)[:, None]
+    logs = tl.where(underflows, float("-inf"), tl.log(tl.where(underflows, 1.0, denominator)))
     _store(results.average, columns, rows, sizes, average, C)
     _store(results.logs, columns, rows, sizes, logs, C)
 
@@ -354,25 +354,25 @@ def _forward_in_log_space(inputs, results, sizes, EXACT_ROWS: tl.constexpr, C: t
     COLUMNS: tl.constexpr = C.COLUMNS
     tile, head, columns, flag = _tile_and_columns(sizes, True, C)
     if tl.load(results.flags + flag) > 0:
+        reference = finite(_load_bounds(inputs, columns, sizes)[0])
         for first in range(tile * C.ROWS, tl.minimum((tile + 1) * C.ROWS, sizes.length), EXACT_ROWS):
             rows = first + tl.arange(0, EXACT_ROWS)
             maximum = tl.full((EXACT_ROWS, COLUMNS), float("-inf"), C.DTYPE)
             denominator = tl.zeros((EXACT_ROWS, COLUMNS), C.DTYPE)
-            numerator = tl.zeros((EXACT_ROWS, COLUMNS), C.DTYPE)
+            average = tl.zeros((EXACT_ROWS, COLUMNS), C.DTYPE)
             for start in range(0, tl.minimum(_keys_seen(tile, sizes, C), sizes.length)):
                 key = start + tl.arange(0, 1)
-                k = _load(inputs.key, columns, key, sizes.length, float("-inf"), C)
-                v = _load(inputs.value, columns, key, sizes.length, 0.0, C)
-                logits = k + _load_bias(inputs, head, rows, key, sizes, C)
+                logits = _load_logits(inputs, head, columns, rows, key, reference, sizes, C)
                 larger = tl.maximum(maximum, logits)
-                old, new = exp(maximum - finite(larger), C), exp(logits - finite(larger), C)
-                denominator = denominator * old + new
-                numerator = numerator * old + new * v
+                new = exp(logits - finite(larger), C)
+                denominator = denominator * exp(maximum - finite(larger), C) + new
+                share = new / tl.where(denominator == 0, 1.0, denominator)
+                v = _load(inputs.value, columns, key, sizes.length, 0.0, C)
+                average = average * (1 - share) + v * share  # no larger than the largest value
                 maximum = larger
             empty = denominator == 0
-            some = tl.where(empty, 1.0, denominator)
-            logs = tl.where(empty, float("-inf"), tl.log(some) + finite(maximum))
-            _store(results.average, columns, rows, sizes, numerator / some, C)
+            logs = tl.where(empty, float("-inf"), tl.log(tl.where(empty, 1.0, denominator)) + finite(maximum))
+            _store(results.average, columns, rows, sizes, average, C)
             _store(results.logs, columns, rows, sizes, logs, C)
 
 
@@ -382,18 +382,17 @@ def _lay_out_gradients(inputs, results, gradients, sizes, C: tl.constexpr):
     ROWS: tl.constexpr = C.ROWS
     tile, head, columns, flag = _tile_and_columns(sizes, False, C)
     rows = tile * ROWS + tl.arange(0, ROWS)
-    reference = _load_reference(inputs, columns, sizes)
-    logs = _load(_gapless(results.logs, sizes), columns, rows, sizes.length, float("-inf"), C)
-    maxima = finite(reference)[None, :] + _load_maxima(inputs, head, rows, sizes)[:, None]
-    denominator = exp(logs - maxima, C)
+    reference, size = _load_bounds(inputs, columns, sizes)
+    logs = _load(contiguous(results.logs, sizes.length, sizes.width), columns, rows, sizes.length, float("-inf"), C)
+    denominator = exp(logs, C)
     underflows = denominator < C.TINY
-    g = _load(_gapless(gradients.average, sizes), columns, rows, sizes.length, 0.0, C)
+    g = _load(contiguous(gradients.average, sizes.length, sizes.width), columns, rows, sizes.length, 0.0, C)
     g = tl.where(underflows, 0.0, g * inverse(denominator, C))
-    c = g * _load(_gapless(results.average, sizes), columns, rows, sizes.length, 0.0, C)
+    c = g * _load(contiguous(results.average, sizes.length, sizes.width), columns, rows, sizes.length, 0.0, C)
     counts = (rows < sizes.length)[:, None] & columns.exists[None, :]
     # Weights in log space are at most 1: there no sum is larger than what it is a gradient of.
-    large = tl.maximum(tl.abs(g), tl.abs(c)) > C.LARGEST
-    found = _found_any(counts & (large | (denominator < _least(reference, C)[None, :])))
+    large = tl.maximum(tl.abs(g), tl.abs(c)) * tl.maximum(size, 1.0)[None, :] > C.LARGEST
+    found = _found_any(counts & (large | (denominator < least_denominator(reference, C)[None, :])))
     tl.store(results.flags + flag, found)
     _store_factor(gradients.factors, 0, columns, rows, sizes, tl.where(found > 0, 0.0, g), C)
     _store_factor(gradients.factors, 1, columns, rows, sizes, tl.where(found > 0, 0.0, c), C)
@@ -418,7 +417,7 @@ def _backward_keys(inputs, gradients, sizes, C: tl.constexpr):
         w = tl.trans(_load_pairs(inputs, head, queries, keys, sizes))
         sum_g = _dot(w, _load_factor(gradients.factors, 0, columns, queries, sizes, C), sum_g, C)
         sum_c = _dot(w, _load_factor(gradients.factors, 1, columns, queries, sizes, C), sum_c, C)
-    reference = finite(_load_reference(inputs, columns, sizes))
+    reference = finite(_load_bounds(inputs, columns, sizes)[0])
     e = exp(_load(inputs.key, columns, keys, sizes.length, float("-inf"), C) - reference[None, :], C)
     v = _load(inputs.value, columns, keys, sizes.length, 0.0, C)
     _store(gradients.value, columns, keys, sizes, e * sum_g, C)
@@ -438,21 +437,41 @@ def _backward_keys_in_log_space(inputs, results, gradients, sizes, EXACT_ROWS: t
     for other in range(first_tile, sizes.tiles):
         found = tl.maximum(found, tl.load(flags + other * blocks))
     if found > 0:
+        reference = finite(_load_bounds(inputs, columns, sizes)[0])
         for first in range(tile * C.ROWS, tl.minimum((tile + 1) * C.ROWS, sizes.length), EXACT_ROWS):
             keys = first + tl.arange(0, EXACT_ROWS)
-            k = _load(inputs.key, columns, keys, sizes.length, float("-inf"), C)
+            k = _load(inputs.key, columns, keys, sizes.length, float("-inf"), C) - reference[None, :]
             v = _load(inputs.value, columns, keys, sizes.length, 0.0, C)
-            d_key = _load(_gapless(gradients.key, sizes), columns, keys, sizes.length, 0.0, C)
-            d_value = _load(_gapless(gradients.value, sizes), columns, keys, sizes.length, 0.0, C)
+            d_key = _load(contiguous(gradients.key, sizes.length, sizes.width), columns, keys, sizes.length, 0.0, C)
+            d_value = _load(
+                contiguous(gradients.value, sizes.length, sizes.width), columns, keys, sizes.length, 0.0, C
+            )
             for other in range(first_tile, sizes.tiles):
                 if tl.load(flags + other * blocks) > 0:
                     for row in range(other * C.ROWS, tl.minimum((other + 1) * C.ROWS, sizes.length)):
                         query = row + tl.arange(0, 1)
-                        logs = _load(_gapless(results.logs, sizes), columns, query, sizes.length, 0.0, C)
-                        average = _load(_gapless(results.average, sizes), columns, query, sizes.length, 0.0, C)
-                        grad = _load(_gapless(gradients.average, sizes), columns, query, sizes.length, 0.0, C)
-                        bias = tl.trans(_load_bias(inputs, head, query, keys, sizes, C))
-                        sent = _exact_weights(k, bias, logs, C) * grad
+                        logs = _load(
+                            contiguous(results.logs, sizes.length, sizes.width), columns, query, sizes.length, 0.0, C
+                        )
+                        average = _load(
+                            contiguous(results.average, sizes.length, sizes.width),
+                            columns,
+                            query,
+                            sizes.length,
+                            0.0,
+                            C,
+                        )
+                        grad = _load(
+                            contiguous(gradients.average, sizes.length, sizes.width),
+                            columns,
+                            query,
+                            sizes.length,
+                            0.0,
+                            C,
+                        )
+                        w = tl.trans(_load_bias(inputs, head, query, keys, sizes, C))
+                        w -= _load_maxima(inputs, head, query, sizes)[:, None]
+                        sent = _exact_weights(k + w, logs, C) * grad
                         d_value += sent
                         d_key += sent * (v - average)
             _store(gradients.value, columns, keys, sizes, d_value, C)
@@ -502,34 +521,44 @@ def _backward_bias_in_log_space(inputs, results, gradients, sizes, EXACT_ROWS: t
     """Adds what columns with a flag send to a tile of the gradient of the bias."""
     ROWS: tl.constexpr = C.ROWS
     tile, keys_tile, head, _ = _bias_tile(sizes)
+    flags = results.flags + (tile * sizes.heads + head) * sizes.head_blocks
+    found = 0
     if (not C.CAUSAL) or keys_tile <= tile:
-        keys = keys_tile * ROWS + tl.arange(0, ROWS)
-        flags = results.flags + (tile * sizes.heads + head) * sizes.head_blocks
         for block in range(sizes.head_blocks):
-            if tl.load(flags + block) > 0:
-                for first in range(tile * ROWS, tl.minimum((tile + 1) * ROWS, sizes.length), EXACT_ROWS):
-                    rows = first + tl.arange(0, EXACT_ROWS)
-                    bias = _load_bias(inputs, head, rows, keys, sizes, C)
-                    exists = (rows < sizes.length)[:, None] & (keys < sizes.length)[None, :]
-                    address = _bias_addresses(gradients, 0, head, rows, keys, sizes)
-                    total = tl.load(address, mask=exists, other=0.0)
+            found = tl.maximum(found, tl.load(flags + block))
+    if found > 0:
+        keys = keys_tile * ROWS + tl.arange(0, ROWS)
+        for first in range(tile * ROWS, tl.minimum((tile + 1) * ROWS, sizes.length), EXACT_ROWS):
+            rows = first + tl.arange(0, EXACT_ROWS)
+            w = _load_bias(inputs, head, rows, keys, sizes, C) - _load_maxima(inputs, head, rows, sizes)[:, None]
+            exists = (rows < sizes.length)[:, None] & (keys < sizes.length)[None, :]
+            address = _bias_addresses(gradients, 0, head, rows, keys, sizes)
+            total = tl.load(address, mask=exists, other=0.0)
+            for block in range(sizes.head_blocks):
+                if tl.load(flags + block) > 0:
                     for index in range(C.COLUMNS):
                         column = _columns(head, block * C.COLUMNS + index, sizes, 1)
-                        k = _load(inputs.key, column, keys, sizes.length, float("-inf"), C)
+                        reference = finite(_load_bounds(inputs, column, sizes)[0])
+                        k = _load(inputs.key, column, keys, sizes.length, float("-inf"), C) - reference[None, :]
                         v = _load(inputs.value, column, keys, sizes.length, 0.0, C)
-                        logs = _load(_gapless(results.logs, sizes), column, rows, sizes.length, float("-inf"), C)
-                        average = _load(_gapless(results.average, sizes), column, rows, sizes.length, 0.0, C)
-                        grad = _load(_gapless(gradients.average, sizes), column, rows, sizes.length, 0.0, C)
-                        weights = _exact_weights(tl.trans(k), bias, logs, C)
-                        total += weights * grad * (tl.trans(v) - average)
-                    tl.store(address, total, mask=exists)
+                        of = contiguous(results.logs, sizes.length, sizes.width)
+                        logs = _load(of, column, rows, sizes.length, float("-inf"), C)
+                        of = contiguous(results.average, sizes.length, sizes.width)
+                        average = _load(of, column, rows, sizes.length, 0.0, C)
+                        of = contiguous(gradients.average, sizes.length, sizes.width)
+                        grad = _load(of, column, rows, sizes.length, 0.0, C)
+                        total += _exact_weights(tl.trans(k) + w, logs, C) * grad * (tl.trans(v) - average)
+            tl.store(address, total, mask=exists)
 
 
 # -------------------------------------------------------------------------------------------------------- operators
 
 
 def _side(length: int) -> int:
-    return min(_SIDE, max(16, power_of_two(length)))
+    side = 16
+    while side < _SIDE and side < length:  # which says no more of a length that torch.compile leaves open
+        side *= 2
+    return side
 
 
 def _padded(length: int) -> int:
@@ -540,10 +569,8 @@ def _plan(key, value, bias, causal: bool, direction: str) -> tuple[_Sizes, _Cons
     """How the work is cut: what the kernels of a direction share, and the options of those that multiply matrices."""
     batch, length, width = key.shape
     heads = bias.shape[0]
-    dtype, factor = compute_dtype(key, value), factor_dtype(key, value)
     layout = layout_of("full", direction, key.device)
-    half = all(t.dtype in (torch.float16, torch.bfloat16) for t in (key, value))
-    share = 1 if factor == torch.bfloat16 else 2
+    share = 1 if factor_dtype(key, value) == torch.bfloat16 else 2
     rows = min(layout["rows"] // share, _side(length))
     columns = min(layout["columns"] // share, max(16, power_of_two(batch * width // heads)))
     depth = min(layout["depth"] // share, rows)
@@ -566,14 +593,9 @@ def _plan(key, value, bias, causal: bool, direction: str) -> tuple[_Sizes, _Cons
         ROWS=rows,
         COLUMNS=columns,
         DEPTH=depth,
-        DTYPE=TRITON_DTYPE[dtype],
-        TINY=TINY[dtype],
-        LARGEST=LARGEST[dtype],
-        FACTOR=TRITON_DTYPE[factor],
-        PRECISION="tf32" if half else "ieee" if dtype == torch.float64 else "tf32x3",
         CAUSAL=causal,
         EVEN=(batch * width // heads) % max(columns, depth) == 0,
-        FAST=dtype == torch.float32 and not INTERPRETED,
+        **numerics(key, value),
     )
     return sizes, constants, {name: layout[name] for name in ("num_warps", "num_stages")}
 
@@ -582,8 +604,8 @@ def _pairs_of_tiles(tiles: int, causal: bool) -> int:
     return tiles * (tiles + 1) // 2 if causal else tiles**2
 
 
-def _inputs(key, value, bias, pairs, maxima, reference, factors) -> _Inputs:
-    return _Inputs(matrix(key), matrix(value), bias, *bias.stride()[:2], pairs, maxima, reference, factors)
+def _inputs(key, value, bias, pairs, maxima, bounds, factors) -> _Inputs:
+    return _Inputs(matrix(key), matrix(value), bias, *bias.stride()[:2], pairs, maxima, bounds, factors)
 
 
 def _factors_like(tensor: Tensor, sizes: _Sizes, dtype: torch.dtype) -> Tensor:
@@ -599,26 +621,29 @@ def _outputs_like(key, value, bias) -> tuple[Tensor, Tensor, Tensor, Tensor, Ten
         value.new_empty(value.shape, dtype=dtype),
         value.new_empty(heads, padded, padded, dtype=factor_dtype(key, value)),
         value.new_empty(heads, padded, dtype=dtype),
-        value.new_empty(batch, width, dtype=dtype),
+        value.new_empty(2, batch, width, dtype=dtype),
     )
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::full_triton", mutates_args=())
+@on_its_device
 def _full(key: Tensor, value: Tensor, bias: Tensor, causal: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The average of [`_Results`] in the dtype of the values, its logs, and pairs, maxima and reference of
-    [`_Inputs`]. key, value [B, T, D], bias [h, T, T]."""
+    """The average of [`_Results`] in the dtype of the values, its logs, and pairs, maxima and bounds of [`_Inputs`].
+    key, value [B, T, D], bias [h, T, T]."""
     sizes, constants, options = _plan(key, value, bias, causal, "forward")
-    average, logs, pairs, maxima, reference = _outputs_like(key, value, bias)
-    reference.copy_(key.amax(1))
+    average, logs, pairs, maxima, bounds = _outputs_like(key, value, bias)
+    bounds[0].copy_(key.amax(1))
+    low, high = value.aminmax(dim=1)
+    bounds[1].copy_(torch.maximum(-low, high))
     factors = _factors_like(key, sizes, pairs.dtype)
-    inputs = _inputs(key, value, bias, pairs, maxima, reference, factors)
+    inputs = _inputs(key, value, bias, pairs, maxima, bounds, factors)
     programs = (sizes.tiles * sizes.heads * sizes.head_blocks,)
     results = _Results(average, logs, key.new_empty(programs, dtype=torch.int32))
     _lay_out_pairs[(sizes.heads * sizes.padded,)](inputs, sizes, constants, num_warps=1)
     _lay_out_factors[programs](inputs, sizes, constants, num_warps=8)
     _forward[programs](inputs, results, sizes, constants, **options)
     _forward_in_log_space[programs](inputs, results, sizes, _EXACT_ROWS, constants, num_warps=4)
-    return average, logs, pairs, maxima, reference
+    return average, logs, pairs, maxima, bounds
 
 
 @_full.register_fake
@@ -634,6 +659,7 @@ def _full_flops(key, value, bias, causal):
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::full_triton_backward", mutates_args=())
+@on_its_device
 def _full_backward(
     grad: Tensor,
     key: Tensor,
@@ -643,14 +669,15 @@ def _full_backward(
     logs: Tensor,
     pairs: Tensor,
     maxima: Tensor,
-    reference: Tensor,
+    bounds: Tensor,
     causal: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of key, value and bias (empty unless `needs_bias`)."""
     sizes, constants, options = _plan(key, value, bias, causal, "backward")
-    factors, sent = (_factors_like(key, sizes, pairs.dtype) for _ in range(2))
-    inputs = _inputs(key, value, bias, pairs, maxima, reference, factors)
+    sent = _factors_like(key, sizes, pairs.dtype)
+    factors = torch.empty_like(sent) if needs_bias else sent  # which are read for that alone
+    inputs = _inputs(key, value, bias, pairs, maxima, bounds, factors)
     programs = (sizes.tiles * sizes.heads * sizes.head_blocks,)
     results = _Results(average, logs, key.new_empty(programs, dtype=torch.int32))
     d_key, d_value, d_bias = key.new_empty(key.shape), value.new_empty(value.shape), logs.new_empty(0)
@@ -666,7 +693,7 @@ def _full_backward(
         tiles = sizes.heads * sizes.tiles**2
         _backward_bias[(sizes.splits * tiles,)](inputs, gradients, sizes, constants, **options)
         _backward_bias_in_log_space[(tiles,)](*exact, num_warps=4)
-        d_bias = d_bias.sum(0)
+        d_bias = d_bias[0] if sizes.splits == 1 else d_bias.sum(0)
     return d_key, d_value, d_bias.to(bias.dtype)
 
 
@@ -712,9 +739,15 @@ def full_triton(key: Tensor, value: Tensor, bias: Tensor, causal: bool) -> Tenso
     """
     The average [B, T, V], in the dtype of the values, of keys [B, T, K] and values [B, T, V] under biases [h, T, T]
     that all rows of the batch share. A query that sees no key gives 0, with zero gradients. The sums are taken in
-    float32, or in float64 if an input is. Products of bfloat16 inputs are taken in bfloat16, those of float16 in tf32,
-    and added up in float32.
+    float32, or in float64 if keys or values are. Products of bfloat16 inputs are taken in bfloat16, those of float16
+    in tf32, and added up in float32.
+
+    Raises:
+        ValueError: the biases are not those of T positions.
     """
+    length = value.shape[1]
+    if bias.shape[1] != length or bias.shape[2] != length:
+        raise refused("bias", f"[h, {length}, {length}], for {length} tokens", tuple(bias.shape))
     if key.shape[2] < value.shape[2]:
         key = key.repeat_interleave(value.shape[2] // key.shape[2], 2)
     key, value, bias = (t if t.stride(-1) == 1 else t.contiguous() for t in (key, value, bias))

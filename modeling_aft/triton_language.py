@@ -8,7 +8,8 @@
 # specific language governing permissions and limitations under the License.
 """What the Triton kernels of several files share: records and functions of theirs, and what is known of a GPU."""
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -33,8 +34,9 @@ TRITON_DTYPE = triton and {torch.bfloat16: tl.bfloat16, torch.float32: tl.float3
 
 
 def triton_can_run(device: torch.device) -> bool:
-    """Whether triton is there, and the device one that it has code for, as the CPU is for its interpreter."""
-    return triton is not None and (device.type == "cuda" or INTERPRETED)
+    """Whether triton is there, and the device one that the kernels have code for: an NVIDIA GPU, or a CPU for its
+    interpreter."""
+    return triton is not None and (INTERPRETED or (device.type == "cuda" and torch.version.hip is None))
 
 
 def jit(function):
@@ -93,6 +95,29 @@ def inverse(x, C: tl.constexpr):
         return 1 / x
 
 
+@jit
+def contiguous(pointer, rows, width):
+    """A contiguous tensor [., rows, width]."""
+    return Matrix(pointer, tl.cast(rows, tl.int64) * width, width)
+
+
+@jit
+def least_denominator(reference, C: tl.constexpr):
+    """The least that does without log space, by the largest key: any where there are no keys."""
+    return tl.where(reference > float("-inf"), C.TINY, -1.0).to(C.DTYPE)
+
+
+def on_its_device(function: Callable) -> Callable:
+    """Runs a function with the GPU of its first argument as the current one, on which Triton launches kernels."""
+
+    @wraps(function)
+    def run(first, *others, **options):
+        with torch.cuda.device_of(first):
+            return function(first, *others, **options)
+
+    return run
+
+
 def matrix(tensor: Tensor) -> Matrix:
     """The record of a tensor, for a kernel."""
     return Matrix(tensor, tensor.stride(0), tensor.stride(1))
@@ -112,6 +137,29 @@ def factor_dtype(*inputs: Tensor) -> torch.dtype:
     interpreter multiplies the bits of bfloat16."""
     narrow = all(t.dtype == torch.bfloat16 for t in inputs) and not INTERPRETED
     return torch.bfloat16 if narrow else compute_dtype(*inputs)
+
+
+def is_half(*inputs: Tensor) -> bool:
+    return all(t.dtype in (torch.float16, torch.bfloat16) for t in inputs)
+
+
+def numerics(*inputs: Tensor) -> dict[str, Any]:
+    """
+    What kernels are compiled for, by the dtypes of their inputs.
+
+    DTYPE, TINY, LARGEST: of the computation, and the bounds beyond which it is done in log space. FACTOR, PRECISION:
+    what the factors of matrix products are rounded to, and how they are multiplied. FAST: whether the processor's own
+    approximations of exp(x) and 1 / x, in float32, will do.
+    """
+    dtype = compute_dtype(*inputs)
+    return {
+        "DTYPE": TRITON_DTYPE[dtype],
+        "TINY": TINY[dtype],
+        "LARGEST": LARGEST[dtype],
+        "FACTOR": TRITON_DTYPE[factor_dtype(*inputs)],
+        "PRECISION": "tf32" if is_half(*inputs) else "ieee" if dtype == torch.float64 else "tf32x3",
+        "FAST": dtype == torch.float32 and not INTERPRETED,
+    }
 
 
 @cache

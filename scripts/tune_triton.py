@@ -168,8 +168,8 @@ def sizes_of_text(text: str) -> tuple[int, int]:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="forms of AFT")
-    parser.add_argument("--columns", type=int, nargs="+", default=[16, 32, 64], help="columns of a program")
-    parser.add_argument("--warps", type=int, nargs="+", default=[1, 2, 4], help="warps of a program")
+    parser.add_argument("--columns", type=int, nargs="+", default=[16, 32, 64], help="of a program; not of full")
+    parser.add_argument("--warps", type=int, nargs="+", default=[1, 2, 4], help="of a program; not of full")
     parser.add_argument(
         "--processor_warps", type=int, nargs="+", default=[4, 8, 16], help="warps that a multiprocessor should get"
     )

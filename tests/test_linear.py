@@ -224,6 +224,15 @@ def test_a_compiled_step_multiplies_one_row_with_a_matrix(bias, dtype):
     assert not compiled(project, layer, hidden[:1, :1])[1]  # where gradients are recorded
 
 
+def test_a_size_that_is_left_open_is_no_single_row(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "capture_dynamic_output_shape_ops", True)
+    layer, hidden, chosen = nn.Linear(6, 10), torch.randn(5, 6), torch.tensor([True, False, True, True, False])
+    torch._dynamo.reset()
+    function = torch.compile(lambda hidden, chosen: project(layer, hidden[chosen]), fullgraph=True, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(function(hidden, chosen), layer(hidden[chosen]))
+
+
 @pytest.mark.parametrize("change", [hooked, replaced, quantized, adapted, "autocast", "mixed"])
 def test_a_compiled_layer_that_does_more_is_called(change):
     layer, hidden = nn.Linear(6, 10), torch.randn(1, 6)

@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import sys
 from types import SimpleNamespace
 
 import compile_triton
@@ -10,7 +11,7 @@ import torch
 import tune_triton
 
 from aft.benchmark_rows import LAYOUT_COLUMNS, REGISTER_COLUMNS
-from aft.triton_kernels import add_layouts, best_layouts
+from aft.triton_kernels import Sizes, add_layouts, best_layouts
 from modeling_aft import ops_triton, triton_language, triton_layouts
 
 
@@ -72,6 +73,24 @@ def test_a_layout_has_the_fields_of_its_form():
     layout = triton_layouts.LAYOUTS["default"]["full"]["forward"]
     assert found[GPU]["full"] == {"forward": layout, "backward": layout}
     assert found[GPU]["simple"]["forward"] == {"columns": 16, "num_warps": 1, "processor_warps": 8}
+
+
+def test_rows_as_they_are_measured_choose_a_layout(monkeypatch):
+    """Each has the fields of its own form alone."""
+    args = SimpleNamespace(columns=[16, 32], warps=[1], processor_warps=[8], forms=["simple", "full"], seconds=60)
+    args.sizes, args.dtype = [Sizes(1, 64, 32, 2, 8)], "bfloat16"
+    times = {"forward_ms": "1", "backward_ms": "2"}
+    monkeypatch.setattr(tune_triton, "measure", lambda args, form, layout, sizes: times)
+    monkeypatch.setattr(tune_triton, "compile_in_time", lambda args, cases, deadline: cases)
+    monkeypatch.setattr(tune_triton, "processor_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(ops_triton, "processor", lambda device: (GPU, 100))
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3"))
+    rows = tune_triton.measure_layouts(args)
+    assert {form: set(ways) for form, ways in best_layouts(rows)[GPU].items()} == {
+        "simple": {"forward", "backward"},
+        "full": {"forward", "backward"},
+    }
 
 
 def test_a_layout_that_was_not_timed_at_all_sizes_is_not_chosen():

@@ -184,7 +184,7 @@ def best_layouts(rows: list[dict]) -> dict[str, dict]:
     """
     times = defaultdict(lambda: defaultdict(dict))
     for row in rows:
-        layout = tuple((name, int(row[name])) for name in LAYOUT_FIELDS if row[name])
+        layout = tuple((name, int(row[name])) for name in LAYOUT_FIELDS if row.get(name))
         case = tuple(row[name] for name in ("form", *Sizes._fields, "dtype"))
         for direction in DIRECTIONS:
             milliseconds = row.get(f"{direction}_ms")
