@@ -224,8 +224,8 @@ def test_a_compiled_step_multiplies_one_row_with_a_matrix(bias, dtype):
     assert not compiled(project, layer, hidden[:1, :1])[1]  # where gradients are recorded
 
 
-def test_a_size_that_is_left_open_is_no_single_row(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "capture_dynamic_output_shape_ops", True)
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_a_size_that_is_left_open_is_no_single_row():
     layer, hidden, chosen = nn.Linear(6, 10), torch.randn(5, 6), torch.tensor([True, False, True, True, False])
     torch._dynamo.reset()
     function = torch.compile(lambda hidden, chosen: project(layer, hidden[chosen]), fullgraph=True, backend="eager")
