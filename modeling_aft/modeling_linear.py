@@ -34,7 +34,7 @@ def project(layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     faster on CPUs if the outputs are the rows: libraries of matrix products share the work out by these. A single row
     torch.compile multiplies faster with code of its own, in bfloat16 several times as fast.
     """
-    if _is_compiled_row(layer, hidden_states):
+    if torch.compiler.is_compiling() and _is_compiled_row(layer, hidden_states):
         row = hidden_states.reshape(-1)
         row = row.as_strided(row.shape, row.stride())  # else inductor computes it again for each output
         out = layer.weight.mv(row) if layer.bias is None else torch.addmv(layer.bias, layer.weight, row)
@@ -63,19 +63,15 @@ def _has_rows(hidden_states: torch.Tensor, numbers: range) -> bool:
 
 
 def _is_compiled_row(layer: nn.Module, hidden_states: torch.Tensor) -> bool:
-    """Whether torch.compile makes the graph of a plain layer for one row on a CPU, without gradients."""
-    if not torch.compiler.is_compiling() or torch.is_grad_enabled() or is_exporting():
+    """Whether a graph of torch.compile, without gradients, has a plain layer for one row on a CPU."""
+    if torch.is_grad_enabled() or is_exporting() or hidden_states.device.type != "cpu":
         return False
-    if hidden_states.device.type != "cpu" or not all(map(_is_surely_one, hidden_states.shape[:-1])):
+    # Without a guard on a size that torch.compile leaves open.
+    if not all(statically_known_true(size == 1) for size in hidden_states.shape[:-1]):
         return False
     if type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter or is_watched(layer):
         return False
     return layer.weight.dtype == hidden_states.dtype and not torch.is_autocast_enabled("cpu")
-
-
-def _is_surely_one(size: int | torch.SymInt) -> bool:
-    """Without a guard on a size that torch.compile leaves open."""
-    return statically_known_true(size == 1)
 
 
 def _is_sooner_transposed(layer: nn.Module, hidden_states: torch.Tensor) -> bool:

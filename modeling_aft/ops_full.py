@@ -9,6 +9,7 @@
 """AFT-full: a single panel (ops_panel.py) for each head and row of the batch, or for all rows that share biases."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -36,10 +37,7 @@ def full(panel: Callable[..., Tensor]) -> Callable[[Call], tuple[Tensor, AFTStat
     """The answer to a call, by a function that gives the average of a panel: the output, and the state if one is
     wanted."""
 
-    @on_table
-    def of_table(key, value, bias, causal):
-        dtype = compute_dtype(key, value)
-        return shared_average(panel, key.to(dtype), value.to(dtype), bias.to(dtype), causal)
+    of_table = on_table(partial(shared_average, panel))
 
     def run(call: Call) -> tuple[Tensor, AFTState | None]:
         if has_table(call):
@@ -80,7 +78,9 @@ def _answer(call: Call, average: Tensor, new_state: AFTState | None) -> tuple[Te
 
 def shared_average(panel: Callable[..., Tensor], key: Tensor, value: Tensor, bias: Tensor, causal: bool) -> Tensor:
     """Average [B, T, V] of keys [B, T, K] and values [B, T, V] under biases [h, T, T] that all rows of the batch
-    share."""
+    share, in the dtype that sums are taken in."""
+    dtype = compute_dtype(key, value)
+    key, value, bias = key.to(dtype), value.to(dtype), bias.to(dtype)
     key, value = (t.unflatten(-1, (bias.shape[0], -1)).permute(2, 1, 0, 3) for t in (key, value))  # [h, T, B, .]
     return _average(panel, key, value, bias, causal, 0).permute(2, 1, 0, 3).flatten(2)
 

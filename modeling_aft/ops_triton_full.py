@@ -183,20 +183,43 @@ def _tile_and_columns(sizes, LAST_FIRST: tl.constexpr, C: tl.constexpr):
 
 
 @jit
-def _load(matrix, columns, rows, stop, other, C: tl.constexpr):
-    """The rows of a matrix [B, T, D] that lie before `stop`, else `other`: [rows, columns]."""
-    mask = (rows < stop)[:, None] & columns.exists[None, :]
-    address = (matrix.start + columns.batch * matrix.batch + columns.channel)[None, :]
-    return tl.load(address + rows.to(tl.int64)[:, None] * matrix.row, mask=mask, other=other).to(C.DTYPE)
+def _addresses(matrix, columns, rows):
+    """Those of [rows, columns] of a matrix [B, T, D]."""
+    start = matrix.start + columns.batch * matrix.batch + columns.channel
+    return start[None, :] + rows.to(tl.int64)[:, None] * matrix.row
+
+
+@jit
+def _exist(columns, rows, sizes):
+    """Which of [rows, columns] there are."""
+    return (rows < sizes.length)[:, None] & columns.exists[None, :]
+
+
+@jit
+def _load_matrix(matrix, columns, rows, other, sizes, C: tl.constexpr):
+    """[rows, columns] of a matrix, `other` where there is none."""
+    mask = _exist(columns, rows, sizes)
+    return tl.load(_addresses(matrix, columns, rows), mask=mask, other=other).to(C.DTYPE)
+
+
+@jit
+def _load(start, columns, rows, other, sizes, C: tl.constexpr):
+    """The same of a tensor [B, T, D] without gaps."""
+    return _load_matrix(contiguous(start, sizes.length, sizes.width), columns, rows, other, sizes, C)
 
 
 @jit
 def _store(start, columns, rows, sizes, tile, C: tl.constexpr):
-    """Writes [rows, columns] of a tensor [B, T, D] without gaps."""
-    mask = (rows < sizes.length)[:, None] & columns.exists[None, :]
-    address = (start + columns.batch * sizes.length * sizes.width + columns.channel)[None, :]
-    address += rows.to(tl.int64)[:, None] * sizes.width
-    tl.store(address, tile.to(start.dtype.element_ty), mask=mask)
+    """Writes what `_load` would read."""
+    address = _addresses(contiguous(start, sizes.length, sizes.width), columns, rows)
+    tl.store(address, tile.to(start.dtype.element_ty), mask=_exist(columns, rows, sizes))
+
+
+@jit
+def _load_keys(inputs, columns, rows, reference, sizes, C: tl.constexpr):
+    """The keys relative to the reference, and the values."""
+    k = _load_matrix(inputs.key, columns, rows, float("-inf"), sizes, C) - reference[None, :]
+    return k, _load_matrix(inputs.value, columns, rows, 0.0, sizes, C)
 
 
 @jit
@@ -273,11 +296,9 @@ def _keys_seen(tile, sizes, C: tl.constexpr):
 
 
 @jit
-def _load_logits(inputs, head, columns, rows, key, reference, sizes, C: tl.constexpr):
-    """k + w of queries [rows] and one key, relative to the maxima of both: [rows, columns]."""
-    k = _load(inputs.key, columns, key, sizes.length, float("-inf"), C) - reference[None, :]
-    w = _load_bias(inputs, head, rows, key, sizes, C) - _load_maxima(inputs, head, rows, sizes)[:, None]
-    return k + w
+def _load_relative_bias(inputs, head, rows, keys, sizes, C: tl.constexpr):
+    """[rows, keys] of the bias, relative to the row maxima."""
+    return _load_bias(inputs, head, rows, keys, sizes, C) - _load_maxima(inputs, head, rows, sizes)[:, None]
 
 
 @jit
@@ -316,8 +337,8 @@ def _lay_out_factors(inputs, sizes, C: tl.constexpr):
     tile, _, columns, _ = _tile_and_columns(sizes, False, C)
     rows = tile * ROWS + tl.arange(0, ROWS)
     reference = finite(_load_bounds(inputs, columns, sizes)[0])
-    e = exp(_load(inputs.key, columns, rows, sizes.length, float("-inf"), C) - reference[None, :], C)
-    v = _load(inputs.value, columns, rows, sizes.length, 0.0, C)
+    k, v = _load_keys(inputs, columns, rows, reference, sizes, C)
+    e = exp(k, C)
     _store_factor(inputs.factors, 0, columns, rows, sizes, e, C)
     _store_factor(inputs.factors, 1, columns, rows, sizes, e * v, C)
 
@@ -338,9 +359,8 @@ def _forward(inputs, results, sizes, C: tl.constexpr):
         denominator = _dot(w, _load_factor(inputs.factors, 0, columns, keys, sizes, C), denominator, C)
         numerator = _dot(w, _load_factor(inputs.factors, 1, columns, keys, sizes, C), numerator, C)
     reference, size = _load_bounds(inputs, columns, sizes)
-    counts = (rows < sizes.length)[:, None] & columns.exists[None, :]
     found = (denominator < least_denominator(reference, C)[None, :]) | (size > C.LARGEST)[None, :]
-    tl.store(results.flags + flag, _found_any(counts & found))
+    tl.store(results.flags + flag, _found_any(_exist(columns, rows, sizes) & found))
     underflows = denominator < C.TINY
     average = tl.where(underflows, 0.0, numerator * inverse(denominator, C))
     logs = tl.where(underflows, float("-inf"), tl.log(tl.where(underflows, 1.0, denominator)))
@@ -362,12 +382,12 @@ def _forward_in_log_space(inputs, results, sizes, EXACT_ROWS: tl.constexpr, C: t
             average = tl.zeros((EXACT_ROWS, COLUMNS), C.DTYPE)
             for start in range(0, tl.minimum(_keys_seen(tile, sizes, C), sizes.length)):
                 key = start + tl.arange(0, 1)
-                logits = _load_logits(inputs, head, columns, rows, key, reference, sizes, C)
+                k, v = _load_keys(inputs, columns, key, reference, sizes, C)
+                logits = k + _load_relative_bias(inputs, head, rows, key, sizes, C)
                 larger = tl.maximum(maximum, logits)
                 new = exp(logits - finite(larger), C)
                 denominator = denominator * exp(maximum - finite(larger), C) + new
                 share = new / tl.where(denominator == 0, 1.0, denominator)
-                v = _load(inputs.value, columns, key, sizes.length, 0.0, C)
                 average = average * (1 - share) + v * share  # no larger than the largest value
                 maximum = larger
             empty = denominator == 0
@@ -383,16 +403,15 @@ def _lay_out_gradients(inputs, results, gradients, sizes, C: tl.constexpr):
     tile, head, columns, flag = _tile_and_columns(sizes, False, C)
     rows = tile * ROWS + tl.arange(0, ROWS)
     reference, size = _load_bounds(inputs, columns, sizes)
-    logs = _load(contiguous(results.logs, sizes.length, sizes.width), columns, rows, sizes.length, float("-inf"), C)
-    denominator = exp(logs, C)
+    denominator = exp(_load(results.logs, columns, rows, float("-inf"), sizes, C), C)
     underflows = denominator < C.TINY
-    g = _load(contiguous(gradients.average, sizes.length, sizes.width), columns, rows, sizes.length, 0.0, C)
+    g = _load(gradients.average, columns, rows, 0.0, sizes, C)
     g = tl.where(underflows, 0.0, g * inverse(denominator, C))
-    c = g * _load(contiguous(results.average, sizes.length, sizes.width), columns, rows, sizes.length, 0.0, C)
-    counts = (rows < sizes.length)[:, None] & columns.exists[None, :]
+    c = g * _load(results.average, columns, rows, 0.0, sizes, C)
     # Weights in log space are at most 1: there no sum is larger than what it is a gradient of.
     large = tl.maximum(tl.abs(g), tl.abs(c)) * tl.maximum(size, 1.0)[None, :] > C.LARGEST
-    found = _found_any(counts & (large | (denominator < least_denominator(reference, C)[None, :])))
+    small = denominator < least_denominator(reference, C)[None, :]
+    found = _found_any(_exist(columns, rows, sizes) & (large | small))
     tl.store(results.flags + flag, found)
     _store_factor(gradients.factors, 0, columns, rows, sizes, tl.where(found > 0, 0.0, g), C)
     _store_factor(gradients.factors, 1, columns, rows, sizes, tl.where(found > 0, 0.0, c), C)
@@ -418,8 +437,8 @@ def _backward_keys(inputs, gradients, sizes, C: tl.constexpr):
         sum_g = _dot(w, _load_factor(gradients.factors, 0, columns, queries, sizes, C), sum_g, C)
         sum_c = _dot(w, _load_factor(gradients.factors, 1, columns, queries, sizes, C), sum_c, C)
     reference = finite(_load_bounds(inputs, columns, sizes)[0])
-    e = exp(_load(inputs.key, columns, keys, sizes.length, float("-inf"), C) - reference[None, :], C)
-    v = _load(inputs.value, columns, keys, sizes.length, 0.0, C)
+    k, v = _load_keys(inputs, columns, keys, reference, sizes, C)
+    e = exp(k, C)
     _store(gradients.value, columns, keys, sizes, e * sum_g, C)
     _store(gradients.key, columns, keys, sizes, e * (sum_g * v - sum_c), C)
 
@@ -440,37 +459,17 @@ def _backward_keys_in_log_space(inputs, results, gradients, sizes, EXACT_ROWS: t
         reference = finite(_load_bounds(inputs, columns, sizes)[0])
         for first in range(tile * C.ROWS, tl.minimum((tile + 1) * C.ROWS, sizes.length), EXACT_ROWS):
             keys = first + tl.arange(0, EXACT_ROWS)
-            k = _load(inputs.key, columns, keys, sizes.length, float("-inf"), C) - reference[None, :]
-            v = _load(inputs.value, columns, keys, sizes.length, 0.0, C)
-            d_key = _load(contiguous(gradients.key, sizes.length, sizes.width), columns, keys, sizes.length, 0.0, C)
-            d_value = _load(
-                contiguous(gradients.value, sizes.length, sizes.width), columns, keys, sizes.length, 0.0, C
-            )
+            k, v = _load_keys(inputs, columns, keys, reference, sizes, C)
+            d_key = _load(gradients.key, columns, keys, 0.0, sizes, C)
+            d_value = _load(gradients.value, columns, keys, 0.0, sizes, C)
             for other in range(first_tile, sizes.tiles):
                 if tl.load(flags + other * blocks) > 0:
                     for row in range(other * C.ROWS, tl.minimum((other + 1) * C.ROWS, sizes.length)):
                         query = row + tl.arange(0, 1)
-                        logs = _load(
-                            contiguous(results.logs, sizes.length, sizes.width), columns, query, sizes.length, 0.0, C
-                        )
-                        average = _load(
-                            contiguous(results.average, sizes.length, sizes.width),
-                            columns,
-                            query,
-                            sizes.length,
-                            0.0,
-                            C,
-                        )
-                        grad = _load(
-                            contiguous(gradients.average, sizes.length, sizes.width),
-                            columns,
-                            query,
-                            sizes.length,
-                            0.0,
-                            C,
-                        )
-                        w = tl.trans(_load_bias(inputs, head, query, keys, sizes, C))
-                        w -= _load_maxima(inputs, head, query, sizes)[:, None]
+                        logs = _load(results.logs, columns, query, 0.0, sizes, C)
+                        average = _load(results.average, columns, query, 0.0, sizes, C)
+                        grad = _load(gradients.average, columns, query, 0.0, sizes, C)
+                        w = tl.trans(_load_relative_bias(inputs, head, query, keys, sizes, C))
                         sent = _exact_weights(k + w, logs, C) * grad
                         d_value += sent
                         d_key += sent * (v - average)
@@ -530,7 +529,7 @@ def _backward_bias_in_log_space(inputs, results, gradients, sizes, EXACT_ROWS: t
         keys = keys_tile * ROWS + tl.arange(0, ROWS)
         for first in range(tile * ROWS, tl.minimum((tile + 1) * ROWS, sizes.length), EXACT_ROWS):
             rows = first + tl.arange(0, EXACT_ROWS)
-            w = _load_bias(inputs, head, rows, keys, sizes, C) - _load_maxima(inputs, head, rows, sizes)[:, None]
+            w = _load_relative_bias(inputs, head, rows, keys, sizes, C)
             exists = (rows < sizes.length)[:, None] & (keys < sizes.length)[None, :]
             address = _bias_addresses(gradients, 0, head, rows, keys, sizes)
             total = tl.load(address, mask=exists, other=0.0)
@@ -539,14 +538,10 @@ def _backward_bias_in_log_space(inputs, results, gradients, sizes, EXACT_ROWS: t
                     for index in range(C.COLUMNS):
                         column = _columns(head, block * C.COLUMNS + index, sizes, 1)
                         reference = finite(_load_bounds(inputs, column, sizes)[0])
-                        k = _load(inputs.key, column, keys, sizes.length, float("-inf"), C) - reference[None, :]
-                        v = _load(inputs.value, column, keys, sizes.length, 0.0, C)
-                        of = contiguous(results.logs, sizes.length, sizes.width)
-                        logs = _load(of, column, rows, sizes.length, float("-inf"), C)
-                        of = contiguous(results.average, sizes.length, sizes.width)
-                        average = _load(of, column, rows, sizes.length, 0.0, C)
-                        of = contiguous(gradients.average, sizes.length, sizes.width)
-                        grad = _load(of, column, rows, sizes.length, 0.0, C)
+                        k, v = _load_keys(inputs, column, keys, reference, sizes, C)
+                        logs = _load(results.logs, column, rows, float("-inf"), sizes, C)
+                        average = _load(results.average, column, rows, 0.0, sizes, C)
+                        grad = _load(gradients.average, column, rows, 0.0, sizes, C)
                         total += _exact_weights(tl.trans(k) + w, logs, C) * grad * (tl.trans(v) - average)
             tl.store(address, total, mask=exists)
 
@@ -569,10 +564,11 @@ def _plan(key, value, bias, causal: bool, direction: str) -> tuple[_Sizes, _Cons
     """How the work is cut: what the kernels of a direction share, and the options of those that multiply matrices."""
     batch, length, width = key.shape
     heads = bias.shape[0]
+    count = batch * width // heads  # columns of a head
     layout = layout_of("full", direction, key.device)
     share = 1 if factor_dtype(key, value) == torch.bfloat16 else 2
     rows = min(layout["rows"] // share, _side(length))
-    columns = min(layout["columns"] // share, max(16, power_of_two(batch * width // heads)))
+    columns = min(layout["columns"] // share, max(16, power_of_two(count)))
     depth = min(layout["depth"] // share, rows)
     padded = _padded(length)
     tiles = padded // rows
@@ -585,8 +581,8 @@ def _plan(key, value, bias, causal: bool, direction: str) -> tuple[_Sizes, _Cons
         tiles=tiles,
         heads=heads,
         head_width=width // heads,
-        head_blocks=ceil_divide(batch * width // heads, columns),
-        splits=max(1, min(wanted, batch * width // heads // (4 * depth))),
+        head_blocks=ceil_divide(count, columns),
+        splits=max(1, min(wanted, count // (4 * depth))),
     )
     constants = _Constants(
         SIDE=_side(length),
@@ -594,7 +590,7 @@ def _plan(key, value, bias, causal: bool, direction: str) -> tuple[_Sizes, _Cons
         COLUMNS=columns,
         DEPTH=depth,
         CAUSAL=causal,
-        EVEN=(batch * width // heads) % max(columns, depth) == 0,
+        EVEN=count % max(columns, depth) == 0,
         **numerics(key, value),
     )
     return sizes, constants, {name: layout[name] for name in ("num_warps", "num_stages")}
@@ -727,9 +723,7 @@ def _differentiate(ctx, grad, *_):
 
 
 def _composed(key, value, bias, causal):
-    dtype = compute_dtype(key, value)
-    tensors = (tensor.to(dtype) for tensor in (key, value, bias))
-    return shared_average(panel_composed, *tensors, causal).to(value.dtype)
+    return shared_average(panel_composed, key, value, bias, causal).to(value.dtype)
 
 
 _full.register_autograd(_differentiate, setup_context=_save_for_backward)
