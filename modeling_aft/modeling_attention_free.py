@@ -27,7 +27,7 @@ from .modeling_tokens import read_tokens
 from .ops import attend, weights
 from .ops_modes import is_exporting, is_static, leading, without_autocast
 from .ops_state import AFTState, Call, advance, compute_dtype
-from .ops_step import ROOM, RecentTokens
+from .ops_step import AHEAD, RecentTokens
 from .ops_tokens import Tokens, refused
 from .ops_windows import bias_rows
 
@@ -43,6 +43,11 @@ class PositionBias(nn.Module):
     """
 
     argument = "window_bias"
+
+    def of_run(self, positions: torch.Tensor) -> torch.Tensor:
+        """The same for positions [B, T], each of which is one of the T that begin with the first of its row. Nobody
+        watches the module then."""
+        return self(positions)
 
 
 class TablePositionBias(PositionBias):
@@ -98,8 +103,8 @@ class LocalPositionBias(TablePositionBias):
         """[1, T, taps] for positions [T], of which only the number is read, for 0 to T - 1; [1, B, T, taps] for those
         [B, T]."""
         shared, length = positions.dim() == 1, positions.shape[-1]
-        if not shared and self.table is None and (length == 1 or (length <= ROOM and not is_static())):
-            return self._few_rows(positions)[None]
+        if not shared and self.table is None and (length == 1 or (length <= AHEAD and not is_static())):
+            return self._few_rows(positions.reshape(-1, 1)).view(1, *positions.shape, -1)
         bias = self.table
         if bias is None:
             # In an exported program the number of blocks must not depend on the length.
@@ -107,13 +112,19 @@ class LocalPositionBias(TablePositionBias):
             bias = banded_product(self.query_factors[rows], self.key_factors[rows], self.left, self.right)
         return (leading(bias, 0, length) if shared else bias[positions])[None]
 
+    def of_run(self, positions: torch.Tensor) -> torch.Tensor:
+        return super().of_run(positions) if self.table is not None else self._few_rows(positions)[None]
+
     def _few_rows(self, positions: torch.Tensor) -> torch.Tensor:
-        """What decoding steps need of `banded_product`, without the rest: positions [B, T] to [B, T, taps]."""
-        offsets = torch.arange(-self.right, self.left + 1, device=positions.device)
-        keys = positions[..., None] - offsets
+        """What decoding steps need of `banded_product`, without the rest: positions [B, T], as those of a run, to
+        [B, T, taps]."""
+        first, device = positions[:, :1] - self.left, positions.device
+        keys = first + torch.arange(self.left + positions.shape[1] + self.right, device=device)
         existing = keys.clamp(0, len(self.key_factors) - 1)
-        queries = F.embedding(positions, self.query_factors)[..., None]
-        return (F.embedding(existing, self.key_factors) @ queries).squeeze(-1).masked_fill(existing != keys, 0)
+        products = F.embedding(positions, self.query_factors) @ F.embedding(existing, self.key_factors).mT
+        products = products.masked_fill((existing != keys)[:, None], 0)
+        columns = (positions - first)[..., None] - torch.arange(-self.right, self.left + 1, device=device)
+        return products.gather(2, columns)
 
 
 def banded_product(u: torch.Tensor, v: torch.Tensor, left: int, right: int) -> torch.Tensor:
@@ -177,12 +188,6 @@ class ConvPositionBias(RelativePositionBias):
         standardised = centred * torch.where(variance > 0, variance, torch.ones_like(variance)).rsqrt()
         bias = self.gamma[:, None].to(weight.dtype) * standardised + self.beta[:, None].to(weight.dtype)
         return bias[:, None]
-
-
-def weights_of(module: nn.Module) -> list[torch.Tensor]:
-    """The parameters and buffers of a module without parts."""
-    own = (*module._parameters.values(), *module._buffers.values())
-    return [weight for weight in own if weight is not None]
 
 
 class Decay(nn.Module):
@@ -351,32 +356,50 @@ class AFTMixer(Mixer):
         layer = cache.layers[self.layer_idx]
         if not (tokens.can_wait and layer.can_wait) or self.training:
             return None
-        recent, parts = layer.recent, self._parts_of_biases()
-        weights = [w for part in parts for w in weights_of(part)]
-        if any(part._modules or is_watched(part) for part in parts) or any(w.is_inference() for w in weights):
+        recent, made_of = layer.recent, self._what_biases_are_made_of(key)
+        if made_of is None:
             return None
-        made_of = [(w.data_ptr(), w._version) for w in weights]
-        if recent is not None and recent.made_of == made_of and recent.has_room:
+        if recent is not None and recent.made_of == made_of and recent.may_write:
+            if recent.is_full:
+                recent.fold()
+            if recent.needs_biases:
+                recent.take_biases(self._next_biases(key, tokens))
             return recent
         if type(self)._call is not AFTMixer._call or type(self).biases is not AFTMixer.biases:
             return None
         state = layer.state
         if state.normalizer.dtype != compute_dtype(key, value):
             return None
-        positions = tokens.position_ids + torch.arange(ROOM, device=tokens.position_ids.device)
-        if self.limit is not None:
-            positions = positions.clamp_max(self.limit - 1)  # none that is read lies beyond
-        bias = None
-        if self.position_bias is not None:
-            with without_autocast(key):
-                tokens = Tokens(position_ids=positions)
-                bias = bias_rows(self.biases(key, tokens)["window_bias"], ROOM, tokens)
         decay = None if self.decay is None else self.decay()
-        layer.recent = RecentTokens(state, bias, decay, made_of)
+        layer.recent = RecentTokens(state, self._next_biases(key, tokens), decay, made_of)
         return layer.recent
 
-    def _parts_of_biases(self) -> list[nn.Module]:
-        return [part for part in (self.position_bias, self.decay) if part is not None]
+    def _next_biases(self, key: torch.Tensor, tokens: Tokens) -> torch.Tensor | None:
+        """The window biases of the next AHEAD queries, of which `tokens` has the first."""
+        if self.position_bias is None:
+            return None
+        positions = tokens.position_ids + torch.arange(AHEAD, device=tokens.position_ids.device)
+        if self.limit is not None:
+            positions = positions.clamp_max(self.limit - 1)  # none that is read lies beyond
+        with without_autocast(key):
+            return bias_rows(self.position_bias.of_run(positions), AHEAD, Tokens(position_ids=positions))
+
+    def _what_biases_are_made_of(self, key: torch.Tensor) -> list | None:
+        """The dtype of keys, and where the weights of biases stand, with their versions; None where these are not
+        known, or somebody may watch the modules."""
+        known = [key.dtype]
+        for part in (self.position_bias, self.decay):
+            if part is None:
+                continue
+            if part._modules or is_watched(part):
+                return None
+            for weight in (*part._parameters.values(), *part._buffers.values()):
+                if weight is None:
+                    continue
+                if weight.is_inference():
+                    return None
+                known.append((weight.data_ptr(), weight._version))
+        return known
 
     def split(self, projected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries [B, T, D], keys [B, T, D or H] and values [B, T, D] for the operator, from what `qkv_proj` gives."""

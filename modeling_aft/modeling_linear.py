@@ -16,11 +16,10 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers import initialization
 from transformers.activations import GELUActivation
 
-from .ops_modes import is_exporting, is_static, is_transformed
+from .ops_modes import is_exporting, is_transformed
 
 
-FEW_ROWS = range(3, 9)
-ONE_ROW = range(1, 2)
+MOST_ROWS = 8  # of an input, to be one of few rows
 
 
 def activated(tensor: torch.Tensor, activation: str) -> torch.Tensor:
@@ -30,55 +29,65 @@ def activated(tensor: torch.Tensor, activation: str) -> torch.Tensor:
 
 def project(layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     """
-    `layer(hidden_states)`, [..., in] to [..., out]. A few rows, as decoding steps of a batch have them, are multiplied
-    faster on CPUs if the outputs are the rows: libraries of matrix products share the work out by these. A single row
-    torch.compile multiplies faster with code of its own, in bfloat16 several times as fast.
+    `layer(hidden_states)`, [..., in] to [..., out]. What decoding steps have, one row or a few, is multiplied faster
+    on CPUs than `nn.Linear` does it. Libraries of matrix products share the work out by the rows of the result: the
+    outputs of the layer should be these. And torch.compile multiplies a single row faster with code of its own, in
+    bfloat16 several times as fast.
     """
-    if torch.compiler.is_compiling() and _is_compiled_row(layer, hidden_states):
-        row = hidden_states.reshape(-1)
-        row = row.as_strided(row.shape, row.stride())  # else inductor computes it again for each output
-        out = layer.weight.mv(row) if layer.bias is None else torch.addmv(layer.bias, layer.weight, row)
-        return out.view(*hidden_states.shape[:-1], -1)
-    if not (_has_rows(hidden_states, FEW_ROWS) and _is_sooner_transposed(layer, hidden_states)):
+    if torch.is_grad_enabled() or type(layer) is not nn.Linear:
         return layer(hidden_states)
-    rows = hidden_states.reshape(-1, layer.in_features).T
-    out = layer.weight @ rows if layer.bias is None else torch.addmm(layer.bias[:, None], layer.weight, rows)
-    return out.T.contiguous().view(*hidden_states.shape[:-1], layer.out_features)
+    if torch.compiler.is_compiling():
+        return _compiled_row(layer, hidden_states) if _is_compiled_row(layer, hidden_states) else layer(hidden_states)
+    weight, bias = _own_weights(layer)
+    if type(weight) is not nn.Parameter or weight.dtype != torch.float32 or not _is_plain(layer, hidden_states):
+        return layer(hidden_states)
+    shape = hidden_states.shape
+    rows = shape.numel() // shape[-1]
+    if rows == 1:
+        row = hidden_states.reshape(-1)
+        out = weight.mv(row) if bias is None else torch.addmv(bias, weight, row)
+        return out.view(*shape[:-1], -1)
+    if rows in (0, 2) or rows > MOST_ROWS:
+        return layer(hidden_states)
+    columns = hidden_states.reshape(rows, -1).T
+    out = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)
+    return out.T.contiguous().view(*shape[:-1], -1)
 
 
 def activate(act_fn: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     """`act_fn(hidden_states)`, an activation of each number. torch has GELU on CPUs from a library whose call takes
-    longer than the numbers of one token do."""
-    if not (_has_rows(hidden_states, ONE_ROW) and _is_exact_gelu(act_fn) and _is_plain(act_fn, hidden_states)):
+    longer than the numbers of one token do. For what is not contiguous, such as a tensor that stands twice in the same
+    place, it has a loop of its own."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not _is_exact_gelu(act_fn):
         return act_fn(hidden_states)
-    half = hidden_states * 0.5
-    return torch.addcmul(half, half, (hidden_states * 2**-0.5).erf_())
+    if not _is_plain(act_fn, hidden_states) or hidden_states.numel() != hidden_states.shape[-1]:
+        return act_fn(hidden_states)
+    return F.gelu(hidden_states.expand(2, *hidden_states.shape)).select(0, 0)
 
 
-def _has_rows(hidden_states: torch.Tensor, numbers: range) -> bool:
-    """Whether no gradient is recorded and no graph made, and [..., D] has one of so many rows."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False  # before sizes decide anything
-    return hidden_states.numel() // hidden_states.shape[-1] in numbers and not is_static()
+def _compiled_row(layer: nn.Linear, hidden_states: torch.Tensor) -> torch.Tensor:
+    row = hidden_states.reshape(-1)
+    row = row.as_strided(row.shape, row.stride())  # else inductor computes it again for each output
+    out = layer.weight.mv(row) if layer.bias is None else torch.addmv(layer.bias, layer.weight, row)
+    return out.view(*hidden_states.shape[:-1], -1)
 
 
-def _is_compiled_row(layer: nn.Module, hidden_states: torch.Tensor) -> bool:
-    """Whether a graph of torch.compile, without gradients, has a plain layer for one row on a CPU."""
-    if torch.is_grad_enabled() or is_exporting() or hidden_states.device.type != "cpu":
+def _is_compiled_row(layer: nn.Linear, hidden_states: torch.Tensor) -> bool:
+    """Whether a graph of torch.compile has a plain layer for one row on a CPU."""
+    if is_exporting() or hidden_states.device.type != "cpu":
         return False
     # Without a guard on a size that torch.compile leaves open.
     if not all(statically_known_true(size == 1) for size in hidden_states.shape[:-1]):
         return False
-    if type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter or is_watched(layer):
+    if type(layer.weight) is not nn.Parameter or is_watched(layer):
         return False
     return layer.weight.dtype == hidden_states.dtype and not torch.is_autocast_enabled("cpu")
 
 
-def _is_sooner_transposed(layer: nn.Module, hidden_states: torch.Tensor) -> bool:
-    """Whether this is a plain layer with plain weights."""
-    if type(layer) is not nn.Linear or not _is_plain(layer, hidden_states):
-        return False
-    return type(layer.weight) is nn.Parameter and layer.weight.dtype == torch.float32
+def _own_weights(layer: nn.Linear) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Weight and bias of a layer, sooner than as its attributes; a weight of None where they are not its own."""
+    own = layer._parameters
+    return (own["weight"], own["bias"]) if "weight" in own and "bias" in own else (None, None)
 
 
 def _is_exact_gelu(act_fn: nn.Module) -> bool:
@@ -86,14 +95,18 @@ def _is_exact_gelu(act_fn: nn.Module) -> bool:
 
 
 def _is_plain(module: nn.Module, hidden_states: torch.Tensor) -> bool:
-    """Whether the input is an ordinary tensor of float32 on a CPU, and nobody watches the module."""
-    is_plain = type(hidden_states) is torch.Tensor and hidden_states.dtype == torch.float32
-    return is_plain and hidden_states.device.type == "cpu" and not is_watched(module) and not is_transformed()
+    """Whether the input is an ordinary tensor of float32 on a CPU, which nothing casts, nobody watches the module, and
+    no graph is made. Each step of decoding asks this at each layer."""
+    if type(hidden_states) is not torch.Tensor or hidden_states.dtype != torch.float32 or not hidden_states.is_cpu:
+        return False
+    if torch.is_autocast_enabled("cpu") or torch.jit.is_tracing():
+        return False
+    return not (is_watched(module) or is_transformed())
 
 
 def is_watched(module: nn.Module) -> bool:
     """Whether hooks run, or another `forward`, when a module is called."""
-    own = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    own = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
     return bool(own) or _has_any_global_hook()
 
 

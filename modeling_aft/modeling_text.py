@@ -146,7 +146,8 @@ class MixerModel(MixerStack):
         elif self.config.position_embedding_type == "sinusoidal":
             table = sinusoids(tokens.positions, hidden_states.shape[-1])
             hidden_states = hidden_states + table.to(hidden_states.dtype)
-        hidden_states = self.dropout(hidden_states)
+        if self.dropout.training:
+            hidden_states = self.dropout(hidden_states)
         if cache is not None:
             first = cache.layers[0]
             tokens = tokens.advanced(None if first.is_empty else first.position, hidden_states)

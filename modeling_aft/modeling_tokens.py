@@ -85,7 +85,7 @@ def read_tokens(
     if packing is not None:
         return Tokens(positions=positions, packing=packing)
     pairs = attention_mask if is_matrix else None
-    can_wait = length == 1 and positions is counted and None not in (seen, position_ids) and tokens.keep is None
+    can_wait = length == 1 and tokens.keep is None and seen is not None and positions is position_ids is counted
     return tokens._replace(position_ids=position_ids, positions=positions, pairs=pairs, can_wait=can_wait)
 
 
@@ -161,6 +161,8 @@ def _check_mask(attention_mask: Tensor, inputs: Tensor) -> tuple[Tensor | None, 
 
 def _counted(inputs: Tensor, tokens: Tokens, seen: Tensor | None) -> Tensor:
     """[B or 1, T]: the number of kept tokens before each token, those of the cache included, and 0 for padding."""
+    if inputs.shape[1] == 1 and tokens.keep is None and seen is not None:
+        return seen.to(inputs.device, copy=True)[:, None]  # the cache goes on counting in its own tensor
     positions = tokens.slot
     if positions is None:
         positions = torch.arange(inputs.shape[1], device=inputs.device)[None]

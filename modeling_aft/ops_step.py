@@ -21,8 +21,6 @@ from .ops_state import (
     falling,
     gated,
     spread,
-    window_state,
-    with_past,
     without_padding,
 )
 from .ops_windows import bias_rows
@@ -30,65 +28,87 @@ from .ops_windows import bias_rows
 
 _NOTHING = 1e-30  # in place of a sum over nothing, which is 0
 ROOM = 16  # tokens that are taken up at once
+AHEAD = 64  # queries whose biases are computed at once, where these depend on the position
 
 
 class RecentTokens:
     """
     The tokens that were read, one at a time, since a state. Each is one more key behind those of the window. One that
-    has left the window has a bias of 0, as it has in the sums of the state that takes it up later, with others.
+    has left the window has a bias of 0, as it has in the sums of what is older, which it joins later, with others.
 
-    Keys [B, 1 + S + ROOM, K] and values stand in a buffer each: in front the sum of what was older as one key, then
-    the S keys of the state's window, then the recent ones.
+    Keys and values stand side by side in `rows` [B, 1 + S + ROOM, K + V]: in front the sum of what is older as one
+    key, then the S keys of the window, then room for those to come.
 
     Args:
         state (`AFTState`): that of a form with a window, not empty.
-        bias (`Tensor` [H or 1, 1 or B, 1 or ROOM, S + 1], *optional*):
-            The window bias of each of the next ROOM queries, or that of all.
+        bias (`Tensor` [H or 1, 1 or B, N, S + 1], *optional*):
+            The window bias of each of the next N queries, or, with N = 1, that of all.
         decay (`Tensor` [K], *optional*): by how much keys fade with each token.
-        made_of (`list`): what tells whether the biases would still be the same.
+        made_of (`list`): what tells whether the biases, and the dtype of the sums, would still be the same.
     """
 
     def __init__(self, state: AFTState, bias: Tensor | None, decay: Tensor | None, made_of: list = ()):
         dtype, self.window = state.normalizer.dtype, state.key.shape[1]
         self.length, self.position, self.made_of = 0, state.position, made_of
         self.decay = None if decay is None else decay.to(dtype)
-        (batch, keys), values = state.normalizer.shape, state.average.shape[1]
+        keys, values = state.normalizer.shape[1], state.average.shape[1]
+        self.widths = [keys, values]
         self.split = None if keys == values else (keys, -1)  # of value channels: [K, r], r of them share a key channel
-        self.first = 1 + self.window
-        self.keys = state.normalizer.new_empty(batch, self.first + ROOM, keys)
-        self.values = state.average.new_empty(batch, self.first + ROOM, values)
-        self.keys[:, 0] = falling(state.maximum, decay) + state.normalizer.clamp_min(_NOTHING).log()
-        self.keys[:, 1 : self.first] = state.key
-        self.lowest = torch.finfo(dtype).min  # in place of what is absent, so that differences stay numbers
-        self.keys[:, : self.first].clamp_min_(self.lowest)
-        self.values[:, 0] = state.average
-        self.values[:, 1 : self.first] = state.value
-        # [1 or B, 1 or ROOM, S + 1 + ROOM, 1 or K], for the offsets S + ROOM, ..., 1, 0 of keys from a query.
-        self.bias = None
+        self.older = falling(state.maximum, decay), state.normalizer, state.average
+        self._make_room(torch.cat([state.key, state.value], 2).to(dtype))
+        self.take_biases(bias)
+
+    def _make_room(self, window: Tensor) -> None:
+        """Puts the window [B, S, K + V] behind the sum of what is older, and room behind it."""
+        maximum, normalizer, average = self.older
+        older = (maximum + normalizer.clamp_min(_NOTHING).log()).to(average.dtype)
+        # Never minus infinity, as what is absent from the window is: there is a largest key.
+        older = older.clamp_min(torch.finfo(average.dtype).min)
+        first = torch.cat([older, average], 1)[:, None]
+        room = first.new_empty(first.shape[0], ROOM, first.shape[2])
+        self.rows, self.used = torch.cat([first, window, room], 1), 0
+        self.places = self.rows.narrow(1, 1 + self.window, ROOM).split(1, 1)
+
+    def take_biases(self, bias: Tensor | None) -> None:
+        """The biases of the next queries; see above."""
+        # For each query, or for all: [1 or B, S + 1 + ROOM, 1 or K], for the offsets S + ROOM, ..., 1, 0 of its keys.
+        self.biases, self.answered = None, 0
         if bias is not None:
-            bias = bias.to(dtype).flip(-1).permute(1, 2, 3, 0)
-            bias = bias if bias.shape[3] == 1 else spread(bias, self.keys)
-            self.bias = F.pad(bias, (0, 0, ROOM, 0))
-        if decay is not None:
-            distance = torch.arange(self.window + ROOM, -1, -1, dtype=dtype, device=decay.device)[:, None]
-            self.bias = (0 if self.bias is None else self.bias) - (self.decay * distance)[None, None]
+            bias = bias.to(self.rows.dtype).flip(-1).permute(1, 2, 3, 0)
+            if bias.shape[3] > 1:
+                bias = bias.repeat_interleave(self.widths[0] // bias.shape[3], dim=3)
+            bias = F.pad(bias, (0, 0, ROOM, 0))
+        if self.decay is not None:
+            distance = torch.arange(self.window + ROOM, -1, -1, dtype=self.decay.dtype, device=self.decay.device)
+            bias = (0 if bias is None else bias) - (self.decay * distance[:, None])[None, None]
+        if bias is not None:
+            self.biases = bias.unbind(1)
 
     @property
-    def has_room(self) -> bool:
-        """Whether one more token can be added."""
-        return self.length < ROOM and (torch.is_inference_mode_enabled() or not self.keys.is_inference())
+    def needs_biases(self) -> bool:
+        """Whether those that it has are all used up."""
+        return self.biases is not None and 1 < len(self.biases) == self.answered
+
+    @property
+    def is_full(self) -> bool:
+        return self.used == ROOM
+
+    @property
+    def may_write(self) -> bool:
+        """Not, outside of inference mode, what was made inside."""
+        return torch.is_inference_mode_enabled() or not self.rows.is_inference()
 
     def read(self, query: Tensor, key: Tensor, value: Tensor, activation: str, next_position: Tensor) -> Tensor:
         """The output [B, 1, V] of one more token, of query and value [B, 1, V] and key [B, 1, K], that is followed by
         one at `next_position` [B]."""
-        place = self.first + self.length
-        self.keys.select(1, place).copy_(key.select(1, 0))
-        self.values.select(1, place).copy_(value.select(1, 0))
-        self.length, self.position = self.length + 1, next_position
-        logits, values = self.keys[:, : place + 1], self.values[:, : place + 1]
-        if self.bias is not None:
-            row = 0 if self.bias.shape[1] == 1 else self.length - 1
-            logits = (logits + self.bias[:, row, ROOM - self.length :]).clamp_min_(self.lowest)
+        torch.cat([key, value], 2, out=self.places[self.used])
+        self.used, self.length, self.answered = self.used + 1, self.length + 1, self.answered + 1
+        self.position = next_position
+        seen = 1 + self.window + self.used
+        logits, values = self.rows.narrow(1, 0, seen).split_with_sizes(self.widths, 2)
+        if self.biases is not None:
+            bias = self.biases[0 if len(self.biases) == 1 else self.answered - 1]
+            logits = logits + bias.narrow(1, ROOM - self.used, seen)
         weights = logits.softmax(1)
         if self.split is None:
             average = (weights * values).sum(1, keepdim=True)
@@ -96,23 +116,41 @@ class RecentTokens:
             average = (weights[..., None] * values.unflatten(-1, self.split)).sum(1, keepdim=True).flatten(-2)
         return gated(query, average, activation)
 
+    def fold(self) -> None:
+        """Sums up what has left the window with what is older, which makes room for ROOM tokens."""
+        maximum, normalizer, average = self.older
+        keys, values = self.rows.narrow(1, 1, self.used).split_with_sizes(self.widths, 2)
+        keys = torch.cat([maximum[:, None], keys], 1)
+        if self.decay is not None:
+            keys = keys - self.decay * torch.arange(self.used, -1, -1, device=keys.device)[:, None]
+        maximum = keys.amax(1)
+        reference = maximum.clamp_min(torch.finfo(average.dtype).min)
+        weights = (keys - reference[:, None]).to(average.dtype).exp()
+        weights.select(1, 0).mul_(normalizer)
+        normalizer = weights.sum(1)
+        share = spread(weights / normalizer.clamp_min(_NOTHING)[:, None], average)
+        average = (share * torch.cat([average[:, None], values], 1)).sum(1)
+        self.older = maximum, normalizer, average
+        self._make_room(self.rows.narrow(1, 1 + self.used, self.window))
+
     def taken_up(self, state: AFTState) -> AFTState:
-        """The state after these tokens, from that before them."""
-        recent = slice(self.first, self.first + self.length)
-        key, value = self.keys[:, recent], self.values[:, recent]
-        key, value = with_past(key, value, (state.key, state.value), self.window, self.keys.dtype)
-        initial = (state.maximum, state.normalizer, state.average)
-        new = window_state(key, value, self.window, None, initial, self.decay)
-        dtypes = {"key": new.key.to(state.key.dtype), "value": new.value.to(state.value.dtype)}
-        return new._replace(position=self.position.clone(), **dtypes)
+        """The state after these tokens, in the dtypes of that before them."""
+        self.fold()
+        window = self.rows.narrow(1, 1, self.window).split_with_sizes(self.widths, 2)
+        like = state.key.dtype, state.value.dtype
+        layout = {"copy": True, "memory_format": torch.contiguous_format}
+        key, value = (part.to(dtype, **layout) for part, dtype in zip(window, like, strict=True))
+        return AFTState(self.position.clone(), key, value, None, *self.older)
 
     def reorder(self, rows: Tensor) -> None:
         """Row b becomes what row `rows[b]` was."""
-        rows = rows.to(self.keys.device)
-        self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
+        rows = rows.to(self.rows.device)
+        self.rows = self.rows.index_select(0, rows)
+        self.places = self.rows.narrow(1, 1 + self.window, ROOM).split(1, 1)
+        self.older = tuple(part.index_select(0, rows) for part in self.older)
         self.position = self.position.index_select(0, rows)
-        if self.bias is not None and self.bias.shape[0] > 1:
-            self.bias = self.bias.index_select(0, rows)
+        if self.biases is not None and self.biases[0].shape[0] > 1:
+            self.biases = [bias.index_select(0, rows) for bias in self.biases]
 
 
 def can_step(call: Call) -> bool:

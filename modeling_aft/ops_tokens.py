@@ -64,7 +64,9 @@ class Tokens(NamedTuple):
         has the batch and the device."""
         if position is None:
             position = torch.zeros(like.shape[0], dtype=torch.long, device=like.device)
-        if self.position_ids is None:
+        if self.can_wait:
+            following = position + 1
+        elif self.position_ids is None:
             following = position + (like.shape[1] if self.count is None else self.count)
         else:
             last = self.position_ids if self.keep is None else self.position_ids.masked_fill(~self.keep, -1)

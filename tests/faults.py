@@ -237,9 +237,32 @@ def _(original):
     return lambda self, state: original(self, state)._replace(position=state.position.clone())
 
 
-@fault("weights that change are seen eight tokens later", "modeling_attention_free.weights_of", CACHE)
+@fault("room is made once, with the window of then", "ops_step.RecentTokens.fold", CACHE)
 def _(original):
-    return lambda module: []
+    def fold(self):
+        window = self.rows.narrow(1, 1, self.window).clone()
+        original(self)
+        self._make_room(window)
+
+    return fold
+
+
+@fault("biases of positions are not renewed", "ops_step.RecentTokens.take_biases", CACHE)
+def _(original):
+    def take_biases(self, bias):
+        original(self, bias if not hasattr(self, "biases") or bias is None else bias.roll(1, 2))
+
+    return take_biases
+
+
+@fault("weights that change are not seen", "modeling_attention_free.AFTMixer._what_biases_are_made_of", CACHE)
+def _(original):
+    return lambda self, key: [key.dtype]
+
+
+@fault("a change of the dtype is not seen", "modeling_attention_free.AFTMixer._what_biases_are_made_of", CACHE)
+def _(original):
+    return lambda self, key: None if (made_of := original(self, key)) is None else made_of[1:]
 
 
 @fault("rows that are added stand in front", "cache_state.StateLayer.batch_append", BATCHING)

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, StaticCache
 
 from modeling_aft import load_cache, save_cache
-from modeling_aft.ops_step import ROOM
+from modeling_aft.ops_step import AHEAD, ROOM
 
 
 variants = pytest.mark.parametrize("variant", VARIANTS)
@@ -534,7 +534,7 @@ def test_single_tokens_wait_for_others(variant, dtype):
         cache, whole = fill(model, ids[:, :4]), fill(model, ids)
         places = [[t.data_ptr() for t in layer.state if t is not None] for layer in cache.layers]
         feed(model, cache, ids[:, 4:29])
-        assert all(layer.recent.length == (29 - 4) % ROOM for layer in cache.layers)
+        assert all((layer.recent.length, layer.recent.used) == (25, 25 % ROOM) for layer in cache.layers)
         feed(model, cache, ids[:, 29:])
     for layer, other, before in zip(cache.layers, whole.layers, places, strict=True):
         state, expected = layer.state, other.state
@@ -631,6 +631,35 @@ def test_weights_that_change_between_single_tokens_are_seen(variant):
     model(ids[:, 30:33], cache=cache), model(ids[:, 30:33], cache=reference)
     check(33, 36)
     model.to(torch.float32), check(36, 38)
+    model.to(torch.float64), check(38, 40)
+
+
+@fixed_state
+def test_biases_are_known_for_more_tokens_than_are_asked_at_once(variant):
+    """Where they depend on the position, to the end of the tables."""
+    length = AHEAD + ROOM + 9
+    model, ids = make_model(variant, max_position_embeddings=length), make_ids(length)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    with torch.no_grad():
+        whole = model(ids, attention_mask=mask).logits
+        cache = fill(model, ids[:, :5], attention_mask=mask[:, :5])
+        found = feed(model, cache, ids[:, 5:])
+    torch.testing.assert_close(found, whole[:, 5:], rtol=1e-9, atol=1e-9)
+
+
+@fixed_state
+def test_a_model_changes_its_dtype_between_single_tokens(variant):
+    model, ids = make_model(variant, dtype=torch.float32), make_ids(9)
+    cache, reference = (DynamicCache(config=model.config) for _ in range(2))
+    for each, recorded in ((cache, False), (reference, True)):
+        model.float()
+        with torch.set_grad_enabled(recorded):
+            feed(model, each, ids[:, :5])
+            feed(model.double(), each, ids[:, 5:])
+    for layer, expected in zip(cache.layers, reference.layers, strict=True):
+        dtypes = [{name: t.dtype for name, t in each.state_dict().items()} for each in (layer, expected)]
+        assert dtypes[0] == dtypes[1]
 
 
 @pytest.mark.parametrize("variant", ["local", "conv-decay"])
