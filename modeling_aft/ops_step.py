@@ -162,40 +162,24 @@ def step(call: Call) -> tuple[Tensor, AFTState | None]:
     bias, state, tokens = call.window_bias, call.state, call.tokens
     key, value = without_padding(call.key, call.value, tokens)
     rows = None if bias is None else bias_rows(bias.to(compute_dtype(key, value)), 1, tokens._replace(slot=None))
-    split = (key.shape[2], -1)  # of value channels: [K, r], r of them share a key channel
+    left, split = state.key.shape[1], (key.shape[2], -1)  # of value channels: [K, r], r of them share a key channel
     maximum, normalizer, average = falling(state.maximum, call.decay), state.normalizer, state.average
     decay = None if call.decay is None else call.decay.to(normalizer.dtype)
-    if rows is None:
-        keys, values = key, value
-    else:
-        # The sum of the older keys is one more key in front of those of the window.
-        keys, values = torch.cat([state.key, key], 1), torch.cat([average[:, None], state.value, value], 1)
-        bias = rows[:, :, 0].flip(-1).permute(1, 2, 0)  # [1 or B, n, heads], oldest key first
-        bias = bias if bias.shape[2] == 1 else spread(bias, keys)
-        # Rounded as keys + bias are; the state itself never is.
-        older = (maximum + normalizer.clamp_min(_NOTHING).log()).to(normalizer.dtype)[:, None]
-        logits = torch.cat([older, keys + bias], 1)
-        if decay is not None:
-            distance = torch.arange(keys.shape[1], -1, -1, device=keys.device, dtype=logits.dtype)[:, None]
-            logits = torch.addcmul(logits, decay, distance, value=-1)
-        logits = logits.clamp_min(torch.finfo(older.dtype).min)
-        out = (spread(logits.softmax(1), values) * values).sum(1)
-        values = values[:, 1:]
+    if rows is not None:
+        out = _average(state, maximum, key, value, rows[:, :, 0], decay)
     # The key that leaves the window joins the older ones.
-    maximum, oldest = maximum if decay is None else maximum - decay, keys[:, 0]
-    both = torch.stack([maximum, oldest])
-    largest = torch.maximum(maximum, oldest)
+    oldest_key, oldest_value = (state.key[:, 0], state.value[:, 0]) if left else (key[:, 0], value[:, 0])
+    maximum = maximum if decay is None else maximum - decay
+    largest = torch.maximum(maximum, oldest_key)
     reference = largest.clamp_min(torch.finfo(largest.dtype).min)
-    scale, weight = (both - reference).to(normalizer.dtype).exp().unbind()
+    scale, weight = ((each - reference).to(normalizer.dtype).exp() for each in (maximum, oldest_key))
     normalizer = scale * normalizer + weight
     share = (weight / normalizer.clamp_min(_NOTHING))[..., None]
-    oldest = values[:, 0].to(average.dtype).unflatten(-1, split)
-    average = torch.lerp(average.unflatten(-1, split), oldest, share).flatten(-2)
+    oldest_value = oldest_value.to(average.dtype).unflatten(-1, split)
+    average = torch.lerp(average.unflatten(-1, split), oldest_value, share).flatten(-2)
     if rows is None:
         out = average
-    window = keys[:, 1:], values[:, 1:]
-    if torch.is_grad_enabled():  # else a cache copies them into its own tensors
-        window = tuple(t.clone() for t in window)
+    window = (torch.cat([state.key[:, 1:], key[:, :left]], 1), torch.cat([state.value[:, 1:], value[:, :left]], 1))
     new = AFTState(state.position, *window, None, largest, normalizer, average)
     if tokens.keep is not None:
         keep = tokens.keep
@@ -205,3 +189,27 @@ def step(call: Call) -> tuple[Tensor, AFTState | None]:
         )
     out = gated(call.query, out[:, None], call.query_activation)
     return out, completed(new, key, value, tokens) if call.return_state else None
+
+
+def _average(
+    state: AFTState, maximum: Tensor, key: Tensor, value: Tensor, bias: Tensor, decay: Tensor | None
+) -> Tensor:
+    """The average [B, V] under the weights of one query, bias [heads, 1 or B, n]: of the older keys as one, those of
+    the window, and its own. They are not put together, which in a compiled step would be a copy of the window."""
+    dtype, left = state.normalizer.dtype, state.key.shape[1]
+    bias = bias.flip(-1).permute(1, 2, 0)  # oldest key first
+    bias = bias if bias.shape[2] == 1 else spread(bias, key)
+    # Rounded as keys + bias are; the state itself never is.
+    older = (maximum + state.normalizer.clamp_min(_NOTHING).log()).to(dtype)
+    own, inside = key[:, 0] + bias[:, -1], state.key + bias[:, :-1]
+    if decay is not None:
+        older = older - decay * (left + 1)
+        inside = inside - decay * torch.arange(left, 0, -1, device=key.device, dtype=dtype)[:, None]
+    largest = torch.maximum(older, own)
+    if left:
+        largest = torch.maximum(largest, inside.amax(1))
+    largest = largest.detach().clamp_min(torch.finfo(dtype).min)
+    older, own, inside = (older - largest).exp(), (own - largest).exp(), (inside - largest[:, None]).exp()
+    total = (older + own + inside.sum(1)).clamp_min(_NOTHING)
+    outside = spread(older / total, value) * state.average + spread(own / total, value) * value[:, 0]
+    return outside + (spread(inside / total[:, None], value) * state.value).sum(1)
