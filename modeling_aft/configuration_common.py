@@ -8,6 +8,8 @@
 # specific language governing permissions and limitations under the License.
 """The configuration fields that the model families share, and their checks."""
 
+import dataclasses
+import difflib
 import json
 import math
 import os
@@ -17,12 +19,16 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import logging
 
 
 POSITION_EMBEDDING_TYPES = ("learned", "sinusoidal", "none")
 NORM_TYPES = ("layer", "dyt", "rms")
 SCALINGS = ("logits", "weights")
 ACTIVATIONS = ("none", "tanh")  # of linear layers and of keys
+FIELDS_OF_TOOLS = ("auto_map", "quantization_config")  # which tools add to any configuration
+
+logger = logging.get_logger(__name__)
 
 
 def strict_config(config_class):
@@ -68,7 +74,19 @@ class CheckedConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        self._warn_of_unknown(kwargs)
         self.validate_fields()
+
+    def _warn_of_unknown(self, given: dict) -> None:
+        """Says what no model will read. It is kept, as the library keeps it: a file may be of a later version."""
+        known = {entry.name for entry in dataclasses.fields(self)}
+        for name in given:
+            is_attribute = name in vars(self) and not hasattr(type(self), name)  # else the library has a use for it
+            if name in known or not is_attribute or name.startswith("_") or name in FIELDS_OF_TOOLS:
+                continue
+            likely = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean `{likely[0]}`?" if likely else ""
+            logger.warning(f"`{name}` is no field of {type(self).__name__}, and its models do not read it.{hint}")
 
     def validate_layer_type(self):
         """Replaces the check of the base class, which knows only the layer types of the library."""

@@ -9,11 +9,20 @@ from families import AFT_VARIANTS, LIMIT, UNLIMITED, VARIANTS, make_config, make
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 
-from modeling_aft import AFTConfig, AFTForCausalLM, AFTModel, SynthesizerConfig
+from modeling_aft import (
+    AFTConfig,
+    AFTForCausalLM,
+    AFTModel,
+    AFTSeq2SeqConfig,
+    AFTVisionConfig,
+    SynthesizerConfig,
+    SynthesizerSeq2SeqConfig,
+)
 from modeling_aft.modeling_text import sinusoids
 
 
 variants = pytest.mark.parametrize("variant", VARIANTS)
+FAMILIES = [AFTConfig, AFTVisionConfig, AFTSeq2SeqConfig, SynthesizerConfig, SynthesizerSeq2SeqConfig]
 
 
 def test_config_errors_are_collected_into_one():
@@ -35,6 +44,24 @@ def test_fields_of_a_wrong_type_are_collected_too(config_class):
 def test_numbers_that_are_not_finite_are_refused(config_class, field, value):
     with pytest.raises(ValueError, match=f"`{field}` must be .*got {value}"):
         config_class(**{field: value})
+
+
+@pytest.mark.parametrize("config_class", FAMILIES)
+def test_a_field_that_there_is_not_is_named(config_class, caplog):
+    right = "num_cross_attention_heads" if "Seq2Seq" in config_class.__name__ else "num_attention_heads"
+    wrong = right.replace("attention", "atention")
+    config = config_class(**{wrong: 2}, quantization_config={}, auto_map={}, num_labels=3, attn_implementation=None)
+    (record,) = caplog.records
+    assert f"`{wrong}` is no field of {config_class.__name__}" in record.message
+    assert f"Did you mean `{right}`?" in record.message and getattr(config, wrong) == 2
+
+
+@pytest.mark.parametrize("config_class", FAMILIES)
+def test_what_a_config_saves_of_itself_is_known(config_class, tmp_path, caplog):
+    config_class(num_labels=3, architectures=["A"], dtype="float32").save_pretrained(tmp_path)
+    loaded = config_class.from_pretrained(tmp_path, revision="main", trust_remote_code=False)
+    config_class.from_dict(loaded.to_dict())
+    assert not caplog.records
 
 
 def test_a_causal_language_model_must_be_causal():
