@@ -27,7 +27,7 @@ from .modeling_tokens import read_tokens
 from .ops import attend, weights
 from .ops_modes import is_exporting, is_static, leading, without_autocast
 from .ops_state import AFTState, Call, advance, compute_dtype
-from .ops_step import AHEAD, RecentTokens
+from .ops_step import AHEAD, ROOM, RecentTokens
 from .ops_tokens import Tokens, refused
 from .ops_windows import bias_rows
 
@@ -103,7 +103,7 @@ class LocalPositionBias(TablePositionBias):
         """[1, T, taps] for positions [T], of which only the number is read, for 0 to T - 1; [1, B, T, taps] for those
         [B, T]."""
         shared, length = positions.dim() == 1, positions.shape[-1]
-        if not shared and self.table is None and (length == 1 or (length <= AHEAD and not is_static())):
+        if not shared and self.table is None and (length == 1 or (length <= ROOM and not is_static())):
             return self._few_rows(positions.reshape(-1, 1)).view(1, *positions.shape, -1)
         bias = self.table
         if bias is None:

@@ -73,16 +73,18 @@ class RecentTokens:
         """The biases of the next queries; see above."""
         # For each query, or for all: [1 or B, S + 1 + ROOM, 1 or K], for the offsets S + ROOM, ..., 1, 0 of its keys.
         self.biases, self.answered = None, 0
+        # What a decay takes off the keys at these offsets, [1, S + 1 + ROOM, K], if it is not among the biases.
+        self.fading = None
         if bias is not None:
             bias = bias.to(self.rows.dtype).flip(-1).permute(1, 2, 3, 0)
             if bias.shape[3] > 1:
                 bias = bias.repeat_interleave(self.widths[0] // bias.shape[3], dim=3)
-            bias = F.pad(bias, (0, 0, ROOM, 0))
+            self.biases = F.pad(bias, (0, 0, ROOM, 0)).unbind(1)
         if self.decay is not None:
             distance = torch.arange(self.window + ROOM, -1, -1, dtype=self.decay.dtype, device=self.decay.device)
-            bias = (0 if bias is None else bias) - (self.decay * distance[:, None])[None, None]
-        if bias is not None:
-            self.biases = bias.unbind(1)
+            self.fading = (self.decay * distance[:, None])[None]
+            if self.biases is None or len(self.biases) == 1:
+                self.biases, self.fading = [(0 if bias is None else self.biases[0]) - self.fading], None
 
     @property
     def needs_biases(self) -> bool:
@@ -109,6 +111,8 @@ class RecentTokens:
         if self.biases is not None:
             bias = self.biases[0 if len(self.biases) == 1 else self.answered - 1]
             logits = logits + bias.narrow(1, ROOM - self.used, seen)
+        if self.fading is not None:
+            logits = logits - self.fading.narrow(1, ROOM - self.used, seen)
         weights = logits.softmax(1)
         if self.split is None:
             average = (weights * values).sum(1, keepdim=True)

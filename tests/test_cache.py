@@ -634,11 +634,12 @@ def test_weights_that_change_between_single_tokens_are_seen(variant):
     model.to(torch.float64), check(38, 40)
 
 
-@fixed_state
-def test_biases_are_known_for_more_tokens_than_are_asked_at_once(variant):
+@pytest.mark.parametrize("decay", [None, "fixed"], ids=["no-decay", "decay"])
+@pytest.mark.parametrize("variant", ["local", "local-dense", "local-1", "conv", "simple"])
+def test_biases_are_known_for_more_tokens_than_are_asked_at_once(variant, decay):
     """Where they depend on the position, to the end of the tables."""
     length = AHEAD + ROOM + 9
-    model, ids = make_model(variant, max_position_embeddings=length), make_ids(length)
+    model, ids = make_model(variant, max_position_embeddings=length, decay=decay), make_ids(length)
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
     with torch.no_grad():

@@ -31,7 +31,7 @@ def config_of(preset: str):
 
 @pytest.mark.parametrize("preset", [*PRESETS, "synthesizer-dense-tiny"])
 def test_memory_is_about_what_a_step_takes(preset):
-    """Within a third: it leaves out what an operator needs for itself."""
+    """Within two fifths: it leaves out what an operator needs for itself."""
     config, windows = config_of(preset), 4
     model = AutoModelForCausalLM.from_config(config).train()
     ids = torch.zeros(windows, LENGTH, dtype=torch.long)
@@ -46,7 +46,7 @@ def test_memory_is_about_what_a_step_takes(preset):
     assert found.needed(windows) <= bound(config, windows, LENGTH)
     kept = found.needed(windows) - found.state_bytes
     if (peak := peak_bytes(step, "cpu")) is not None:
-        assert 0.65 * peak < kept < 1.35 * peak
+        assert 0.6 * peak < kept < 1.4 * peak
 
 
 @pytest.mark.parametrize("layers", [3, 60])
