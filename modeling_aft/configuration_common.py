@@ -82,7 +82,7 @@ class CheckedConfig(PreTrainedConfig):
         known = {entry.name for entry in dataclasses.fields(self)}
         for name in given:
             is_attribute = name in vars(self) and not hasattr(type(self), name)  # else the library has a use for it
-            if name in known or not is_attribute or name.startswith("_") or name in FIELDS_OF_TOOLS:
+            if not is_attribute or name.startswith("_") or name in FIELDS_OF_TOOLS:
                 continue
             likely = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean `{likely[0]}`?" if likely else ""

@@ -44,9 +44,7 @@ def project(layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     shape = hidden_states.shape
     rows = shape.numel() // shape[-1]
     if rows == 1:
-        row = hidden_states.reshape(-1)
-        out = weight.mv(row) if bias is None else torch.addmv(bias, weight, row)
-        return out.view(*shape[:-1], -1)
+        return _times_row(weight, bias, hidden_states.reshape(-1), shape)
     if rows in (0, 2) or rows > MOST_ROWS:
         return layer(hidden_states)
     columns = hidden_states.reshape(rows, -1).T
@@ -68,8 +66,13 @@ def activate(act_fn: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
 def _compiled_row(layer: nn.Linear, hidden_states: torch.Tensor) -> torch.Tensor:
     row = hidden_states.reshape(-1)
     row = row.as_strided(row.shape, row.stride())  # else inductor computes it again for each output
-    out = layer.weight.mv(row) if layer.bias is None else torch.addmv(layer.bias, layer.weight, row)
-    return out.view(*hidden_states.shape[:-1], -1)
+    return _times_row(layer.weight, layer.bias, row, hidden_states.shape)
+
+
+def _times_row(weight: torch.Tensor, bias: torch.Tensor | None, row: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """The outputs of a layer for one row [in], which came in this shape [..., in]."""
+    out = weight.mv(row) if bias is None else torch.addmv(bias, weight, row)
+    return out.view(*shape[:-1], -1)
 
 
 def _is_compiled_row(layer: nn.Linear, hidden_states: torch.Tensor) -> bool:

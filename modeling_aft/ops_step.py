@@ -61,13 +61,16 @@ class RecentTokens:
     def _make_room(self, window: Tensor) -> None:
         """Puts the window [B, S, K + V] behind the sum of what is older, and room behind it."""
         maximum, normalizer, average = self.older
-        older = (maximum + normalizer.clamp_min(_NOTHING).log()).to(average.dtype)
+        older = _as_one_key(maximum, normalizer)
         # Never minus infinity, as what is absent from the window is: there is a largest key.
         older = older.clamp_min(torch.finfo(average.dtype).min)
         first = torch.cat([older, average], 1)[:, None]
         room = first.new_empty(first.shape[0], ROOM, first.shape[2])
-        self.rows, self.used = torch.cat([first, window, room], 1), 0
-        self.places = self.rows.narrow(1, 1 + self.window, ROOM).split(1, 1)
+        self._take_rows(torch.cat([first, window, room], 1))
+        self.used = 0
+
+    def _take_rows(self, rows: Tensor) -> None:
+        self.rows, self.places = rows, rows.narrow(1, 1 + self.window, ROOM).split(1, 1)
 
     def take_biases(self, bias: Tensor | None) -> None:
         """The biases of the next queries; see above."""
@@ -77,8 +80,7 @@ class RecentTokens:
         self.fading = None
         if bias is not None:
             bias = bias.to(self.rows.dtype).flip(-1).permute(1, 2, 3, 0)
-            if bias.shape[3] > 1:
-                bias = bias.repeat_interleave(self.widths[0] // bias.shape[3], dim=3)
+            bias = bias if bias.shape[3] == 1 else spread(bias, self.older[1])
             self.biases = F.pad(bias, (0, 0, ROOM, 0)).unbind(1)
         if self.decay is not None:
             distance = torch.arange(self.window + ROOM, -1, -1, dtype=self.decay.dtype, device=self.decay.device)
@@ -149,12 +151,16 @@ class RecentTokens:
     def reorder(self, rows: Tensor) -> None:
         """Row b becomes what row `rows[b]` was."""
         rows = rows.to(self.rows.device)
-        self.rows = self.rows.index_select(0, rows)
-        self.places = self.rows.narrow(1, 1 + self.window, ROOM).split(1, 1)
+        self._take_rows(self.rows.index_select(0, rows))
         self.older = tuple(part.index_select(0, rows) for part in self.older)
         self.position = self.position.index_select(0, rows)
         if self.biases is not None and self.biases[0].shape[0] > 1:
             self.biases = [bias.index_select(0, rows) for bias in self.biases]
+
+
+def _as_one_key(maximum: Tensor, normalizer: Tensor) -> Tensor:
+    """The key [B, K] that weighs as much as all those of a sum; rounded as keys + bias are, which the sum never is."""
+    return (maximum + normalizer.clamp_min(_NOTHING).log()).to(normalizer.dtype)
 
 
 def can_step(call: Call) -> bool:
@@ -203,8 +209,7 @@ def _average(
     dtype, left = state.normalizer.dtype, state.key.shape[1]
     bias = bias.flip(-1).permute(1, 2, 0)  # oldest key first
     bias = bias if bias.shape[2] == 1 else spread(bias, key)
-    # Rounded as keys + bias are; the state itself never is.
-    older = (maximum + state.normalizer.clamp_min(_NOTHING).log()).to(dtype)
+    older = _as_one_key(maximum, state.normalizer)
     own, inside = key[:, 0] + bias[:, -1], state.key + bias[:, :-1]
     if decay is not None:
         older = older - decay * (left + 1)

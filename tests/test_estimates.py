@@ -31,7 +31,7 @@ def config_of(preset: str):
 
 @pytest.mark.parametrize("preset", [*PRESETS, "synthesizer-dense-tiny"])
 def test_memory_is_about_what_a_step_takes(preset):
-    """Within two fifths: it leaves out what an operator needs for itself."""
+    """Within a third: it leaves out what an operator needs for itself."""
     config, windows = config_of(preset), 4
     model = AutoModelForCausalLM.from_config(config).train()
     ids = torch.zeros(windows, LENGTH, dtype=torch.long)
@@ -45,8 +45,10 @@ def test_memory_is_about_what_a_step_takes(preset):
     assert found.state_bytes == 16 * sum(parameter.numel() for parameter in model.parameters())
     assert found.needed(windows) <= bound(config, windows, LENGTH)
     kept = found.needed(windows) - found.state_bytes
-    if (peak := peak_bytes(step, "cpu")) is not None:
-        assert 0.6 * peak < kept < 1.4 * peak
+    peaks = [peak_bytes(step, "cpu") for _ in range(3)]
+    if None not in peaks:
+        peak = min(peaks)  # what else the process does with its memory comes on top
+        assert 0.65 * peak < kept < 1.35 * peak
 
 
 @pytest.mark.parametrize("layers", [3, 60])
