@@ -80,6 +80,11 @@ def make_norm(config) -> nn.Module:
     return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
 
+def thinned(dropout: nn.Dropout, update: torch.Tensor) -> torch.Tensor:
+    """After dropout, which costs time in a decoding step even where it changes nothing."""
+    return dropout(update) if dropout.training else update
+
+
 class Mixer(nn.Module):
     """What stands where attention stood. Subclasses say how tokens are mixed."""
 
@@ -145,15 +150,10 @@ class MixerBlock(GradientCheckpointingLayer):
 
     def _mixed(self, hidden_states: torch.Tensor, **mixer_inputs) -> torch.Tensor:
         mixed, _ = self.mixer(self.mixer_norm(hidden_states), **mixer_inputs)
-        return hidden_states + self._thinned(mixed)
+        return hidden_states + thinned(self.dropout, mixed)
 
     def _fed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return hidden_states + self._thinned(self.feed_forward(self.feed_forward_norm(hidden_states)))
-
-    def _thinned(self, update: torch.Tensor) -> torch.Tensor:
-        """After dropout, which costs time in a decoding step even where it changes nothing."""
-        dropout = self.dropout
-        return dropout(update) if dropout.training else update
+        return hidden_states + thinned(self.dropout, self.feed_forward(self.feed_forward_norm(hidden_states)))
 
 
 class MixerPreTrainedModel(PreTrainedModel):

@@ -19,7 +19,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache_files import check_kind
 from .compatibility import CACHE_NAME, BaseModelOutputWithPast, one_cache, refuse_unknown
-from .modeling_stack import MixerPreTrainedModel, MixerStack
+from .modeling_stack import MixerPreTrainedModel, MixerStack, thinned
 from .modeling_tokens import infer_mask, read_tokens
 from .ops_modes import can_read, is_static, is_transformed, widest_dtype
 from .ops_tokens import Tokens
@@ -146,8 +146,7 @@ class MixerModel(MixerStack):
         elif self.config.position_embedding_type == "sinusoidal":
             table = sinusoids(tokens.positions, hidden_states.shape[-1])
             hidden_states = hidden_states + table.to(hidden_states.dtype)
-        if self.dropout.training:
-            hidden_states = self.dropout(hidden_states)
+        hidden_states = thinned(self.dropout, hidden_states)
         if cache is not None:
             first = cache.layers[0]
             tokens = tokens.advanced(None if first.is_empty else first.position, hidden_states)
