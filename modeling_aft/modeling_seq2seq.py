@@ -35,6 +35,7 @@ from .modeling_stack import (
     draw_weights,
     make_norm,
     scale_queries,
+    thinned,
 )
 from .modeling_text import MixerModel, head_input
 from .modeling_tokens import read_tokens
@@ -156,7 +157,7 @@ class CrossBlock(MixerBlock):
             cross_cache,
             mixer_inputs.get("output_attentions", False),
         )
-        return self._fed_forward(hidden_states + self.dropout(attended))
+        return self._fed_forward(hidden_states + thinned(self.dropout, attended))
 
 
 class MixerDecoder(MixerModel):
